@@ -1,0 +1,102 @@
+"""The command line: ``distprune COMMAND ...``, the same for one process and for every rank of a launcher."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distprune import __version__
+from distprune.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see '{self.prog} --help')")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: its name and arguments; None: those of the process.
+
+    Returns:
+        The exit status: 0, or 2 where the user gave something that cannot be used.
+    """
+    try:
+        options = _options(sys.argv[1:] if argv is None else argv)
+        import_module(f"distprune.commands.{options.pop('command')}").run(**options)
+    except UserError as error:
+        if os.environ.get("DISTPRUNE_DEBUG") == "1":
+            raise
+        if _is_main():
+            print(f"distprune: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _options(argv: Sequence[str]) -> dict[str, Any]:
+    """Return the command's name and the arguments of its ``run``."""
+    # DeepSpeed's launcher gives every rank this argument; the environment says the same.
+    given = [text for text in argv if not text.startswith(("--local_rank=", "--local-rank="))]
+    parser = _parser()
+    # argparse takes the overrides up to the first option; those behind it are left over.
+    known, rest = parser.parse_known_args(given)
+    options = vars(known)
+    late = [text for text in rest if "overrides" in options and "=" in text and not text.startswith("-")]
+    if len(late) < len(rest):
+        parser.error(f"unknown arguments: {' '.join(text for text in rest if text not in late)}")
+    if late:
+        options["overrides"] += late
+    path = options.get("config_path")
+    if options["command"] == "config" and path and "=" in path and not Path(path).exists():
+        options["config_path"], options["overrides"] = None, [path, *options["overrides"]]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="distprune", description="Gradual magnitude pruning with distillation under DeepSpeed ZeRO.")
+    parser.add_argument("--version", action="version", version=f"distprune {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="fine-tune, prune and distil as configured")
+    _configurable(train)
+
+    evaluation = commands.add_parser("eval", help="measure a model directory on a configuration's task")
+    evaluation.add_argument("model_dir", metavar="MODEL_DIR", help="Hugging Face model directory or hub id")
+    _configurable(evaluation)
+
+    schedule = commands.add_parser("schedule", help="show the learning rate and the sparsity over the run")
+    schedule.add_argument("--examples", type=int, metavar="N", help="training examples; left out: count the data")
+    schedule.add_argument("--png", default="schedule.png", metavar="PATH", help="where to draw it [%(default)s]")
+    _configurable(schedule)
+
+    oneshot = commands.add_parser("oneshot", help="prune a model directory by global magnitude, without training")
+    oneshot.add_argument("model_dir", metavar="MODEL_DIR", help="Hugging Face model directory or hub id")
+    oneshot.add_argument("out", metavar="OUT", help="new directory for the pruned copy")
+    oneshot.add_argument("--sparsity", type=float, required=True, metavar="S", help="part that is zero, [0, 1)")
+    oneshot.add_argument("--include", action="append", default=[], metavar="REGEX", help="as pruning.include")
+    oneshot.add_argument("--exclude", action="append", default=[], metavar="REGEX", help="as pruning.exclude")
+
+    config = commands.add_parser("config", help="print every key with its value and meaning, as YAML")
+    _configurable(config, optional=True)
+    return parser
+
+
+def _configurable(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """Add a configuration file, and overrides of its keys."""
+    file = "YAML file; left out: the defaults" if optional else "YAML file"
+    parser.add_argument("config_path", metavar="CONFIG", nargs="?" if optional else None, help=file)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="e.g. pruning.sparsity=0.9")
+
+
+def _is_main() -> bool:
+    """Return whether this is global rank 0, as ``dist.detect`` does, without importing torch."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""The values and combinations that no run can have: a table of keys, words and conditions.
+
+What depends on the data (whole batches, times in steps against times in epochs) waits until they are known.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from operator import le, lt
+from typing import Any
+
+from distprune.config import Config
+from distprune.durations import Duration, parse
+
+
+@dataclass(frozen=True)
+class Check:
+    """A key, what is allowed there in words, and whether that is so."""
+
+    key: str
+    allowed: str
+    holds: Callable[[Config], bool]
+
+
+def value_of(config: Config, key: str, default: Any = None) -> Any:
+    """Return the value at a dotted key; ``default`` for an option of DeepSpeed that is not set."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part, default) if isinstance(value, dict) else getattr(value, part, default)
+    return value
+
+
+def _time(config: Config, key: str) -> Duration:
+    return parse(str(value_of(config, key)), key)
+
+
+def _compare(config: Config, key: str, relation: Callable[[Any, Any], bool], other: str) -> bool:
+    """Return whether two times stand in a relation; steps and epochs do not compare without the data."""
+    first, second = _time(config, key), _time(config, other)
+    return first.in_epochs != second.in_epochs or relation(first.amount, second.amount)
+
+
+def _within_run(config: Config, key: str) -> bool:
+    """Return whether a time is null, or more than 0 and not after the end of the run."""
+    if value_of(config, key) is None:
+        return True
+    return _time(config, key).amount > 0 and _compare(config, key, le, "train.epochs")
+
+
+def _first_cycle(config: Config) -> str:
+    """Return the key that holds the length of the learning rate's first cycle."""
+    keys = ("lr.rewind_first", "lr.rewind_every", "train.epochs")
+    return next(key for key in keys if value_of(config, key) is not None)
+
+
+def _dense(config: Config) -> bool:
+    return config.pruning.sparsity == 0
+
+
+def _regexes(key: str) -> Check:
+    def holds(config: Config) -> bool:
+        try:
+            return all(re.compile(pattern) for pattern in value_of(config, key))
+        except re.error:
+            return False
+
+    return Check(key, "a list of regular expressions", holds)
+
+
+def _at_least_one(key: str) -> Check:
+    return Check(key, "at least 1", lambda c: value_of(c, key) >= 1)
+
+
+def _at_least_one_or_null(key: str) -> Check:
+    return Check(key, "at least 1, or null", lambda c: value_of(c, key) is None or value_of(c, key) >= 1)
+
+
+MODEL = (
+    Check("model.path", "a model directory or hub id", lambda c: c.model.path not in ("", "???")),
+    Check(
+        "model.dropout",
+        "at least 0 and less than 1, or null",
+        lambda c: c.model.dropout is None or 0 <= c.model.dropout < 1,
+    ),
+    _regexes("model.freeze"),
+)
+
+DISTILLATION = (
+    Check("distillation.hardness", "0 to 1", lambda c: 0 <= c.distillation.hardness <= 1),
+    Check("distillation.temperature", "more than 0", lambda c: 0 < c.distillation.temperature < inf),
+    Check(
+        "teacher.path",
+        "a model directory or hub id where distillation.hardness is more than 0",
+        lambda c: bool(c.teacher.path) or c.distillation.hardness == 0,
+    ),
+)
+
+TASK = (
+    Check(
+        "task.text",
+        "one column, or two different ones",
+        lambda c: len(set(c.task.text)) == len(c.task.text) in (1, 2),
+    ),
+    Check("task.metrics", "at least one metric", lambda c: len(c.task.metrics) > 0),
+    Check(
+        "task.labels",
+        "none where task.regression is true",
+        lambda c: not (c.task.regression and c.task.labels),
+    ),
+    Check(
+        "task.labels", "at least two, or none to take them from the data", lambda c: len(c.task.labels) != 1
+    ),
+    Check("task.labels", "different names", lambda c: len(set(c.task.labels)) == len(c.task.labels)),
+    Check("task.subset", "null where task.hub is", lambda c: c.task.subset is None or c.task.hub is not None),
+    Check("task.holdout", "at least 0 and less than 1", lambda c: 0 <= c.task.holdout < 1),
+    _at_least_one("task.max_length"),
+    _at_least_one_or_null("task.limit"),
+)
+
+TRAIN = (
+    Check("train.output", "a directory", lambda c: c.train.output != ""),
+    Check("train.epochs", "more than 0", lambda c: 0 < c.train.epochs < inf),
+    _at_least_one("train.batch_size"),
+    _at_least_one("train.accumulation"),
+    Check(
+        "train.accumulation",
+        "a divisor of train.batch_size",
+        lambda c: c.train.batch_size % c.train.accumulation == 0,
+    ),
+    _at_least_one("train.eval_batch_size"),
+    Check("train.eval_every", "more than 0", lambda c: _time(c, "train.eval_every").amount > 0),
+    _at_least_one("train.log_every"),
+    Check("train.seed", "at least 0", lambda c: c.train.seed >= 0),
+    Check("train.select", "last or best", lambda c: c.train.select in ("last", "best")),
+    _at_least_one_or_null("train.patience"),
+)
+
+OPTIMIZER = (
+    Check(
+        "optimizer.betas",
+        "two numbers of at least 0 and less than 1",
+        lambda c: len(c.optimizer.betas) == 2 and all(0 <= beta < 1 for beta in c.optimizer.betas),
+    ),
+    Check("optimizer.eps", "more than 0", lambda c: 0 < c.optimizer.eps < inf),
+    Check("optimizer.weight_decay", "at least 0", lambda c: 0 <= c.optimizer.weight_decay < inf),
+    Check("optimizer.clip", "at least 0", lambda c: 0 <= c.optimizer.clip < inf),
+)
+
+LR = (
+    Check("lr.peak", "more than 0", lambda c: 0 < c.lr.peak < inf),
+    Check("lr.final", "0 to lr.peak", lambda c: 0 <= c.lr.final <= c.lr.peak),
+    Check(
+        "lr.rewind_every",
+        "more than 0 and at most train.epochs, or null",
+        lambda c: _within_run(c, "lr.rewind_every"),
+    ),
+    Check(
+        "lr.rewind_first",
+        "more than 0 and at most train.epochs, or null",
+        lambda c: _within_run(c, "lr.rewind_first"),
+    ),
+    Check(
+        "lr.rewind_first",
+        "null where lr.rewind_every is",
+        lambda c: c.lr.rewind_first is None or c.lr.rewind_every is not None,
+    ),
+    Check(
+        "lr.warmup",
+        "less than the first cycle (lr.rewind_first, else lr.rewind_every, else train.epochs)",
+        lambda c: _compare(c, "lr.warmup", lt, _first_cycle(c)),
+    ),
+)
+
+PRUNING = (
+    Check("pruning.sparsity", "at least 0 and less than 1", lambda c: 0 <= c.pruning.sparsity < 1),
+    Check("pruning.initial", "at least 0 and less than 1", lambda c: 0 <= c.pruning.initial < 1),
+    Check(
+        "pruning.initial",
+        "at most pruning.sparsity",
+        lambda c: _dense(c) or c.pruning.initial <= c.pruning.sparsity,
+    ),
+    Check(
+        "pruning.start",
+        "at most pruning.end",
+        lambda c: _dense(c) or _compare(c, "pruning.start", le, "pruning.end"),
+    ),
+    Check(
+        "pruning.end",
+        "before the end of the run (train.epochs), to train with the last mask",
+        lambda c: _dense(c) or _compare(c, "pruning.end", lt, "train.epochs"),
+    ),
+    Check("pruning.every", "more than 0", lambda c: _dense(c) or _time(c, "pruning.every").amount > 0),
+    _regexes("pruning.include"),
+    _regexes("pruning.exclude"),
+)
+
+WANDB = (
+    Check(
+        "wandb.mode",
+        "online, offline or disabled",
+        lambda c: c.wandb.mode in ("online", "offline", "disabled"),
+    ),
+)
+
+# DeepSpeed's options that distprune sets, with the keys that it sets them from.
+OWNED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulation",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer.*",
+    "scheduler": "lr.*",
+    "wandb": "wandb.*",
+    "tensorboard": "wandb.*, beside the metrics.jsonl of every run",
+    "csv_monitor": "wandb.*, beside the metrics.jsonl of every run",
+    "comet": "wandb.*, beside the metrics.jsonl of every run",
+    "bfloat16": "bf16, its name today",
+}
+
+READ_SECTIONS = (
+    "bf16",
+    "fp16",
+    "data_types",
+    "zero_optimization",
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+)
+
+
+def _unset(key: str, instead: str) -> Check:
+    return Check(key, f"nothing; use {instead} instead", lambda c: value_of(c, key) is None)
+
+
+def _section(key: str) -> Check:
+    return Check(key, "a section of options", lambda c: isinstance(value_of(c, key, {}), dict))
+
+
+def _offload(key: str) -> Check:
+    return Check(
+        f"{key}.device", "cpu or none", lambda c: value_of(c, f"{key}.device", "none") in ("cpu", "none")
+    )
+
+
+def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:
+    """Return the checks of one engine's DeepSpeed options.
+
+    Args:
+        root: dotted key of the engine's section.
+        stages: ZeRO stages that it may have.
+    """
+    zero, accumulated = f"{root}.zero_optimization", f"{root}.data_types.grad_accum_dtype"
+
+    def enabled(config: Config, name: str) -> bool:
+        return bool(value_of(config, f"{root}.{name}.enabled", False))
+
+    def zero_wraps(config: Config) -> bool:
+        """Whether DeepSpeed uses a ZeRO optimizer; BF16_Optimizer is another one, with other slices."""
+        single = value_of(config, accumulated) in ("fp32", "float32", "float", "torch.float32")
+        return not (value_of(config, f"{zero}.stage", 0) == 1 and enabled(config, "bf16") and single)
+
+    return (
+        *(_unset(f"{root}.{name}", instead) for name, instead in OWNED.items()),
+        *(_section(f"{root}.{name}") for name in READ_SECTIONS),
+        Check(
+            f"{zero}.stage",
+            f"one of {', '.join(map(str, stages))}",
+            lambda c: value_of(c, f"{zero}.stage", 0) in stages,
+        ),
+        _offload(f"{zero}.offload_optimizer"),
+        _offload(f"{zero}.offload_param"),
+        Check(
+            f"{root}.fp16.enabled",
+            "true for one of fp16 and bf16 only",
+            lambda c: not (enabled(c, "fp16") and enabled(c, "bf16")),
+        ),
+        Check(accumulated, "bf16 at ZeRO stage 1 with bf16 weights; use stage 2 for fp32", zero_wraps),
+    )
+
+
+DEEPSPEED = (
+    *_engine("deepspeed.student", (0, 1, 2, 3)),
+    *_engine("deepspeed.teacher", (0, 3)),
+    Check(
+        "deepspeed.teacher.fp16.enabled",
+        "false; a teacher runs in fp32, or in bf16 with bf16.enabled",
+        lambda c: not value_of(c, "deepspeed.teacher.fp16.enabled", False),
+    ),
+)
+
+CHECKS = (*MODEL, *DISTILLATION, *TASK, *TRAIN, *OPTIMIZER, *LR, *PRUNING, *DEEPSPEED, *WANDB)

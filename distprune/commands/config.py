@@ -1,0 +1,37 @@
+"""``distprune config``: print every key with its value and meaning."""
+
+from textwrap import indent
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from distprune import settings
+from distprune.config import Config, describe
+
+
+def run(config_path: str | None, overrides: list[str]) -> None:
+    """Print the resolved configuration as YAML, then refuse it where no run can have it.
+
+    The defaults alone are not refused: they have no model.
+
+    Raises:
+        UserError: where the configuration cannot be read, or, once it is printed, where it is impossible.
+    """
+    config = settings.load(config_path, overrides)
+    print(annotate(config), end="")
+    if config_path is not None:
+        settings.validate(config)
+
+
+def annotate(config: Config) -> str:
+    """Return the configuration as YAML with each key's meaning as a comment above it."""
+    meanings = describe()
+    lines: list[str] = []
+    sections: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    for section, keys in sections.items():
+        lines.append(f"{section}:  # {getattr(config, section).__doc__.splitlines()[0]}")
+        for name, value in keys.items():
+            lines.append(f"  # {meanings[f'{section}.{name}']}")
+            lines.append(indent(OmegaConf.to_yaml(OmegaConf.create({name: value})).rstrip("\n"), "  "))
+        lines.append("")
+    return "\n".join(lines)

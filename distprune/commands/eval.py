@@ -1,0 +1,37 @@
+"""``distprune eval``: measure a model directory on a configuration's task, under any launcher or alone."""
+
+import json
+
+from distprune import dist, settings
+from distprune.engine import build_frozen
+from distprune.evaluate import evaluate
+from distprune.export import count_zeros
+from distprune.pruning.targets import layer_matrices
+from distprune.setup import load_task, local_model
+from distprune.weights import match_names
+
+
+def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
+    """Print the metrics and the sparsity of a model as one line of JSON. Collective: every rank calls it.
+
+    The model runs as the teacher's engine would: replicated at ZeRO 0, sharded at ZeRO 3.
+    """
+    config = settings.load(config_path, [*overrides, f"model.path={model_dir}"])
+    settings.validate(config)
+    dist.init()
+    directory = local_model(config.model.path, config.model.revision)
+    task = load_task(config, directory)
+    engine = build_frozen(
+        config.deepspeed.teacher,
+        directory,
+        task.auto_class,
+        task.model_options(),
+        config.train.eval_batch_size,
+    )
+    metrics = evaluate(engine, task, task.validation, config.train.eval_batch_size)
+    if dist.is_main():
+        counts = count_zeros(directory)
+        stored = match_names(sorted(layer_matrices(engine.module)), list(counts), engine.module.base_model_prefix)
+        zeros, weights = (sum(counts[name][part] for name in stored.values()) for part in (0, 1))
+        print(json.dumps({"model": model_dir, **metrics, "encoder_zeros": zeros, "encoder_weights": weights}))
+    dist.shutdown()

@@ -1,0 +1,65 @@
+"""``distprune oneshot``: prune a model directory by global magnitude, without training."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import accumulate
+from math import floor
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModel
+
+from distprune.errors import UserError
+from distprune.pruning.select import CHUNK, Cut, key_magnitude, magnitude_keys, select_smallest
+from distprune.pruning.targets import find_targets
+from distprune.weights import Checkpoint, match_names, resolve, skeleton
+
+
+def run(model_dir: str, out: str, sparsity: float, include: list[str], exclude: list[str]) -> None:
+    """Write a copy of a model whose smallest weights are zero, reading one tensor at a time."""
+    if not 0 <= sparsity < 1:
+        raise UserError(f"--sparsity is {sparsity}; allowed: [0, 1)")
+    source, target = resolve(model_dir, None), Path(out)
+    if target.exists():
+        raise UserError(f"{out!r} exists; allowed: a new directory")
+    model, checkpoint = skeleton(source, AutoModel, {})
+    names = find_targets(model, include, exclude)
+    stored = match_names(names, list(checkpoint.file_of), model.base_model_prefix)
+    sizes = {stored[name]: model.get_parameter(name).numel() for name in names}
+    first = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+
+    def chunks() -> Iterator[tuple[Tensor, int]]:
+        for name in sizes:
+            keys = magnitude_keys(checkpoint.read(name).float().view(-1))
+            yield from ((piece, first[name] + CHUNK * n) for n, piece in enumerate(torch.split(keys, CHUNK)))
+
+    total = sum(sizes.values())
+    wanted = floor(Fraction(str(sparsity)) * total)
+    cut = select_smallest(chunks, wanted, lambda counts: counts)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    _write(checkpoint, target, first, cut)
+    record = {
+        "method": "one-shot global magnitude",
+        "sparsity": sparsity,
+        "masked": wanted,
+        "prunable": total,
+    }
+    (target / "pruning.json").write_text(json.dumps(record | {"threshold": key_magnitude(cut.key)}, indent=2))
+    print(f"masked {wanted} of {total} weights -> {target}")
+
+
+def _write(checkpoint: Checkpoint, target: Path, first: dict[str, int], cut: Cut) -> None:
+    """Write the files again, one at a time, with the selected weights zero."""
+    for file in sorted(set(checkpoint.file_of.values())):
+        tensors: dict[str, Tensor] = {}
+        for name in (name for name, place in checkpoint.file_of.items() if place == file):
+            tensor = checkpoint.read(name)
+            if name in first:
+                pruned = cut.selects(magnitude_keys(tensor.float().view(-1)), first[name])
+                tensor = torch.masked_fill(tensor, pruned.view_as(tensor), 0.0)
+            tensors[name] = tensor
+        save_file(tensors, target / file.name, {"format": "pt"})

@@ -1,0 +1,72 @@
+"""``distprune train``: fine-tune, prune and distil, under any launcher or alone."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from distprune import dist, settings
+from distprune.config import Config
+from distprune.errors import UserError
+from distprune.evaluate import evaluate
+from distprune.monitor import Monitor
+from distprune.monitor.plots import plot_run
+from distprune.report import model_card, read_metrics, write_json
+from distprune.setup import prepare
+from distprune.summary import pruning_record, summarise
+from distprune.train import Trainer
+
+
+def run(config_path: str, overrides: list[str]) -> None:
+    """Train as configured, and write the run directory. Collective: every rank calls it."""
+    config = settings.load(config_path, overrides)
+    settings.validate(config)
+    dist.init()
+    train(config)
+    dist.shutdown()
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Carry out one run in an existing process group. Collective: every rank calls it.
+
+    Returns:
+        The run's summary on rank 0, an empty one elsewhere.
+    """
+    started = time.time()
+    run_dir = Path(config.train.output)
+    dist.agree(lambda: _claim(run_dir, config))
+    setup = prepare(config)
+    with Monitor(run_dir, config, setup.plan.total_steps, enabled=dist.is_main()) as monitor:
+        dense = None
+        if setup.teacher is not None:
+            dense = evaluate(setup.teacher, setup.task, setup.task.validation, config.train.eval_batch_size)
+        trainer = Trainer(config, setup, monitor, run_dir)
+        trainer.run()
+        trainer.write_final()
+    summary = summarise(trainer, dense or trainer.dense_metrics, time.time() - started)
+    if dist.is_main():
+        _write_reports(trainer, summary)
+    return summary
+
+
+def _claim(run_dir: Path, config: Config) -> None:
+    """Make the run directory, on rank 0; one that holds anything is left alone."""
+    if not dist.is_main():
+        return
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(f"train.output {str(run_dir)!r} is not empty; allowed: a new or empty directory")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(settings.to_yaml(config))
+
+
+def _write_reports(trainer: Trainer, summary: dict[str, Any]) -> None:
+    run_dir = trainer.run_dir
+    write_json(run_dir / "final" / "pruning.json", pruning_record(trainer, summary))
+    (run_dir / "final" / "README.md").write_text(model_card(summary))
+    plot_run(
+        read_metrics(run_dir / "metrics.jsonl"), run_dir / "plot.png", summary["dense_metric"], run_dir.name
+    )
+    write_json(run_dir / "summary.json", summary)
+    print(
+        f"{summary['metric_name']} {summary['final_metric']:.4f} at sparsity {summary['sparsity_masked']:.4f} "
+        f"-> {run_dir / 'final'}, {run_dir / 'summary.json'}, {run_dir / 'plot.png'}"
+    )

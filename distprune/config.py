@@ -1,0 +1,166 @@
+"""The configuration: one dataclass per concern; the defaults, a YAML file and ``key=value`` merge in that order.
+
+Every field carries its meaning and unit in its metadata, so ``distprune config`` can print both. A point or a
+length in training time is written ``2`` or ``"2 epochs"`` (fractions allowed) or ``"500 steps"``.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+# Deliberately free of torch, deepspeed and transformers: `distprune config` answers at once.
+
+
+def key(default: Any, help: str) -> Any:
+    """Return a dataclass field with its default and its one-line meaning."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelConfig:
+    """The student: which weights it starts from and how it is run."""
+
+    path: str = key("???", "Hugging Face model directory or hub id that the student starts from")
+    revision: str | None = key(None, "branch, tag or commit, for a hub id")
+    tokenizer: str | None = key(None, "tokenizer directory or hub id; null: the one in model.path")
+    freeze: list[str] = key([], "regexes of parameter names that are not trained, e.g. [embeddings]")
+    dropout: float | None = key(None, "dropout of hidden states and attention, [0, 1); null: the model's own")
+    activation_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+
+
+@dataclass
+class TeacherConfig:
+    """The frozen dense model that the student is distilled from."""
+
+    path: str | None = key(None, "fine-tuned model directory or hub id; needed where distillation.hardness > 0")
+    revision: str | None = key(None, "branch, tag or commit, for a hub id")
+
+
+@dataclass
+class TaskConfig:
+    """The data and what is measured on it."""
+
+    name: str = key("text_classification", "kind of task")
+    hub: str | None = key(None, "data set id on the hub; null: train and validation are local files")
+    subset: str | None = key(None, "the hub data set's configuration, e.g. sst2 of glue")
+    train: str = key("train", "training split of the hub data set, or a file: jsonl, jsonl.gz, csv, tsv, parquet")
+    validation: str = key("validation", "evaluation split or file; it may equal train where holdout is set")
+    text: list[str] = key(["sentence"], "columns with the text: one, or two for sentence pairs")
+    label: str = key("label", "column with the label: an integer class, a class name, or a number (regression)")
+    labels: list[str] = key([], "class names in the order of their numbers; empty: taken from the training data")
+    regression: bool = key(False, "predict a number instead of a class")
+    metrics: list[str] = key(
+        ["accuracy"], "what is measured, the main one first: accuracy, f1, macro_f1, matthews, pearson, spearman"
+    )
+    max_length: int = key(128, "tokens kept of an example")
+    limit: int | None = key(None, "use only this many training examples, drawn by train.seed; null: all")
+    holdout: float = key(0.0, "part of the training data that replaces validation, [0, 1), the same for all seeds")
+
+
+@dataclass
+class TrainConfig:
+    """Length, batches, evaluation and output of a run."""
+
+    output: str = key("runs/run", "run directory; refused where it already holds a finished or other run")
+    epochs: float = key(10.0, "length of the run in epochs")
+    batch_size: int = key(32, "examples in an optimizer step over all ranks")
+    accumulation: int = key(1, "forward passes that an optimizer step is made of")
+    eval_batch_size: int = key(64, "examples in an evaluation forward pass on each rank")
+    eval_every: str = key("1 epochs", "time between evaluations")
+    log_every: int = key(10, "optimizer steps between lines of metrics.jsonl")
+    seed: int = key(42, "seed of data order, dropout and new weights")
+    select: str = key("last", "which state at the target sparsity becomes final/: last, or best by the main metric")
+    patience: int | None = key(None, "stop after this many evaluations at the target without a better one; null: never")
+    deterministic: bool = key(False, "only deterministic kernels (slower on GPUs)")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW."""
+
+    betas: list[float] = key([0.9, 0.999], "decay rates of the two moments")
+    eps: float = key(1e-8, "added to the denominator")
+    weight_decay: float = key(0.0, "decoupled weight decay; biases and norms have none")
+    clip: float = key(1.0, "largest global norm of the unpruned weights' gradient; 0: no clipping")
+
+
+@dataclass
+class LrConfig:
+    """Linear decay, rewound to the peak at given times."""
+
+    peak: float = key(1e-4, "learning rate at the start of each cycle")
+    final: float = key(1e-6, "learning rate at the end of each cycle")
+    warmup: str = key("0 epochs", "time from 0 to the peak at the start of the run")
+    rewind_every: str | None = key(None, "length of a cycle; null: one cycle, no rewinds")
+    rewind_first: str | None = key(None, "time of the first rewind; null: after one cycle")
+
+
+@dataclass
+class PruningConfig:
+    """Which weights are removed, how many, and when."""
+
+    sparsity: float = key(0.0, "part of the prunable weights that is zero at the end, [0, 1); 0: dense training")
+    initial: float = key(0.0, "sparsity of the first pruning, at start")
+    start: str = key("2 epochs", "time of the first pruning")
+    end: str = key("8 epochs", "time of the last pruning; the mask is fixed from there on")
+    every: str = key("0.1 epochs", "time between prunings")
+    include: list[str] = key([], "regexes of weights to prune; empty: every linear weight of the encoder's layers")
+    exclude: list[str] = key([], "regexes of weights to leave out of those")
+
+
+@dataclass
+class DistillationConfig:
+    """Knowledge distillation: (1 - hardness) * task loss + hardness * T^2 KL(teacher || student)."""
+
+    hardness: float = key(0.0, "weight of the teacher's loss, [0, 1]; 0 loads no teacher")
+    temperature: float = key(5.5, "softening T of both distributions, > 0")
+
+
+@dataclass
+class DeepSpeedConfig:
+    """DeepSpeed's own options, as in its JSON file, for each engine."""
+
+    student: dict[str, Any] = key(
+        {"zero_optimization": {"stage": 2}}, "the student's engine: ZeRO 0 to 3, bf16, offload, buckets, ..."
+    )
+    teacher: dict[str, Any] = key({"zero_optimization": {"stage": 3}}, "the teacher's engine: ZeRO 0 or 3, bf16, ...")
+
+
+@dataclass
+class WandbConfig:
+    """One run in Weights & Biases, on global rank 0."""
+
+    mode: str = key("disabled", "online, offline or disabled")
+    project: str = key("distprune", "project")
+    entity: str | None = key(None, "user or team")
+    name: str | None = key(None, "name of the run; null: the run directory's name")
+    tags: list[str] = key([], "tags")
+
+
+@dataclass
+class Config:
+    """Everything a run is made of."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr: LrConfig = field(default_factory=LrConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+def describe(schema: type = Config, prefix: str = "") -> dict[str, str]:
+    """Return the meaning of every key, by its dotted path."""
+    meanings: dict[str, str] = {}
+    for entry in fields(schema):
+        path = prefix + entry.name
+        if is_dataclass(entry.type):
+            meanings |= describe(entry.type, path + ".")  # type: ignore[arg-type]
+        else:
+            meanings[path] = entry.metadata["help"]
+    return meanings

@@ -1,0 +1,71 @@
+"""Where a NaN came from."""
+
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from distprune.errors import UserError
+from distprune.evaluate import forward
+from distprune.shards import shards_of
+from distprune.tasks.base import Batch
+
+
+def refuse_nonfinite(engine: Any, batch: Batch, step: int) -> NoReturn:
+    """Stop a run whose loss is not finite, with the step and the layer named.
+
+    Collective: every rank calls it.
+
+    Args:
+        engine: the student's.
+        batch: this rank's micro batch of the failing step.
+        step: optimizer steps completed.
+
+    Raises:
+        UserError: always, on every rank.
+    """
+    if weights := _first(_nonfinite_weights(engine)):
+        where = f"the weights of {weights} are not finite"
+    elif outputs := _first(_nonfinite_outputs(engine, batch)):
+        where = f"the output of {outputs} is not finite"
+    else:
+        where = "the model's outputs are finite, its loss is not"
+    raise UserError(
+        f"the loss is not finite at step {step}: {where}; allowed: finite losses (a lower lr.peak, or clipping, helps)"
+    )
+
+
+def _nonfinite_weights(engine: Any) -> list[str]:
+    trained = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    return [
+        shard.name for shard in shards_of(engine, trained).shards if not torch.isfinite(shard.master).all()
+    ]
+
+
+def _nonfinite_outputs(engine: Any, batch: Batch) -> list[str]:
+    """Run the batch again and return the modules that put out NaN or infinity, first to last. Collective at ZeRO-3."""
+    found: list[str] = []
+
+    def hook_for(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not torch.isfinite(output).all():
+                found.append(name)
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(hook_for(name)) for name, module in engine.module.named_modules() if name
+    ]
+    with torch.no_grad():
+        forward(engine, batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _first(names: list[str]) -> str | None:
+    """Return the first name of the lowest rank that has any. Collective: every rank calls it."""
+    found: list[list[str]] = [[]] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(found, names)
+    return next((ranks[0] for ranks in found if ranks), None)

@@ -1,0 +1,171 @@
+"""Which launcher started this process, the process group, and the few collectives that training needs.
+
+One code path serves 1..N ranks: a process started by no launcher becomes a group of one.
+"""
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+from distprune.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all of them."""
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank: its GPU where there is one, else the CPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return torch.device("cpu")
+
+
+def detect() -> World:
+    """Read the launcher's environment: deepspeed or torchrun, srun, or none of them."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed"
+        size = int(env["WORLD_SIZE"])
+        local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))
+        return World(launcher, int(env["RANK"]), size, int(env.get("LOCAL_RANK", 0)), local_size)
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        size = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
+        counts = env.get("SLURM_STEP_TASKS_PER_NODE", str(size))
+        local_size = _tasks_on_node(counts, int(env.get("SLURM_NODEID", 0)))
+        return World("srun", int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size)
+    return World("none", 0, 1, 0, 1)
+
+
+def init() -> World:
+    """Join the process group of the launcher that started this process. Collective: every rank calls it."""
+    world = detect()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ |= _rendezvous(world)
+    os.environ |= {
+        "RANK": str(world.rank),
+        "WORLD_SIZE": str(world.size),
+        "LOCAL_RANK": str(world.local_rank),
+        "LOCAL_SIZE": str(world.local_size),
+    }
+    import deepspeed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+    return world
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    """Return whether this is global rank 0."""
+    return detect().rank == 0
+
+
+def agree(action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; where it is refused on any, refuse on all.
+
+    Collective: every rank calls it. ``action`` may hold no collective that a refusal would skip.
+
+    Raises:
+        UserError: on every rank, with the message of the lowest rank that refused.
+    """
+    message, result = None, None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(messages, message)
+    refused = [text for text in messages if text is not None]
+    if refused:
+        raise UserError(refused[0])
+    return result  # type: ignore[return-value]
+
+
+@contextmanager
+def local_first() -> Iterator[None]:
+    """Let local rank 0 of each node go first, so that the others find its cache. Collective."""
+    world = detect()
+    try:
+        if world.local_rank > 0:
+            torch_dist.barrier()
+        yield
+    finally:
+        if world.local_rank == 0:
+            torch_dist.barrier()
+
+
+def all_sum(values: list[float]) -> list[float]:
+    """Return the sums over all ranks, in float64. Collective: every rank calls it with as many values."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=detect().device)
+    torch_dist.all_reduce(tensor)
+    return [float(value) for value in tensor.tolist()]
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return every rank's rows, on the CPU, rank after rank.
+
+    Collective: every rank calls it.
+
+    Args:
+        rows: shape [n, ...]; the same shape and type on every rank.
+
+    Returns:
+        Shape [world size * n, ...].
+    """
+    device = detect().device
+    mine = rows.contiguous().to(device)
+    every = torch.empty(
+        (torch_dist.get_world_size() * mine.shape[0], *mine.shape[1:]), dtype=mine.dtype, device=device
+    )
+    torch_dist.all_gather_into_tensor(every, mine)
+    return every.cpu()
+
+
+def _tasks_on_node(counts: str, node: int) -> int:
+    """Read SLURM's run-length list of tasks per node, e.g. ``2(x3),1``."""
+    per_node: list[int] = []
+    for part in counts.split(","):
+        tasks, _, repeat = part.partition("(x")
+        per_node += [int(tasks)] * int(repeat.rstrip(")") or 1)
+    return per_node[node]
+
+
+def _rendezvous(world: World) -> dict[str, str]:
+    """Return the address and port where the ranks meet, as far as the launcher has not set them."""
+    env = os.environ
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return {}
+    if world.launcher == "srun":
+        names = ["scontrol", "show", "hostnames", env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])]
+        hosts = subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()
+        port = 20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000
+        return {"MASTER_ADDR": hosts[0], "MASTER_PORT": str(port)}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}

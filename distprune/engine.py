@@ -1,0 +1,137 @@
+"""The two DeepSpeed engines: the student that is trained, and the frozen teacher beside it.
+
+Each is loaded and initialised by itself, from its own DeepSpeed configuration, and no configuration object outlives
+its use: a global one would shard every later model in the process.
+"""
+
+import logging
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from distprune.config import Config
+from distprune.pruning.targets import freeze
+from distprune.weights import load_model, set_dropout
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def engine_options(
+    section: dict[str, Any], micro_batch: int, accumulation: int, clip: float
+) -> dict[str, Any]:
+    """Return a DeepSpeed configuration: the user's section, and what distprune sets in every one.
+
+    Args:
+        section: DeepSpeed's own options.
+        micro_batch: examples in a forward pass on one rank.
+        accumulation: forward passes in an optimizer step.
+        clip: largest gradient norm; 0: no clipping.
+    """
+    options = deepcopy(section)
+    zero = options.setdefault("zero_optimization", {})
+    # The replacement of torch's linear function would outlive the engine and reach the other model.
+    zero.setdefault("memory_efficient_linear", False)
+    options.setdefault("zero_force_ds_cpu_optimizer", False)
+    options.setdefault("steps_per_print", 2**31)
+    return options | {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+    }
+
+
+def stage_of(section: dict[str, Any]) -> int:
+    """Return the ZeRO stage of a DeepSpeed configuration."""
+    return int(section.get("zero_optimization", {}).get("stage", 0))
+
+
+def dtype_of(section: dict[str, Any]) -> torch.dtype:
+    """Return the type of the weights that the forward pass uses."""
+    if section.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    return torch.float16 if section.get("fp16", {}).get("enabled") else torch.float32
+
+
+def build_student(
+    config: Config, directory: Path, auto_class: Any, options: dict[str, Any], micro_batch: int
+) -> tuple[Any, list[str]]:
+    """Load the student and give it to DeepSpeed. Collective: every rank calls it.
+
+    Returns:
+        The engine, and the names of the weights that were initialised anew.
+    """
+    section = engine_options(
+        config.deepspeed.student, micro_batch, config.train.accumulation, config.optimizer.clip
+    )
+    model, fresh = load_model(
+        directory,
+        auto_class,
+        set_dropout(options, directory, config.model.dropout),
+        dtype=dtype_of(section),
+        zero3=section if stage_of(section) == 3 else None,
+        seed=config.train.seed,
+        new_weights_allowed=True,
+    )
+    freeze(model, config.model.freeze)
+    if config.model.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(
+        _decay_groups(model, config.optimizer.weight_decay),
+        lr=config.lr.peak,
+        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+        eps=config.optimizer.eps,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
+    return engine, fresh
+
+
+def build_frozen(
+    section: dict[str, Any], directory: Path, auto_class: Any, options: dict[str, Any], micro_batch: int
+) -> Any:
+    """Load a model that is only run, replicated (stage 0) or sharded (stage 3). Collective: every rank calls it.
+
+    Returns:
+        The engine, in evaluation mode; DeepSpeed gives it no optimizer.
+    """
+    section = engine_options(section, micro_batch, 1, 0.0)
+    model, _ = load_model(
+        directory,
+        auto_class,
+        options,
+        dtype=dtype_of(section),
+        zero3=section if stage_of(section) == 3 else None,
+        seed=0,
+        new_weights_allowed=False,
+    )
+    model.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=model, config=section)
+    engine.eval()
+    return engine
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _decay_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's groups: weight decay on matrices and embeddings, none on biases and norms."""
+    norms = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (others if name in norms or name.endswith("bias") else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,70 @@
+"""A model out of its engine, at any ZeRO stage, into a Hugging Face directory that needs no distprune to load."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distprune import dist
+from distprune.shards import FullParameters, full_shape
+
+_FILE_SIZE = "4GB"
+
+
+def export(engine: Any, tokenizer: Any, directory: Path) -> None:
+    """Write the fp32 weights, the model's configuration and the tokenizer.
+
+    Collective: every rank calls it. One tensor at a time is put together, and rank 0 writes a file as soon as it is
+    full, so that no rank holds more than one file's tensors.
+
+    Args:
+        engine: a student's engine.
+        tokenizer: saved beside the weights.
+        directory: made where it is missing; a model that is there is replaced.
+    """
+    model = engine.module
+    meta = {
+        name: torch.empty(full_shape(parameter), device="meta")
+        for name, parameter in model.named_parameters()
+    }
+    plan = split_torch_state_dict_into_shards(
+        meta, filename_pattern="model{suffix}.safetensors", max_shard_size=_FILE_SIZE
+    )
+    if dist.is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+        for stale in directory.glob("model*.safetensors*"):
+            stale.unlink()
+    full = FullParameters(engine)
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {name: full.on_main(name) for name in names}
+        if dist.is_main():
+            save_file({name: _present(t) for name, t in tensors.items()}, directory / file, {"format": "pt"})
+    if dist.is_main():
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = "float32"
+        model.config.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def count_zeros(directory: Path) -> dict[str, tuple[int, int]]:
+    """Count in the written files: zeros and elements of each tensor."""
+    counts: dict[str, tuple[int, int]] = {}
+    for file in sorted(directory.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 - not a dict
+                tensor = reader.get_tensor(name)
+                counts[name] = (int((tensor == 0).sum()), tensor.numel())
+    return counts
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor

@@ -1,0 +1,1 @@
+"""Which weights to remove, how many, when, and on which rank."""

@@ -1,0 +1,155 @@
+"""Global magnitude pruning on the slices that each rank owns (paper, guideline 1; GMP with one global threshold).
+
+Where an optimizer step falls on the sparsity ladder, each rank scores its slices of the fp32 weights, all ranks agree
+on one exact cut (`select`), and each marks its own slices. From then on, in every step, the marked weights' gradients
+are zeroed before DeepSpeed takes the clipping norm, and weights and moments are zeroed right after the optimizer
+stepped, before DeepSpeed copies the fp32 weights to the low-precision ones: no weight leaves its rank, and no copy of
+a weight is ever unpruned.
+"""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import accumulate
+from math import floor
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from distprune.errors import UserError
+from distprune.pruning.select import (
+    CHUNK,
+    Cut,
+    key_magnitude,
+    magnitude_keys,
+    select_smallest,
+)
+from distprune.shards import Shard, ShardedParameters
+
+
+class Pruner:
+    """The masks of this rank's slices, and what keeps the masked weights zero."""
+
+    def __init__(self, parameters: ShardedParameters, optimizer: torch.optim.Optimizer):
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.masks = [torch.zeros_like(shard.master, dtype=torch.bool) for shard in self.shards]
+        ends = list(accumulate(parameters.numel.values(), initial=0))
+        self.first_index = dict(zip(parameters.names, ends, strict=False))
+        self.total = ends[-1]
+        self.masked = 0
+        self.threshold = 0.0
+        optimizer.register_step_post_hook(self._after_optimizer_step)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """This rank's slices of the prunable weights."""
+        return self.parameters.shards
+
+    @property
+    def sparsity(self) -> float:
+        """Masked over prunable weights, of the whole model."""
+        return self.masked / self.total
+
+    @torch.no_grad()
+    def prune(self, sparsity: Fraction) -> None:
+        """Mask exactly ``floor(sparsity * prunable)`` weights: those masked before, then the smallest.
+
+        Collective: every rank calls it, with the same sparsity. To be called before ``mask_gradients`` and the
+        optimizer step that carries the zeros into the low-precision weights.
+
+        Raises:
+            UserError: on every rank, where a weight is NaN.
+        """
+        self._refuse_nan()
+        wanted = floor(sparsity * self.total)
+        assert wanted >= self.masked, f"the mask may only grow: {wanted} < {self.masked}"
+        cut = select_smallest(self._chunks, wanted, self._sum)
+        for shard, mask in zip(self.shards, self.masks, strict=True):
+            self._extend(mask, shard, cut)
+            shard.master.masked_fill_(mask, 0.0)
+        self.masked = wanted
+        self.threshold = key_magnitude(cut.key if cut.index else cut.key - 1)
+        assert sum(self.count().values()) == wanted, "the mask's count is not the exact one"
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero the gradients of masked weights, so that they do not count in the clipping norm.
+
+        To be called between the backward pass of an accumulation boundary and ``engine.step()``.
+        """
+        if self.masked == 0:
+            return
+        for shard, mask in zip(self.shards, self.masks, strict=True):
+            gradient = self.parameters.gradient(shard)
+            if gradient is not None:
+                gradient.masked_fill_(mask, 0.0)
+        self.parameters.gradients_changed(self.shards)
+
+    def count(self) -> dict[str, int]:
+        """Return the masked weights of each parameter, over all ranks. Collective: every rank calls it."""
+        place = {name: index for index, name in enumerate(self.parameters.names)}
+        counts = torch.zeros(len(place), dtype=torch.int64)
+        for shard, mask in zip(self.shards, self.masks, strict=True):
+            counts[place[shard.name]] += mask[shard.owned].sum().cpu()
+        return dict(zip(place, self._sum(counts).tolist(), strict=True))
+
+    def layer_sparsity(self) -> dict[str, float]:
+        """Return masked over all weights of each parameter. Collective: every rank calls it."""
+        return {name: masked / self.parameters.numel[name] for name, masked in self.count().items()}
+
+    def verify(self) -> None:
+        """Assert that every masked weight is +0.0 in the fp32 master and the low-precision copy, and its moments 0."""
+        for shard, mask in zip(self.shards, self.masks, strict=True):
+            for held in (shard.master, shard.low_precision, *shard.moments(self.optimizer)):
+                values = held[mask.to(held.device)]
+                assert not (values != 0).any(), f"a pruned weight of {shard.name} came back"
+                assert not torch.signbit(values).any(), f"a pruned weight of {shard.name} is -0.0"
+
+    @torch.no_grad()
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Zero masked weights and moments of the tensors just stepped (DeepSpeed steps them group by group)."""
+        if self.masked == 0:
+            return
+        stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        for shard, mask in zip(self.shards, self.masks, strict=True):
+            if id(shard.base) in stepped:
+                for held in (shard.master, *shard.moments(optimizer)):
+                    held.masked_fill_(mask, 0.0)
+
+    def _sum(self, counts: Tensor) -> Tensor:
+        """Collective: every rank calls it."""
+        summed = counts.to(self.parameters.engine.device)
+        torch_dist.all_reduce(summed)
+        return summed.to(counts.device)
+
+    def _chunks(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield the keys of the weights that this rank owns: 0 where masked before, else by magnitude."""
+        for shard, mask in zip(self.shards, self.masks, strict=True):
+            weights, pruned = shard.master[shard.owned], mask[shard.owned]
+            first = self.first_index[shard.name] + shard.own_start
+            for start in range(0, weights.numel(), CHUNK):
+                piece = slice(start, start + CHUNK)
+                keys = magnitude_keys(weights[piece]).masked_fill_(pruned[piece], 0)
+                yield keys, first + start
+
+    def _extend(self, mask: Tensor, shard: Shard, cut: Cut) -> None:
+        first = self.first_index[shard.name] + shard.start
+        for start in range(0, mask.numel(), CHUNK):
+            piece = slice(start, start + CHUNK)
+            keys = magnitude_keys(shard.master[piece]).masked_fill_(mask[piece], 0)
+            mask[piece] = cut.selects(keys, first + start)
+
+    def _refuse_nan(self) -> None:
+        """Collective: every rank calls it."""
+        place = {name: index for index, name in enumerate(self.parameters.names)}
+        flags = torch.zeros(len(place), dtype=torch.int64)
+        for shard in self.shards:
+            flags[place[shard.name]] = shard.master.isnan().any().cpu()
+        flags = self._sum(flags)
+        if flags.any():
+            name = self.parameters.names[int(flags.nonzero()[0])]
+            raise UserError(
+                f"{name} holds NaN, which has no magnitude to prune by; the learning rate may be too high"
+            )

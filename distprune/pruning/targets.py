@@ -1,0 +1,71 @@
+"""Which parameters are pruned: by structure, or by regexes over their names.
+
+The default follows the paper's first guideline: prune the matrices of the encoder's layers, which hold most weights
+and all matrix work, and leave embeddings (a lookup costs no arithmetic), the pooler, the head (freshly initialised,
+so its magnitudes mean nothing), norms and biases alone.
+"""
+
+import re
+
+from torch import nn
+
+from distprune.errors import UserError
+
+
+def find_targets(model: nn.Module, include: list[str], exclude: list[str]) -> list[str]:
+    """Return the names of the parameters to prune, in the model's order, tied ones once.
+
+    Args:
+        model: the student; its parameters may be partitioned.
+        include: regexes (searched) of parameter names; empty: every linear weight inside a stack of layers.
+        exclude: regexes of names to leave out.
+
+    Raises:
+        UserError: where a regex is malformed or matches nothing, a frozen parameter is asked for, or none is left.
+    """
+    parameters = dict(model.named_parameters())
+    chosen = _matching(include, list(parameters), "pruning.include") if include else layer_matrices(model)
+    left_out = _matching(exclude, list(parameters), "pruning.exclude") if exclude else set()
+    names = [name for name in parameters if name in chosen and name not in left_out]
+    if not names:
+        raise UserError(
+            f"no weight is left to prune with pruning.include={include} and pruning.exclude={exclude}; "
+            f"allowed: regexes that leave some, e.g. of {', '.join(list(parameters)[:3])}"
+        )
+    frozen = [name for name in names if not parameters[name].requires_grad]
+    if frozen:
+        raise UserError(
+            f"{frozen[0]} is to be pruned, but model.freeze keeps it fixed; allowed: one of the two"
+        )
+    return names
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Keep the matching parameters fixed.
+
+    Raises:
+        UserError: where a regex is malformed or matches nothing.
+    """
+    parameters = dict(model.named_parameters())
+    for name in _matching(patterns, list(parameters), "model.freeze"):
+        parameters[name].requires_grad_(False)
+
+
+def layer_matrices(model: nn.Module) -> set[str]:
+    """Return the weights of all linear modules that stand in a numbered stack of layers."""
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    stacks = [f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return {f"{path}.weight" for path in linear if any(path.startswith(stack) for stack in stacks)}
+
+
+def _matching(patterns: list[str], names: list[str], key: str) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            matches = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise UserError(f"{key}: {pattern!r} is not a regular expression: {error}") from error
+        if not matches:
+            raise UserError(f"{key}: {pattern!r} matches no parameter; there are e.g. {', '.join(names[:3])}")
+        found |= matches
+    return found

@@ -1,0 +1,147 @@
+"""A configuration from the defaults, a YAML file and ``key=value`` overrides, merged strictly in that order.
+
+A file may build on others: ``base: [task.yaml, recipe.yaml]``, or a single one, names files relative to
+itself that are merged before it, in that order.
+"""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distprune.checks import CHECKS, value_of
+from distprune.config import Config
+from distprune.errors import UserError
+
+Layer = dict[Any, Any]
+
+SECTIONS: dict[str, Any] = get_type_hints(Config)
+TYPES = {
+    f"{section}.{name}": kind
+    for section, schema in SECTIONS.items()
+    for name, kind in get_type_hints(schema).items()
+}
+TYPE_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list[str]: "a list of texts",
+    list[float]: "a list of numbers",
+    dict[str, Any]: "a section of DeepSpeed's options",
+    str | None: "text or null",
+    int | None: "a whole number or null",
+    float | None: "a number or null",
+}
+
+
+def load(path: str | None, overrides: list[str]) -> Config:
+    """Return the defaults, changed by a file, changed by overrides.
+
+    Args:
+        path: YAML file; None: the defaults.
+        overrides: ``key=value``, with a dotted key and a value in YAML.
+
+    Raises:
+        UserError: a file that is missing, is no YAML or is its own base; an override that is not
+            ``key=value``; an unknown key; a value of the wrong type.
+    """
+    merged = OmegaConf.structured(Config)
+    layers = [] if path is None else _file_layers(Path(path), ())
+    for origin, layer in [*layers, *map(_override_layer, overrides)]:
+        _merge(merged, layer, origin)
+    try:
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key} cannot be resolved: {str(error).splitlines()[0]}") from error
+    return Config(**{section: schema(**values[section]) for section, schema in SECTIONS.items()})
+
+
+def validate(config: Config) -> None:
+    """Refuse values and combinations that no run can have, as far as the data do not matter.
+
+    Raises:
+        UserError: with the first key that is wrong, its value and what is allowed.
+    """
+    for check in CHECKS:
+        if not check.holds(config):
+            raise UserError(f"{check.key} is {value_of(config, check.key)!r}; allowed: {check.allowed}")
+
+
+def to_yaml(config: Config) -> str:
+    """Return the whole configuration as YAML that :func:`load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _file_layers(path: Path, parents: tuple[Path, ...]) -> list[tuple[str, Layer]]:
+    """Return what a file sets, behind what the files set that it builds on; each with its origin."""
+    if path.resolve() in parents:
+        raise UserError(f"{path} builds on itself; allowed in base: files that do not lead back to it")
+    layer = _read(path)
+    bases = layer.pop("base", [])
+    names = [bases] if isinstance(bases, str) else bases
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"{path}: base is {bases!r}; allowed: a file or a list of files, relative to this one"
+        )
+    below = [
+        inherited
+        for name in names
+        for inherited in _file_layers(path.parent / name, (*parents, path.resolve()))
+    ]
+    return [*below, (str(path), layer)]
+
+
+def _read(path: Path) -> Layer:
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise UserError(f"the configuration file {path} does not exist") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path} holds a list; allowed: sections such as 'model:', with keys")
+    layer: Any = OmegaConf.to_container(content)
+    return layer  # type: ignore[no-any-return]
+
+
+def _override_layer(text: str) -> tuple[str, Layer]:
+    origin = f"override {text!r}"
+    key, equals, _ = text.partition("=")
+    if not (key and equals):
+        raise UserError(f"{origin} sets nothing; allowed: key=value, e.g. pruning.sparsity=0.9")
+    try:
+        layer: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{origin} has a value that is no YAML: {' '.join(str(error).split())}") from error
+    return origin, layer
+
+
+def _merge(config: DictConfig, layer: Layer, origin: str) -> None:
+    """Set what a layer sets; DeepSpeed's options merge with those that are there, anything else replaces."""
+    for section, keys in layer.items():
+        if section not in SECTIONS:
+            raise _unknown(str(section), keys, origin)
+        if not isinstance(keys, dict):
+            names = ", ".join(get_type_hints(SECTIONS[section]))
+            raise UserError(f"{origin}: {section} is {keys!r}; allowed: a section with the keys {names}")
+        for name, value in keys.items():
+            path = f"{section}.{name}"
+            if path not in TYPES:
+                raise _unknown(path, value, origin)
+            try:
+                OmegaConf.update(config, path, value, merge=True)
+            except (OmegaConfBaseException, TypeError) as error:
+                allowed = TYPE_WORDS[TYPES[path]]
+                raise UserError(f"{origin}: {path} is {value!r}; allowed: {allowed}") from error
+
+
+def _unknown(key: str, value: Any, origin: str) -> UserError:
+    last_parts = {path.split(".")[1]: path for path in reversed(TYPES)}
+    names = last_parts | {path: path for path in (*SECTIONS, *TYPES)}
+    nearest = get_close_matches(key, names, n=1)
+    hint = f"did you mean {names[nearest[0]]}?" if nearest else "'distprune config' prints all keys"
+    return UserError(f"{origin}: there is no key {key} (set to {value!r}); {hint}")

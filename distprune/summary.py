@@ -1,0 +1,108 @@
+"""What a finished run reports of itself: counts read back from the written files, metrics, sizes, versions."""
+
+from typing import Any
+
+import torch.distributed as torch_dist
+
+from distprune import dist
+from distprune.config import Config
+from distprune.engine import stage_of
+from distprune.export import count_zeros
+from distprune.pruning.targets import layer_matrices
+from distprune.report import environment
+from distprune.shards import held_bytes
+from distprune.train import Trainer
+
+
+def summarise(trainer: Trainer, dense: dict[str, float] | None, wall_time_s: float) -> dict[str, Any]:
+    """Return the run's summary.
+
+    Collective: every rank calls it. Rank 0 reads the written model.
+
+    Args:
+        trainer: after its run, with ``final/`` written.
+        dense: metrics of the dense model: the teacher's, or the student's before its first pruning.
+        wall_time_s: seconds from start to end.
+    """
+    config, setup = trainer.config, trainer.setup
+    layers = {} if setup.pruner is None else setup.pruner.count()
+    sizes = {"student": _bytes_per_rank(setup.student)}
+    if setup.teacher is not None:
+        sizes["teacher"] = _bytes_per_rank(setup.teacher)
+    if not dist.is_main():
+        return {}
+    metrics = trainer.final_metrics
+    name = next(iter(metrics))
+    return {
+        "task": config.task.hub or config.task.train,
+        "base_model": config.model.path,
+        "teacher": config.teacher.path if setup.teacher is not None else None,
+        "metric_name": name,
+        "dense_metric": None if dense is None else dense[name],
+        "final_metric": metrics[name],
+        "dense_metrics": dense,
+        "final_metrics": metrics,
+        **_sparsity(trainer, layers),
+        "steps": trainer.step,
+        "final_step": trainer.final_step,
+        "wall_time_s": round(wall_time_s, 1),
+        "world_size": setup.world.size,
+        "launcher": setup.world.launcher,
+        "zero_stage": {
+            "student": stage_of(config.deepspeed.student),
+            "teacher": stage_of(config.deepspeed.teacher),
+        },
+        "bytes_per_rank": sizes,
+        "new_weights": setup.new_weights,
+        "environment": environment(),
+    }
+
+
+def pruning_record(trainer: Trainer, summary: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``final/pruning.json`` says: how the weights were chosen, and how many went in each matrix."""
+    keys = ("sparsity_masked", "prunable_weights", "masked_weights", "encoder_sparsity", "model_sparsity")
+    config: Config = trainer.config
+    return {
+        "method": "gradual global magnitude pruning (arXiv 2312.13547)",
+        **{key: summary[key] for key in keys},
+        "layers": summary["layers"],
+        "pruning": vars(config.pruning),
+        "distillation": vars(config.distillation),
+    }
+
+
+def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:
+    """Return the counts of the mask and of the written file, over all their denominators."""
+    pruner, zeros = trainer.setup.pruner, count_zeros(trainer.run_dir / "final")
+    encoder = _total(zeros, layer_matrices(trainer.setup.student.module))
+    model = _total(zeros, zeros)
+    masked, prunable = (0, 0) if pruner is None else (pruner.masked, pruner.total)
+    in_file = _total(zeros, layers)[0]
+    assert in_file >= masked, f"{in_file} zeros were written, {masked} weights are masked"
+    return {
+        "sparsity_target": trainer.config.pruning.sparsity,
+        "sparsity_masked": masked / prunable if prunable else 0.0,
+        "masked_weights": masked,
+        "prunable_weights": prunable,
+        "zeros_in_file": in_file,
+        "zeros_outside_mask": in_file - masked,
+        "encoder_sparsity": encoder[0] / encoder[1] if encoder[1] else 0.0,
+        "encoder_zeros": encoder[0],
+        "encoder_weights": encoder[1],
+        "model_sparsity": model[0] / model[1],
+        "model_zeros": model[0],
+        "model_weights": model[1],
+        "layers": {name: {"masked": count, "weights": zeros[name][1]} for name, count in layers.items()},
+    }
+
+
+def _total(zeros: dict[str, tuple[int, int]], names: Any) -> tuple[int, int]:
+    """Return zeros and elements of some tensors together."""
+    return sum(zeros[name][0] for name in names), sum(zeros[name][1] for name in names)
+
+
+def _bytes_per_rank(engine: Any) -> list[dict[str, int]]:
+    """Collective: every rank calls it."""
+    every: list[dict[str, int]] = [{}] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(every, held_bytes(engine))
+    return every

@@ -1,0 +1,120 @@
+"""Labels: what a column holds, and the numbers that the model predicts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from datasets import ClassLabel
+
+from distprune.errors import UserError
+from distprune.tasks.data import Split, is_text, type_of
+
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a task.
+
+    Attributes:
+        names: in the order of their numbers.
+        numbers: the number of each value that a label column may hold, a class number or a class name.
+    """
+
+    names: list[str]
+    numbers: dict[int | str, int]
+
+    def encode(self, split: Split, column: str) -> npt.NDArray[np.int64]:
+        """Return the class numbers of a split, shape [N].
+
+        Raises:
+            UserError: a label that is none of the classes.
+        """
+        values = _values(split, column)
+        strange = set(values) - self.numbers.keys()
+        if strange:
+            raise UserError(
+                f"label {_show(strange)} in column {column!r} of {split.origin} is none of the classes "
+                f"{_show(self.numbers)}"
+            )
+        return np.array([self.numbers[value] for value in values], dtype=np.int64)
+
+
+def find_classes(split: Split, column: str, given: list[str]) -> Classes:
+    """Find the classes of a task in its training data.
+
+    Class names (strings, or the named classes of a hub data set) are numbered by ``given``, else in the data
+    set's own order, else sorted. Whole numbers are the numbers already, and ``given`` names them.
+
+    Args:
+        split: all training data.
+        column: with the labels.
+        given: class names in the order of their numbers; may be empty.
+
+    Raises:
+        UserError: labels that are no classes, fewer than two classes, names given twice, or numbers that are
+            not 0, 1, ... without gaps where no names are given.
+    """
+    feature, found = split.rows.features[column], set(_values(split, column))
+    if len(set(given)) < len(given):
+        raise UserError(f"task.labels names a class twice: {_show(given)}")
+    if _is_whole(split, column):
+        if not given and found != set(range(len(found))):
+            raise UserError(
+                f"the labels in column {column!r} of {split.origin} are {_show(found)}; they must be "
+                "0, 1, ... without gaps, or task.labels must name all classes"
+            )
+        names = given or [f"LABEL_{number}" for number in sorted(found)]
+        classes = Classes(names, {number: number for number in range(len(names))})
+    else:
+        names = given or (feature.names if isinstance(feature, ClassLabel) else sorted(map(str, found)))
+        classes = Classes(names, {name: number for number, name in enumerate(names)})
+    if len(names) < 2:
+        raise UserError(
+            f"column {column!r} of {split.origin} has one class, {_show(names)}; it needs at least two"
+        )
+    return classes
+
+
+def find_numbers(split: Split, column: str) -> npt.NDArray[np.float32]:
+    """Return the numbers that a regression predicts, shape [N].
+
+    Raises:
+        UserError: the column holds no numbers, or one that is not finite.
+    """
+    if not type_of(split, column).startswith(("int", "uint", "float")):
+        held = split.rows.features[column]
+        raise UserError(f"column {column!r} of {split.origin} holds {held}; task.regression needs numbers")
+    with np.errstate(over="ignore"):
+        numbers = np.asarray(split.rows[column][:], dtype=np.float32)
+    if not np.isfinite(numbers).all():
+        raise UserError(f"column {column!r} of {split.origin} holds numbers that are not finite in float32")
+    return numbers
+
+
+def _values(split: Split, column: str) -> list[int | str]:
+    """Return the labels of a split: numbers, or names, also where a hub data set numbers its names."""
+    feature = split.rows.features[column]
+    values: list[int | str] = split.rows[column][:]
+    if isinstance(feature, ClassLabel):
+        names: dict[Any, str] = dict(enumerate(feature.names))
+        return [names.get(value, value) for value in values]
+    if not (_is_whole(split, column) or is_text(split, column)):
+        raise UserError(
+            f"column {column!r} of {split.origin} holds {feature}; classes are whole numbers or names, and "
+            "other numbers need task.regression"
+        )
+    return values
+
+
+def _is_whole(split: Split, column: str) -> bool:
+    return type_of(split, column).startswith(("int", "uint", "bool"))
+
+
+def _show(values: Any) -> str:
+    """Return the first few values, in order where they came in none."""
+    if isinstance(values, set):
+        values = sorted(values, key=lambda value: (isinstance(value, str), value))
+    shown = [repr(value) for value in values]
+    return ", ".join(shown[:SHOWN] + ["..."] * (len(shown) > SHOWN))

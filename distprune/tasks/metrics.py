@@ -1,0 +1,95 @@
+"""What is measured on the evaluation data, by scikit-learn and SciPy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from distprune.errors import UserError, unknown
+
+Measure = Callable[[Any, Any], float]
+
+
+def _accuracy(labels: Any, predicted: Any) -> float:
+    return float(accuracy_score(labels, predicted))
+
+
+def _f1(labels: Any, predicted: Any) -> float:
+    return float(f1_score(labels, predicted, zero_division=0.0))
+
+
+def _macro_f1(labels: Any, predicted: Any) -> float:
+    return float(f1_score(labels, predicted, average="macro", zero_division=0.0))
+
+
+def _matthews(labels: Any, predicted: Any) -> float:
+    return float(matthews_corrcoef(labels, predicted))
+
+
+def _correlation(statistic: Callable[[Any, Any], Any]) -> Measure:
+    """Return the correlation that is 0 where it is not defined: one side constant or not finite."""
+
+    def measure(labels: Any, predicted: Any) -> float:
+        sides = np.stack([labels, predicted])
+        if not np.isfinite(sides).all() or (np.ptp(sides, axis=1) == 0).any():
+            return 0.0
+        return float(statistic(labels, predicted).statistic)
+
+    return measure
+
+
+_CLASSIFICATION: dict[str, Measure] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "macro_f1": _macro_f1,
+    "matthews": _matthews,
+}
+_REGRESSION: dict[str, Measure] = {"pearson": _correlation(pearsonr), "spearman": _correlation(spearmanr)}
+
+
+def check_metrics(names: list[str], num_labels: int, regression: bool) -> None:
+    """Check that every metric exists and suits the task.
+
+    Args:
+        names: as in ``task.metrics``.
+        num_labels: number of classes (1 for regression).
+        regression: whether a number is predicted.
+
+    Raises:
+        UserError: no metric, an unknown one, one of the other kind, or ``f1`` of more than two classes.
+    """
+    if not names:
+        raise UserError("task.metrics is empty; it needs at least one metric, the main one first")
+    suited = _REGRESSION if regression else _CLASSIFICATION
+    for name in names:
+        if name not in _CLASSIFICATION | _REGRESSION:
+            raise unknown("metric", name, suited)
+        if name not in suited:
+            kind = "regression" if regression else "classification"
+            raise UserError(f"metric {name!r} does not suit {kind}; allowed: {', '.join(suited)}")
+    if "f1" in names and num_labels != 2:
+        raise UserError(
+            f"metric 'f1' needs 2 classes and there are {num_labels}; 'macro_f1' takes any number"
+        )
+
+
+def measure(
+    names: list[str], logits: torch.Tensor, labels: torch.Tensor, regression: bool
+) -> dict[str, float]:
+    """Measure predictions; a constant one gives a number too (0 for correlations).
+
+    Args:
+        names: metrics that :func:`check_metrics` allows.
+        logits: shape [N, C], float32 on the CPU; C = 1 for regression.
+        labels: shape [N]; classes as integers, or float32 for regression.
+        regression: whether a number is predicted.
+
+    Returns:
+        Each metric as a fraction (not in percent), in the order of ``names``. ``f1`` is that of class 1.
+    """
+    predicted = (logits.squeeze(-1) if regression else logits.argmax(-1)).numpy()
+    suited = _REGRESSION if regression else _CLASSIFICATION
+    return {name: suited[name](labels.numpy(), predicted) for name in names}

@@ -1,0 +1,271 @@
+"""Models in and out of Hugging Face directories, one tensor at a time.
+
+Rank 0 maps one safetensors file and reads one tensor at a time; DeepSpeed broadcasts it and, at ZeRO-3, cuts it up
+before the next one is read. transformers' own loader merges every file on rank 0 first, so it is not used. New
+weights (a fresh head) are made by the model's own initialisation, on rank 0, from the run's seed.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from distprune import dist
+from distprune.errors import UserError
+
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_LEGACY = {"gamma": "weight", "beta": "bias"}
+
+
+def resolve(path: str, revision: str | None) -> Path:
+    """Return the directory of a model: itself, or the hub's snapshot in the local cache.
+
+    Raises:
+        UserError: where it is neither a directory nor a hub id that can be reached.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(
+            f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id"
+        )
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
+    except Exception as error:
+        raise UserError(
+            f"model {path!r} is not a local directory, and the hub did not give it: {error}".splitlines()[0]
+        ) from error
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of a model directory, by name, read lazily from one mapped file at a time."""
+
+    directory: Path
+    file_of: dict[str, Path] = field(init=False)
+    _open: tuple[Path, Any] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            self.file_of = {name: self.directory / file for name, file in weight_map.items()}
+        elif single.exists():
+            with self._opening(single) as reader:
+                self.file_of = dict.fromkeys(reader.keys(), single)
+        else:
+            raise UserError(
+                f"{self.directory} holds no model.safetensors (nor its index); save the model with "
+                "transformers' save_pretrained, which writes that format"
+            )
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, on the CPU."""
+        file = self.file_of[name]
+        if self._open is None or self._open[0] != file:
+            self._open = (file, self._opening(file))
+        tensor: Tensor = self._open[1].get_tensor(name)
+        return tensor
+
+    @staticmethod
+    def _opening(file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def match_names(wanted: list[str], available: list[str], base_prefix: str) -> dict[str, str]:
+    """Pair a model's tensor names with a checkpoint's.
+
+    A checkpoint may be of the bare base model or of one with a head, so the base model's prefix may be missing or
+    extra; old checkpoints call a norm's weight and bias gamma and beta.
+
+    Args:
+        wanted: the model's names.
+        available: the checkpoint's names.
+        base_prefix: the model's ``base_model_prefix``.
+
+    Returns:
+        The checkpoint's name of each model name that has one.
+    """
+    prefix = base_prefix + "."
+    stored: dict[str, str] = {}
+    for name in available:
+        stem, _, last = name.rpartition(".")
+        modern = f"{stem}.{_LEGACY.get(last, last)}" if stem else name
+        stored[modern.removeprefix(prefix)] = name
+    return {name: stored[bare] for name in wanted if (bare := name.removeprefix(prefix)) in stored}
+
+
+class _StreamedParameters(nn.Module):
+    """Stands in for a model in ``zero.Init(module=...)``: its parameters come into being as they are asked for."""
+
+    def __init__(self, stream: Iterator[nn.Parameter]):
+        super().__init__()
+        self._stream = stream
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self._stream
+
+
+def load_model(
+    directory: Path,
+    auto_class: Any,
+    options: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    zero3: dict[str, Any] | None,
+    seed: int,
+    new_weights_allowed: bool,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Build a model and fill it from a directory; at ZeRO-3, cut up as it is read.
+
+    Collective: every rank calls it. Rank 0 reads the weights. Below ZeRO-3 the other ranks' are left unset, and
+    DeepSpeed's engine broadcasts rank 0's.
+
+    Args:
+        directory: a Hugging Face model directory.
+        auto_class: the transformers auto class.
+        options: overrides of the model's configuration.
+        dtype: type of the weights in memory.
+        zero3: the engine's DeepSpeed configuration where the weights are to be partitioned, else None.
+        seed: for the initialisation of weights that the checkpoint lacks.
+        new_weights_allowed: whether the checkpoint may lack weights (a head to be trained).
+
+    Returns:
+        The model, and the names of the weights that were initialised anew.
+
+    Raises:
+        UserError: on every rank, where the directory does not hold such a model.
+    """
+    model, checkpoint = dist.agree(lambda: skeleton(directory, auto_class, options))
+    sources = match_names(list(_tensors(model)), list(checkpoint.file_of), model.base_model_prefix)
+    missing = [name for name, _ in model.named_parameters() if name not in sources]
+    dist.agree(lambda: _check_match(model, checkpoint, sources, missing, new_weights_allowed))
+
+    torch.manual_seed(seed)
+    failures: list[UserError] = []
+    stream = _materialise(model, checkpoint, sources, dtype, failures)
+    if zero3 is not None:
+        import deepspeed
+
+        deepspeed.zero.Init(module=_StreamedParameters(stream), config_dict_or_path=zero3)
+    else:
+        for _ in stream:
+            pass
+    dist.agree(lambda: _raise_first(failures))
+    return model, missing
+
+
+def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, Checkpoint]:
+    """Build the model with parameters on the meta device, and open its checkpoint."""
+    if not (directory / "config.json").exists():
+        raise UserError(f"{directory} holds no config.json; allowed: a Hugging Face model directory")
+    try:
+        config = AutoConfig.from_pretrained(directory, **options)
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model = auto_class.from_config(config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{directory} does not describe a model for {auto_class.__name__}: {error}"
+        ) from error
+    return model, Checkpoint(directory)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, tied ones once."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _check_match(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    sources: dict[str, str],
+    missing: list[str],
+    new_allowed: bool,
+) -> None:
+    if not sources:
+        raise UserError(f"no weight in {checkpoint.directory} belongs to a {type(model).__name__}")
+    if missing and not new_allowed:
+        raise UserError(
+            f"{checkpoint.directory} lacks weights of a {type(model).__name__}: {', '.join(missing[:5])}"
+        )
+    prefix = model.base_model_prefix + "."
+    lost = [name for name in missing if re.search(r"\.\d+\.", name) and name.startswith(prefix)]
+    if lost:
+        raise UserError(f"{checkpoint.directory} lacks weights of the model's layers: {', '.join(lost[:5])}")
+
+
+def _materialise(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    sources: dict[str, str],
+    dtype: torch.dtype,
+    failures: list[UserError],
+) -> Iterator[nn.Parameter]:
+    """Give each module real parameters, filled on rank 0; yield each once its module is complete."""
+    real: dict[int, nn.Parameter] = {}
+    reading = dist.is_main()
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        fresh: list[nn.Parameter] = []
+        for name, meta in list(module.named_parameters(recurse=False)):
+            if id(meta) not in real:
+                real[id(meta)] = nn.Parameter(torch.empty(meta.shape, dtype=dtype), meta.requires_grad)
+                fresh.append(real[id(meta)])
+                if reading and prefix + name in sources:
+                    _fill(real[id(meta)], prefix + name, sources[prefix + name], checkpoint, failures)
+            module._parameters[name] = real[id(meta)]
+        if reading:
+            for name, buffer in module.named_buffers(recurse=False):
+                if prefix + name in sources:
+                    _fill(buffer, prefix + name, sources[prefix + name], checkpoint, failures)
+            if any(not getattr(parameter, "_is_hf_initialized", False) for parameter in fresh):
+                with torch.no_grad():
+                    model._initialize_weights(module)
+        yield from fresh
+
+
+@torch.no_grad()
+def _fill(
+    target: Tensor, name: str, stored_name: str, checkpoint: Checkpoint, failures: list[UserError]
+) -> None:
+    """Copy a stored tensor; a defect is noted, not raised, because the other ranks are in a broadcast."""
+    stored = checkpoint.read(stored_name)
+    if stored.shape != target.shape:
+        failures.append(
+            UserError(
+                f"{name} has shape {list(stored.shape)} in {checkpoint.directory}, "
+                f"and {list(target.shape)} in the model"
+            )
+        )
+    elif stored.is_floating_point() and not torch.isfinite(stored).all():
+        failures.append(UserError(f"{name} in {checkpoint.directory} holds NaN or infinite values"))
+    else:
+        target.copy_(stored)
+    target._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark: leave it as it is
+
+
+def _raise_first(failures: list[UserError]) -> None:
+    if failures:
+        raise failures[0]
+
+
+def set_dropout(options: dict[str, Any], directory: Path, dropout: float | None) -> dict[str, Any]:
+    """Return model options with every dropout that the model's configuration knows set to one value."""
+    if dropout is None:
+        return options
+    known = AutoConfig.from_pretrained(directory).to_dict()
+    names = [name for name in known if "dropout" in name and isinstance(known[name], int | float)]
+    return options | dict.fromkeys(names, dropout)

@@ -1,0 +1,53 @@
+# Sourced by the scripts beside it: where the repository and its environment are, and how a failure is said.
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${VENV:-$REPOSITORY/.venv}
+
+die() {
+    echo "$(basename "$0"): error: $*" >&2
+    exit 2
+}
+
+# A fresh machine: name what is missing in one line, with the command that installs it.
+check_prerequisites() {
+    local python=${PYTHON:-python3}
+    command -v "$python" >/dev/null || die "python3 is missing; install it with: apt-get install -y python3 python3-venv python3-dev"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        die "$("$python" --version) is too old; Python 3.11 or newer is needed (set PYTHON to its path)"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || die "Python's venv module is missing; install it with: apt-get install -y python3-venv"
+    "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
+        die "Python's headers are missing; install them with: apt-get install -y python3-dev"
+    command -v git >/dev/null || die "git is missing; install it with: apt-get install -y git"
+    command -v g++ >/dev/null || die "a C++ compiler is missing; install it with: apt-get install -y g++"
+}
+
+# Make the environment and install the package into it, once; again where pyproject.toml changed.
+install() {
+    local stamp=$VENV/.distprune-installed
+    if [ -f "$stamp" ] && cmp -s "$REPOSITORY/pyproject.toml" "$stamp"; then
+        return
+    fi
+    check_prerequisites
+    [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
+    echo "installing distprune into $VENV (a few minutes the first time) ..."
+    # Without a GPU the CPU build of torch does, and saves gigabytes.
+    if ! command -v nvidia-smi >/dev/null; then
+        "$VENV/bin/pip" install --quiet torch==2.13.0
+    fi
+    "$VENV/bin/pip" install --quiet --editable "$REPOSITORY[dev]"
+    cp "$REPOSITORY/pyproject.toml" "$stamp"
+}
+
+# GPUs that this machine has; 0 where there is none.
+count_gpus() {
+    command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || echo 0
+}
+
+activate() {
+    [ -x "$VENV/bin/python" ] || die "$VENV is missing; make it with: launch/quickstart.sh"
+    export PATH=$VENV/bin:$PATH
+    # DeepSpeed asks for an accelerator by name where it finds none, and says so at length.
+    if [ "$(count_gpus)" -eq 0 ]; then
+        export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+    fi
+    export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+}

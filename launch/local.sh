@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Train on this machine through the deepspeed CLI: a rank per GPU, or gloo ranks on the CPU where there is none.
+#   launch/local.sh [-n RANKS] CONFIG [key=value ...]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage="usage: launch/local.sh [-n RANKS] CONFIG [key=value ...]"
+ranks=
+while getopts ":n:h" option; do
+    case $option in
+        n) ranks=$OPTARG ;;
+        h) echo "$usage" && exit 0 ;;
+        *) die "unknown option -${OPTARG}; $usage" ;;
+    esac
+done
+shift $((OPTIND - 1))
+[ $# -ge 1 ] || die "no CONFIG given; $usage"
+activate
+
+gpus=$(count_gpus)
+if [ "$gpus" -gt 0 ]; then
+    ranks=${ranks:-$gpus}
+    [[ $ranks =~ ^[0-9]+$ && $ranks -ge 1 && $ranks -le $gpus ]] || die "-n is $ranks; allowed: 1 to the $gpus GPUs here"
+else
+    ranks=${ranks:-1}
+    [[ $ranks =~ ^[0-9]+$ && $ranks -ge 1 ]] || die "-n is $ranks; allowed: a number from 1"
+    # One thread too many on a rank costs more than the rank gains: share the cores out.
+    cores=$(nproc)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+fi
+port=${MASTER_PORT:-$("$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+exec deepspeed --num_accelerators "$ranks" --no_local_rank --master_port "$port" --module distprune train "$@"

@@ -1,0 +1,27 @@
+"""Settings that must stand before torch is imported, and the fixtures that several files share."""
+
+import os
+
+os.environ |= {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+}
+os.environ.pop("DISTPRUNE_DEBUG", None)
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.world import World
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[[int], World]]:
+    """Return the group of so many ranks, started at its first use."""
+    worlds: dict[int, World] = {}
+    yield lambda size: worlds.setdefault(size, World(size))
+    for each in worlds.values():
+        each.stop()

@@ -1,0 +1,377 @@
+import io
+import json
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import wandb
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+import distprune.monitor.wandb as wandb_sink
+from distprune.config import Config, WandbConfig
+from distprune.monitor import Monitor
+from distprune.monitor.jsonl import Jsonl, finite
+from distprune.monitor.progress import Bar, Lines, for_stdout
+
+API_KEY = "0123456789abcdef0123456789abcdef01234567"
+TRAIN = {"step": 1, "epoch": 0.5, "split": "train", "loss": 0.25, "lr": 1e-4, "sparsity": 0.5}
+VALIDATION = {
+    "step": 2,
+    "epoch": 1.0,
+    "split": "validation",
+    "accuracy": 0.75,
+    "sparsity": 0.5,
+    "sparsity/layer.0.query.weight": 0.5,
+}
+
+
+def config(mode: str = "disabled") -> Config:
+    return Config(wandb=WandbConfig(mode=mode, tags=["tag"]))
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is printed; wandb keeps its own log to its files."""
+    logged = [record for record in caplog.records if not record.name.startswith("wandb")]
+    return [record.getMessage() for record in logged if record.levelno >= logging.WARNING]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home directory of wandb's own, no key but what the test sets, and nothing left running."""
+    home = tmp_path / "home"
+    for name in ("CONFIG", "CACHE", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(home / name))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "false")
+    yield home
+    wandb.teardown()
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+@given(st.dictionaries(st.text(), st.floats() | st.integers() | st.text() | st.none()))
+def test_what_is_written_is_json_and_only_nonfinite_numbers_change(record: dict[str, Any]) -> None:
+    read = json.loads(json.dumps(finite(record)), parse_constant=refuse)
+    expected = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    assert read == expected
+
+
+def test_finite_reaches_nested_values() -> None:
+    assert finite({"a": [1.0, math.inf, (math.nan,)], "b": {"c": -math.inf}}) == {
+        "a": [1.0, None, [None]],
+        "b": {"c": None},
+    }
+
+
+def test_each_line_is_on_disk_before_the_run_goes_on(tmp_path: Path) -> None:
+    with Jsonl(tmp_path / "run" / "metrics.jsonl") as sink:
+        sink.log({"step": 1, "loss": math.nan})
+        assert records(tmp_path / "run") == [{"step": 1, "loss": None}]
+
+
+def test_a_later_process_appends_and_is_not_spoilt_by_a_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    with Jsonl(path) as sink:
+        sink.log({"step": 2})
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"step": 2, "lo', '{"step": 2}']
+
+
+def test_a_rank_that_is_not_enabled_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("a second rank opened a run"))
+    with Monitor(tmp_path / "run", config("offline"), total_steps=2, enabled=False) as monitor:
+        monitor.log(TRAIN)
+        monitor.progress(1, loss=0.25)
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_disabled_mode_does_not_import_wandb(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from distprune.config import Config
+from distprune.monitor import Monitor
+with Monitor(Path(sys.argv[1]), Config(), total_steps=1, enabled=True) as monitor:
+    monitor.log({"step": 1, "split": "train"})
+assert "wandb" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=True)
+    assert records(tmp_path / "run")
+
+
+def files_below(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def offline_run(run_dir: Path) -> None:
+    with Monitor(run_dir, config("offline"), total_steps=2, enabled=True) as monitor:
+        monitor.log(TRAIN)
+        monitor.progress(1, loss=0.25)
+        monitor.log(VALIDATION)
+
+
+def test_offline_run_holds_everything_but_the_key(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+    offline_run(tmp_path / "run")
+
+    (log,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    written = log.read_bytes()
+    for name in (b"train/loss", b"validation/accuracy", b"sparsity/layer.0.query.weight", b"world_size"):
+        assert name in written
+    assert b"train/step" not in written, "the step is an axis of its own"
+    assert b"validation/sparsity/" not in written, "layers belong to no split"
+
+    printed = capfd.readouterr()
+    assert f"wandb sync {log.parent}" in printed.out
+    assert API_KEY not in printed.out + printed.err + caplog.text
+    files = files_below(tmp_path)
+    assert len(files) > 3
+    assert not [path for path, content in files.items() if API_KEY.encode() in content]
+    assert not warnings(caplog)
+
+
+def test_a_later_process_continues_the_run_of_the_directory(tmp_path: Path) -> None:
+    offline_run(tmp_path / "run")
+    offline_run(tmp_path / "run")
+    name = (tmp_path / "run" / "wandb_id").read_text()
+    logs = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert [log.name for log in logs] == [f"run-{name}.wandb"] * 2
+
+
+class FakeRun:
+    """A run that logs ``good`` records and then fails, or fails as it ends."""
+
+    url, dir = "https://example.org/run", "."
+
+    def __init__(self, good: int) -> None:
+        self.good = good
+        self.logged: list[dict[str, Any]] = []
+        self.axes: list[tuple[str, str | None]] = []
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes.append((name, step_metric))
+
+    def log(self, record: dict[str, Any]) -> None:
+        if len(self.logged) == self.good:
+            raise ConnectionError(f"lost\nkey {API_KEY}")
+        self.logged.append(record)
+
+    def finish(self, exit_code: int) -> None:
+        raise TimeoutError("too slow")
+
+
+@pytest.mark.parametrize("broken_at", ["Settings", "init", "log", "finish"])
+def test_a_broken_wandb_costs_one_warning(
+    broken_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"down, key {API_KEY}")
+
+    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+    monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(good=5 if broken_at == "log" else 1000))
+    if broken_at in ("Settings", "init"):
+        monkeypatch.setattr(wandb, broken_at, fail)
+    with Monitor(tmp_path, config("offline"), total_steps=40, enabled=True) as monitor:
+        for step in range(40):
+            monitor.log(TRAIN | {"step": step})
+            monitor.progress(step)
+    assert [record["step"] for record in records(tmp_path)] == list(range(40))
+    (warning,) = warnings(caplog)
+    assert warning.startswith("wandb failed, the run goes on without it: ")
+    assert "\n" not in warning
+    assert API_KEY not in warning
+
+
+def test_train_and_validation_share_the_step_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRun(good=2)
+    options: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "init", lambda **given: options.update(given) or run)
+    offline_run(tmp_path / "run")
+    assert ("*", "step") in run.axes
+    assert run.logged == [
+        {"step": 1, "epoch": 0.5, "train/loss": 0.25, "train/lr": 1e-4, "train/sparsity": 0.5},
+        {
+            "step": 2,
+            "epoch": 1.0,
+            "validation/accuracy": 0.75,
+            "validation/sparsity": 0.5,
+            "sparsity/layer.0.query.weight": 0.5,
+        },
+    ]
+    assert options["resume"] == "allow"
+    assert options["name"] == "run"
+    assert options["config"]["lr"] == {
+        "peak": 1e-4,
+        "final": 1e-6,
+        "warmup": "0 epochs",
+        "rewind_every": None,
+        "rewind_first": None,
+    }
+
+
+def test_online_without_a_key_neither_asks_nor_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("wandb.errors.term._sys_stdin_isatty", lambda: True)
+    monkeypatch.setattr("wandb.errors.term._sys_stderr_isatty", lambda: True)
+    monkeypatch.setattr("wandb.util.prompt_choices", lambda *_, **__: asked.append("choice"))
+    with Monitor(tmp_path, config("online"), total_steps=2, enabled=True) as monitor:
+        monitor.log(TRAIN)
+    assert not asked
+    (warning,) = warnings(caplog)
+    assert "No API key configured" in warning
+    assert len(records(tmp_path)) == 1
+
+
+def test_a_slow_wandb_holds_up_neither_the_run_nor_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("INIT_TIMEOUT", "FINISH_TIMEOUT", "KILL_TIMEOUT"):
+        monkeypatch.setattr(wandb_sink, name, 0.1)
+    never = threading.Event()
+    monkeypatch.setattr(wandb, "init", lambda **_: never.wait(60))
+    started = time.monotonic()
+    with Monitor(tmp_path, config("offline"), total_steps=2, enabled=True) as monitor:
+        monitor.log(TRAIN)
+    assert time.monotonic() - started < 10
+    assert warnings(caplog) == ["wandb does not answer, the run ends without it"]
+    assert len(records(tmp_path)) == 1
+    never.set()
+    for thread in threading.enumerate():
+        if thread.name == "wandb":
+            thread.join(10)
+
+
+def test_a_service_that_cannot_start_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("wandb.sdk.lib.service.service_process.get_core_path", lambda: "/nowhere/wandb-core")
+    offline_run(tmp_path)
+    (warning,) = warnings(caplog)
+    assert "/nowhere/wandb-core" in warning
+    assert len(records(tmp_path)) == 2
+
+
+def test_a_service_that_hangs_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("INIT_TIMEOUT", "FINISH_TIMEOUT"):
+        monkeypatch.setattr(wandb_sink, name, 1)
+
+    def services() -> list[psutil.Process]:
+        return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb")]
+
+    with Monitor(tmp_path, config("offline"), total_steps=2, enabled=True) as monitor:
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.glob("wandb/offline-run-*/*.wandb")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert services()
+        for process in services():
+            process.suspend()
+        monitor.log(TRAIN)
+    assert len(warnings(caplog)) == 1
+    assert not services()
+    assert len(records(tmp_path)) == 1
+
+
+def test_lines_are_plain_and_few(capsys: pytest.CaptureFixture[str]) -> None:
+    with Lines(total_steps=2000) as lines:
+        for step in range(1, 2001):
+            lines.move(step, {"loss": 0.31234, "sparsity": 0.455, "lr": 1.2e-4, "examples_per_s": 213.4})
+        lines.log(VALIDATION)
+        lines.log(TRAIN)
+    printed = capsys.readouterr().out
+    assert not re.search(r"[^\n -~]", printed), "control characters"
+    *progress, validation = printed.splitlines()
+    assert len(progress) == 21
+    assert progress[1] == ("step 100/2000 (5%)  loss 0.3123  sparsity 45.5%  lr 1.2e-04  213 examples/s  left 0:00:00")
+    assert progress[-1].startswith("step 2000/2000 (100%)")
+    assert validation == "validation at step 2, epoch 1.00  accuracy 0.7500  sparsity 50.0%"
+
+
+def test_time_left_counts_from_the_step_where_this_process_began(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([100.0, 110.0])
+    monkeypatch.setattr("distprune.monitor.progress.time.monotonic", lambda: next(now))
+    lines = Lines(total_steps=1000)
+    lines.move(500, {})
+    lines.move(600, {"loss": 1.0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert "left" not in first
+    assert second == "step 600/1000 (60%)  loss 1.0000  left 0:00:40"
+
+
+def test_values_that_are_not_given_again_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines(total_steps=10)
+    lines.move(1, {"accuracy": 0.5, "loss": 2.0})
+    lines.move(2, {"loss": 1.0})
+    assert "accuracy 0.5000  loss 1.0000" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    with Bar(2000, Console(file=output, force_terminal=True, width=120)) as bar:
+        bar.move(500, {"loss": 0.25})
+        bar.log(VALIDATION)
+        bar.move(1000, {"sparsity": 0.5})
+    shown = output.getvalue()
+    assert "1000/2000" in shown
+    assert "loss 0.2500  sparsity 50.0%" in shown
+    assert "validation at step 2, epoch 1.00  accuracy 0.7500" in shown
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert isinstance(for_stdout(1), Bar)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert isinstance(for_stdout(1), Lines)
+
+
+def test_bar_does_not_take_resumed_steps_for_speed() -> None:
+    bar = Bar(2000, Console(file=io.StringIO()))
+    bar.move(1900, {})
+    assert bar._bar.tasks[0].speed is None
+    assert bar._bar.tasks[0].completed == 1900
+
+
+def test_a_failed_run_is_marked_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(FakeRun, "finish", lambda _, exit_code: codes.append(exit_code))
+    monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(good=9))
+    with (
+        pytest.raises(ZeroDivisionError),
+        Monitor(tmp_path, config("offline"), total_steps=2, enabled=True),
+    ):
+        raise ZeroDivisionError
+    offline_run(tmp_path / "good")
+    assert codes == [1, 0]
+    assert os.environ.get("WANDB_SERVICE") is None
