@@ -108,9 +108,7 @@ TASK = (
         "none where task.regression is true",
         lambda c: not (c.task.regression and c.task.labels),
     ),
-    Check(
-        "task.labels", "at least two, or none to take them from the data", lambda c: len(c.task.labels) != 1
-    ),
+    Check("task.labels", "at least two, or none to take them from the data", lambda c: len(c.task.labels) != 1),
     Check("task.labels", "different names", lambda c: len(set(c.task.labels)) == len(c.task.labels)),
     Check("task.subset", "null where task.hub is", lambda c: c.task.subset is None or c.task.hub is not None),
     Check("task.holdout", "at least 0 and less than 1", lambda c: 0 <= c.task.holdout < 1),
@@ -237,9 +235,7 @@ def _section(key: str) -> Check:
 
 
 def _offload(key: str) -> Check:
-    return Check(
-        f"{key}.device", "cpu or none", lambda c: value_of(c, f"{key}.device", "none") in ("cpu", "none")
-    )
+    return Check(f"{key}.device", "cpu or none", lambda c: value_of(c, f"{key}.device", "none") in ("cpu", "none"))
 
 
 def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:

@@ -2,6 +2,7 @@
 
 Every field carries its meaning and unit in its metadata, so ``distprune config`` can print both. A point or a
 length in training time is written ``2`` or ``"2 epochs"`` (fractions allowed) or ``"500 steps"``.
+A file's ``base`` names files that are merged before it (distprune/settings.py).
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass

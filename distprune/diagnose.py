@@ -38,9 +38,7 @@ def refuse_nonfinite(engine: Any, batch: Batch, step: int) -> NoReturn:
 
 def _nonfinite_weights(engine: Any) -> list[str]:
     trained = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
-    return [
-        shard.name for shard in shards_of(engine, trained).shards if not torch.isfinite(shard.master).all()
-    ]
+    return [shard.name for shard in shards_of(engine, trained).shards if not torch.isfinite(shard.master).all()]
 
 
 def _nonfinite_outputs(engine: Any, batch: Batch) -> list[str]:
@@ -54,9 +52,7 @@ def _nonfinite_outputs(engine: Any, batch: Batch) -> list[str]:
 
         return hook
 
-    hooks = [
-        module.register_forward_hook(hook_for(name)) for name, module in engine.module.named_modules() if name
-    ]
+    hooks = [module.register_forward_hook(hook_for(name)) for name, module in engine.module.named_modules() if name]
     with torch.no_grad():
         forward(engine, batch)
     for hook in hooks:

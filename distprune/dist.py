@@ -140,9 +140,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """
     device = detect().device
     mine = rows.contiguous().to(device)
-    every = torch.empty(
-        (torch_dist.get_world_size() * mine.shape[0], *mine.shape[1:]), dtype=mine.dtype, device=device
-    )
+    every = torch.empty((torch_dist.get_world_size() * mine.shape[0], *mine.shape[1:]), dtype=mine.dtype, device=device)
     torch_dist.all_gather_into_tensor(every, mine)
     return every.cpu()
 

@@ -21,9 +21,7 @@ from distprune.weights import load_model, set_dropout
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def engine_options(
-    section: dict[str, Any], micro_batch: int, accumulation: int, clip: float
-) -> dict[str, Any]:
+def engine_options(section: dict[str, Any], micro_batch: int, accumulation: int, clip: float) -> dict[str, Any]:
     """Return a DeepSpeed configuration: the user's section, and what distprune sets in every one.
 
     Args:
@@ -65,9 +63,7 @@ def build_student(
     Returns:
         The engine, and the names of the weights that were initialised anew.
     """
-    section = engine_options(
-        config.deepspeed.student, micro_batch, config.train.accumulation, config.optimizer.clip
-    )
+    section = engine_options(config.deepspeed.student, micro_batch, config.train.accumulation, config.optimizer.clip)
     model, fresh = load_model(
         directory,
         auto_class,

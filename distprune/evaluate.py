@@ -35,8 +35,7 @@ def evaluate(engine: Any, task: Task, data: Dataset, batch_size: int) -> dict[st
     logits, labels, indices, valid = [], [], [], []
     for rows in eval_batches(data["length"], batch_size, world.rank, world.size):
         batch = {
-            name: tensor.to(engine.device)
-            for name, tensor in task.collate(data.__getitems__(rows.indices)).items()
+            name: tensor.to(engine.device) for name, tensor in task.collate(data.__getitems__(rows.indices)).items()
         }
         logits.append(forward(engine, batch).float())
         labels.append(batch["labels"])

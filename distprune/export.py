@@ -28,10 +28,7 @@ def export(engine: Any, tokenizer: Any, directory: Path) -> None:
         directory: made where it is missing; a model that is there is replaced.
     """
     model = engine.module
-    meta = {
-        name: torch.empty(full_shape(parameter), device="meta")
-        for name, parameter in model.named_parameters()
-    }
+    meta = {name: torch.empty(full_shape(parameter), device="meta") for name, parameter in model.named_parameters()}
     plan = split_torch_state_dict_into_shards(
         meta, filename_pattern="model{suffix}.safetensors", max_shard_size=_FILE_SIZE
     )

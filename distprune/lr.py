@@ -53,8 +53,7 @@ def lr_schedule(config: LrConfig, steps_per_epoch: int, total_steps: int) -> LrS
     warmup = parse(config.warmup, "lr.warmup").steps(steps_per_epoch)
     if warmup >= bounds[1]:
         raise UserError(
-            f"lr.warmup is {config.warmup!r}, {warmup} steps; "
-            f"allowed: less than the first cycle's {bounds[1]} steps"
+            f"lr.warmup is {config.warmup!r}, {warmup} steps; allowed: less than the first cycle's {bounds[1]} steps"
         )
     return LrSchedule(config.peak, config.final, warmup, bounds)
 

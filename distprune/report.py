@@ -1,4 +1,4 @@
-"""What a finished run leaves for its reader: plots, a table, the environment and the model card."""
+"""What a finished run leaves for its reader: its metrics, a table, the environment and the model card."""
 
 import json
 import os
@@ -17,18 +17,6 @@ from rich.table import Table
 from distprune import __version__
 from distprune.errors import UserError
 from distprune.monitor.jsonl import finite
-from distprune.monitor.plots import plot_layers, plot_run
-
-__all__ = [
-    "Row",
-    "comparison_table",
-    "environment",
-    "model_card",
-    "plot_layers",
-    "plot_run",
-    "read_metrics",
-    "write_json",
-]
 
 HUB_METRICS = {
     "macro_f1": "f1",
@@ -58,7 +46,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         while records and records[-1]["step"] > record["step"]:
             records.pop()
         records.append(record)
-    return list({(record["step"], record["split"]): record for record in records}.values())
+    return list({(record["step"], record.get("split")): record for record in records}.values())
 
 
 class Row(NamedTuple):
@@ -195,7 +183,7 @@ def _front_matter(summary: Mapping[str, Any], name: str, data: str, task_type: s
     )
     return ModelCardData(
         base_model=summary["base_model"] if _on_hub(summary["base_model"]) else None,
-        datasets=[data] if _on_hub(data) else None,
+        datasets=[data] if _on_hub(summary["task"]) else None,
         library_name="transformers",
         pipeline_tag=task_type,
         tags=["pruned", "distprune"],

@@ -20,9 +20,7 @@ Layer = dict[Any, Any]
 
 SECTIONS: dict[str, Any] = get_type_hints(Config)
 TYPES = {
-    f"{section}.{name}": kind
-    for section, schema in SECTIONS.items()
-    for name, kind in get_type_hints(schema).items()
+    f"{section}.{name}": kind for section, schema in SECTIONS.items() for name, kind in get_type_hints(schema).items()
 }
 TYPE_WORDS = {
     str: "text",
@@ -84,14 +82,8 @@ def _file_layers(path: Path, parents: tuple[Path, ...]) -> list[tuple[str, Layer
     bases = layer.pop("base", [])
     names = [bases] if isinstance(bases, str) else bases
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(
-            f"{path}: base is {bases!r}; allowed: a file or a list of files, relative to this one"
-        )
-    below = [
-        inherited
-        for name in names
-        for inherited in _file_layers(path.parent / name, (*parents, path.resolve()))
-    ]
+        raise UserError(f"{path}: base is {bases!r}; allowed: a file or a list of files, relative to this one")
+    below = [inherited for name in names for inherited in _file_layers(path.parent / name, (*parents, path.resolve()))]
     return [*below, (str(path), layer)]
 
 

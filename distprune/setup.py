@@ -103,9 +103,7 @@ def prepare(config: Config) -> Setup:
     student, fresh = build_student(config, directory, task.auto_class, task.model_options(), micro_batch)
     pruner = None
     if plan.ladder:
-        names = dist.agree(
-            lambda: find_targets(student.module, config.pruning.include, config.pruning.exclude)
-        )
+        names = dist.agree(lambda: find_targets(student.module, config.pruning.include, config.pruning.exclude))
         pruner = Pruner(dist.agree(lambda: shards_of(student, names)), student.basic_optimizer)
     torch.manual_seed(config.train.seed * 1_000_003 + world.rank)
     return Setup(world, task, student, teacher, pruner, plan, fresh)
@@ -148,9 +146,5 @@ def _teacher(config: Config, task: Task, micro_batch: int) -> Any:
     """Collective: every rank calls it."""
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
-    dist.agree(
-        lambda: task.check_teacher(AutoConfig.from_pretrained(directory), load_tokenizer(str(directory)))
-    )
-    return build_frozen(
-        config.deepspeed.teacher, directory, task.auto_class, task.model_options(), micro_batch
-    )
+    dist.agree(lambda: task.check_teacher(AutoConfig.from_pretrained(directory), load_tokenizer(str(directory))))
+    return build_frozen(config.deepspeed.teacher, directory, task.auto_class, task.model_options(), micro_batch)

@@ -194,9 +194,7 @@ def shards_of(engine: Any, names: Iterable[str]) -> ShardedParameters:
     """
     low, high = KNOWN_VERSIONS
     if not Version(low) <= Version(deepspeed.__version__.split("+")[0]) < Version(high):
-        raise UserError(
-            f"DeepSpeed {deepspeed.__version__} is not known to distprune; allowed: >={low},<{high}"
-        )
+        raise UserError(f"DeepSpeed {deepspeed.__version__} is not known to distprune; allowed: >={low},<{high}")
     wrapper = type(engine.optimizer).__name__
     if wrapper not in _LAYOUTS:
         raise UserError(
@@ -210,9 +208,7 @@ def shards_of(engine: Any, names: Iterable[str]) -> ShardedParameters:
         raise UserError("offload_optimizer.ratio is not supported; allowed: 1.0, or leave it out")
     parameters = _LAYOUTS[wrapper](engine, names)
     if any(shard.base.dtype != torch.float32 for shard in parameters.shards):
-        raise UserError(
-            "the optimizer's weights are not fp32; allowed: no *_master_weights_and_grads options"
-        )
+        raise UserError("the optimizer's weights are not fp32; allowed: no *_master_weights_and_grads options")
     return parameters
 
 

@@ -98,8 +98,7 @@ class Trainer:
         sums = [0.0, 0.0, 0.0]
         for number, rows in enumerate(parts, start=1):
             micro_batch = {
-                name: tensor.to(student.device)
-                for name, tensor in task.collate(task.train.__getitems__(rows)).items()
+                name: tensor.to(student.device) for name, tensor in task.collate(task.train.__getitems__(rows)).items()
             }
             losses = self._backward(micro_batch)
             sums = [total + float(loss) / len(parts) for total, loss in zip(sums, losses, strict=True)]
@@ -140,9 +139,7 @@ class Trainer:
     def _log_training(self) -> None:
         plan, pruner, student = self.setup.plan, self.setup.pruner, self.setup.student
         now = time.perf_counter()
-        loss, task_loss, teacher_loss = (
-            sum(column) / len(self.losses) for column in zip(*self.losses, strict=True)
-        )
+        loss, task_loss, teacher_loss = (sum(column) / len(self.losses) for column in zip(*self.losses, strict=True))
         norm = student.get_global_grad_norm()
         record = {
             "step": self.step,
@@ -160,9 +157,7 @@ class Trainer:
         }
         self.losses, self._logged_at = [], now
         self.monitor.log(record)
-        self.monitor.progress(
-            self.step, loss=loss, sparsity=record["sparsity"], lr=record["lr"], **self._main_metric()
-        )
+        self.monitor.progress(self.step, loss=loss, sparsity=record["sparsity"], lr=record["lr"], **self._main_metric())
 
     def _evaluate(self) -> None:
         """Measure, and keep the state where it is the best one at the target sparsity."""

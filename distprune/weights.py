@@ -36,9 +36,7 @@ def resolve(path: str, revision: str | None) -> Path:
     if Path(path).is_dir():
         return Path(path)
     if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(
-            f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id"
-        )
+        raise UserError(f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id")
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
     except Exception as error:
@@ -177,9 +175,7 @@ def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = auto_class.from_config(config)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{directory} does not describe a model for {auto_class.__name__}: {error}"
-        ) from error
+        raise UserError(f"{directory} does not describe a model for {auto_class.__name__}: {error}") from error
     return model, Checkpoint(directory)
 
 
@@ -198,9 +194,7 @@ def _check_match(
     if not sources:
         raise UserError(f"no weight in {checkpoint.directory} belongs to a {type(model).__name__}")
     if missing and not new_allowed:
-        raise UserError(
-            f"{checkpoint.directory} lacks weights of a {type(model).__name__}: {', '.join(missing[:5])}"
-        )
+        raise UserError(f"{checkpoint.directory} lacks weights of a {type(model).__name__}: {', '.join(missing[:5])}")
     prefix = model.base_model_prefix + "."
     lost = [name for name in missing if re.search(r"\.\d+\.", name) and name.startswith(prefix)]
     if lost:
@@ -238,9 +232,7 @@ def _materialise(
 
 
 @torch.no_grad()
-def _fill(
-    target: Tensor, name: str, stored_name: str, checkpoint: Checkpoint, failures: list[UserError]
-) -> None:
+def _fill(target: Tensor, name: str, stored_name: str, checkpoint: Checkpoint, failures: list[UserError]) -> None:
     """Copy a stored tensor; a defect is noted, not raised, because the other ranks are in a broadcast."""
     stored = checkpoint.read(stored_name)
     if stored.shape != target.shape:

@@ -97,7 +97,7 @@ def draw(plan: Plan, path: Path, title: str) -> None:
         axis.set_axisbelow(True)
     axes[-1].set_xlabel(f"epochs of {plan.steps_per_epoch:,} optimizer steps")
     axes[-1].set_xlim(0, plan.total_steps / plan.steps_per_epoch)
-    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=16, integer=plan.total_steps >= 4 * plan.steps_per_epoch))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
     figure.suptitle(title, fontsize=11)
     figure.savefig(path)
 

@@ -62,9 +62,7 @@ def _write_reports(trainer: Trainer, summary: dict[str, Any]) -> None:
     run_dir = trainer.run_dir
     write_json(run_dir / "final" / "pruning.json", pruning_record(trainer, summary))
     (run_dir / "final" / "README.md").write_text(model_card(summary))
-    plot_run(
-        read_metrics(run_dir / "metrics.jsonl"), run_dir / "plot.png", summary["dense_metric"], run_dir.name
-    )
+    plot_run(read_metrics(run_dir / "metrics.jsonl"), run_dir / "plot.png", summary["dense_metric"], run_dir.name)
     write_json(run_dir / "summary.json", summary)
     print(
         f"{summary['metric_name']} {summary['final_metric']:.4f} at sparsity {summary['sparsity_masked']:.4f} "

@@ -45,8 +45,9 @@ def _series(metrics: Metrics, name: str, split: str | None = None) -> tuple[list
 
 def _main_metric(metrics: Metrics) -> str | None:
     """Return the name of the first metric of the validation records."""
-    names = (name for record in metrics if record["split"] == "validation" for name in record)
-    return next((name for name in names if name not in NOT_METRICS and "/" not in name), None)
+    values = (item for record in metrics if record["split"] == "validation" for item in record.items())
+    named = (name for name, value in values if value is not None)
+    return next((name for name in named if name not in NOT_METRICS and "/" not in name), None)
 
 
 def _draw_metric(axes: Axes, metrics: Metrics, dense: float | None) -> None:

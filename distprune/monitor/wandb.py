@@ -123,8 +123,9 @@ def _teardown() -> None:
 def _kill_service() -> None:
     """Kill a service that has stopped answering; the thread that waits for it gets an error."""
     for process in psutil.Process().children(recursive=True):
-        if process.name().startswith("wandb"):
-            process.kill()
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("wandb"):
+                process.kill()
 
 
 def named(record: Mapping[str, object]) -> dict[str, object]:

@@ -150,6 +150,4 @@ class Pruner:
         flags = self._sum(flags)
         if flags.any():
             name = self.parameters.names[int(flags.nonzero()[0])]
-            raise UserError(
-                f"{name} holds NaN, which has no magnitude to prune by; the learning rate may be too high"
-            )
+            raise UserError(f"{name} holds NaN, which has no magnitude to prune by; the learning rate may be too high")

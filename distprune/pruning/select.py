@@ -90,9 +90,7 @@ def select_smallest(chunks: Chunks, k: int, all_sum: Callable[[Tensor], Tensor])
     return Cut(key, index + 1)
 
 
-def _refine(
-    chunks: Chunks, k: int, bits: tuple[int, ...], all_sum: Callable[[Tensor], Tensor]
-) -> tuple[int, int, int]:
+def _refine(chunks: Chunks, k: int, bits: tuple[int, ...], all_sum: Callable[[Tensor], Tensor]) -> tuple[int, int, int]:
     """Return the k-th smallest value, k's rank among its equals (from 1), and how many equal it has."""
     prefix, remaining, equal = 0, k, 0
     shift = sum(bits)

@@ -34,9 +34,7 @@ def find_targets(model: nn.Module, include: list[str], exclude: list[str]) -> li
         )
     frozen = [name for name in names if not parameters[name].requires_grad]
     if frozen:
-        raise UserError(
-            f"{frozen[0]} is to be pruned, but model.freeze keeps it fixed; allowed: one of the two"
-        )
+        raise UserError(f"{frozen[0]} is to be pruned, but model.freeze keeps it fixed; allowed: one of the two")
     return names
 
 

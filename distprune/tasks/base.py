@@ -35,9 +35,7 @@ class Task(ABC):
             UserError: it has no padding token.
         """
         if tokenizer.pad_token_id is None:
-            raise UserError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no padding token, which batches need"
-            )
+            raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no padding token, which batches need")
         self.tokenizer = tokenizer
 
     @abstractmethod
@@ -56,9 +54,7 @@ class Task(ABC):
     def metrics(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """Return the metrics of all evaluation examples, the main one first."""
 
-    def check_teacher(
-        self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase
-    ) -> None:
+    def check_teacher(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the teacher reads the student's tokens and that its logits mean the same.
 
         Raises:

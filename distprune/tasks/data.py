@@ -66,8 +66,7 @@ def load_splits(task: TaskConfig, columns: Sequence[str], cache_dir: Path | None
         raise UserError(f"task.holdout is {task.holdout}; it must be at least 0 and below 1")
     if task.train == task.validation and not task.holdout:
         raise UserError(
-            f"task.train and task.validation are both {task.train!r}; "
-            "set task.holdout to measure on other examples"
+            f"task.train and task.validation are both {task.train!r}; set task.holdout to measure on other examples"
         )
     names = [task.train] if task.holdout else [task.train, task.validation]
     if task.hub:

@@ -71,9 +71,7 @@ def find_classes(split: Split, column: str, given: list[str]) -> Classes:
         names = given or (feature.names if isinstance(feature, ClassLabel) else sorted(map(str, found)))
         classes = Classes(names, {name: number for number, name in enumerate(names)})
     if len(names) < 2:
-        raise UserError(
-            f"column {column!r} of {split.origin} has one class, {_show(names)}; it needs at least two"
-        )
+        raise UserError(f"column {column!r} of {split.origin} has one class, {_show(names)}; it needs at least two")
     return classes
 
 

@@ -71,14 +71,10 @@ def check_metrics(names: list[str], num_labels: int, regression: bool) -> None:
             kind = "regression" if regression else "classification"
             raise UserError(f"metric {name!r} does not suit {kind}; allowed: {', '.join(suited)}")
     if "f1" in names and num_labels != 2:
-        raise UserError(
-            f"metric 'f1' needs 2 classes and there are {num_labels}; 'macro_f1' takes any number"
-        )
+        raise UserError(f"metric 'f1' needs 2 classes and there are {num_labels}; 'macro_f1' takes any number")
 
 
-def measure(
-    names: list[str], logits: torch.Tensor, labels: torch.Tensor, regression: bool
-) -> dict[str, float]:
+def measure(names: list[str], logits: torch.Tensor, labels: torch.Tensor, regression: bool) -> dict[str, float]:
     """Measure predictions; a constant one gives a number too (0 for correlations).
 
     Args:

@@ -21,9 +21,7 @@ class TextClassification(Task):
 
     auto_class = AutoModelForSequenceClassification
 
-    def __init__(
-        self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None
-    ) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
         """Load, check and tokenise the data.
 
         Raises:
@@ -40,9 +38,7 @@ class TextClassification(Task):
             self.classes = None if task.regression else find_classes(train, task.label, task.labels)
             check_metrics(task.metrics, len(self.classes.names) if self.classes else 1, task.regression)
             parts = choose(self._label(train, task), self._label(validation, task), task, config.train.seed)
-            self.train, self.validation = (
-                tokenize(rows, tokenizer, task.text, task.max_length) for rows in parts
-            )
+            self.train, self.validation = (tokenize(rows, tokenizer, task.text, task.max_length) for rows in parts)
 
     def model_options(self) -> dict[str, Any]:
         """Return the number of labels, their names, and the problem type."""
@@ -82,9 +78,7 @@ class TextClassification(Task):
         """
         return measure(self.metric_names, logits, labels, regression=self.classes is None)
 
-    def check_teacher(
-        self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase
-    ) -> None:
+    def check_teacher(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the teacher reads the student's tokens and predicts the same labels in the same order.
 
         Only names can show another order: it is not seen where either side has none (``LABEL_0``, ...), or
@@ -97,9 +91,7 @@ class TextClassification(Task):
         ours = self.classes.names if self.classes else ["LABEL_0"]
         theirs = [str(name) for _, name in sorted(teacher_config.id2label.items())]
         if len(ours) != len(theirs):
-            raise UserError(
-                f"the teacher has {len(theirs)} labels and the task {len(ours)}; they must be equally many"
-            )
+            raise UserError(f"the teacher has {len(theirs)} labels and the task {len(ours)}; they must be equally many")
         ours_folded, theirs_folded = ([name.casefold() for name in names] for names in (ours, theirs))
         if ours_folded != theirs_folded and sorted(ours_folded) == sorted(theirs_folded):
             raise UserError(
@@ -119,6 +111,4 @@ def _check_columns(task: TaskConfig) -> None:
     if task.label in task.text:
         raise UserError(f"column {task.label!r} is in both task.text and task.label; they must differ")
     if task.regression and task.labels:
-        raise UserError(
-            "task.labels names classes and task.regression predicts a number; only one can be set"
-        )
+        raise UserError("task.labels names classes and task.regression predicts a number; only one can be set")

@@ -24,9 +24,7 @@ def logits_of(classes: list[int], count: int = 2) -> torch.Tensor:
 
 def test_classification_by_hand():
     # class 1: 2 hits, 1 false alarm, 1 miss; class 0: 1 hit
-    values = measure(
-        CLASSIFICATION, logits_of([1, 1, 1, 0, 0]), torch.tensor([1, 1, 0, 1, 0]), regression=False
-    )
+    values = measure(CLASSIFICATION, logits_of([1, 1, 1, 0, 0]), torch.tensor([1, 1, 0, 1, 0]), regression=False)
     assert values["accuracy"] == pytest.approx(3 / 5)
     assert values["f1"] == pytest.approx(2 / 3)
     assert values["macro_f1"] == pytest.approx((2 / 3 + 1 / 2) / 2)
@@ -54,9 +52,7 @@ def test_constant_predictions_give_numbers_without_warnings():
         assert values["accuracy"] == 0.5
         assert values["matthews"] == 0.0
         assert all(math.isfinite(value) for value in values.values())
-    assert measure(["f1"], logits_of([0] * 4), torch.zeros(4, dtype=torch.long), regression=False) == {
-        "f1": 0.0
-    }
+    assert measure(["f1"], logits_of([0] * 4), torch.zeros(4, dtype=torch.long), regression=False) == {"f1": 0.0}
     for predicted, wanted in [([2.0] * 3, [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], [5.0] * 3), ([1.0], [2.0])]:
         values = measure(REGRESSION, torch.tensor(predicted)[:, None], torch.tensor(wanted), regression=True)
         assert values == {"pearson": 0.0, "spearman": 0.0}

@@ -289,7 +289,8 @@ def test_a_service_that_hangs_is_killed(
         monkeypatch.setattr(wandb_sink, name, 1)
 
     def services() -> list[psutil.Process]:
-        return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb")]
+        children = psutil.Process().children(recursive=True)
+        return [p for p in children if p.name().startswith("wandb") and p.status() != psutil.STATUS_ZOMBIE]
 
     with Monitor(tmp_path, config("offline"), total_steps=2, enabled=True) as monitor:
         deadline = time.monotonic() + 30

@@ -90,9 +90,7 @@ def build(tmp_path, monkeypatch):
                 written[name] = content
         config = Config()
         config.train.seed = seed
-        for key, value in (
-            {"train": f"train{suffix}", "validation": f"validation{suffix}"} | options
-        ).items():
+        for key, value in ({"train": f"train{suffix}", "validation": f"validation{suffix}"} | options).items():
             assert hasattr(config.task, key)
             setattr(config.task, key, value)
         return build_task(config, tokenizer or make_tokenizer(), tmp_path / "cache")
@@ -330,8 +328,7 @@ def test_a_number_that_is_not_finite_is_refused(build):
 # ------------------------------------------------------------------------------------ holdout and limit
 
 MANY = [
-    {"sentence": "a", "label": i % 2, "text": f"{'abcdefghij'[i % 10]} {'abcdefghij'[i // 10]}"}
-    for i in range(100)
+    {"sentence": "a", "label": i % 2, "text": f"{'abcdefghij'[i % 10]} {'abcdefghij'[i // 10]}"} for i in range(100)
 ]
 
 
@@ -380,9 +377,7 @@ def test_truncation_keeps_max_length_tokens(build):
 
 
 def test_max_length_out_of_range(build):
-    with pytest.raises(
-        UserError, match="max_length is 513; this tokenizer and 1 text columns allow 3 to 512"
-    ):
+    with pytest.raises(UserError, match="max_length is 513; this tokenizer and 1 text columns allow 3 to 512"):
         build(max_length=513)
     rows = [{"q": "a", "p": "b", "label": i} for i in range(2)]
     with pytest.raises(UserError, match=r"max_length is 4; .* allow 5 to 512"):
@@ -452,9 +447,7 @@ def test_collate_pads_to_the_longest_of_the_batch(build, side):
     expected = [short + gap, long] if side == "right" else [gap + short, long]
     assert batch["input_ids"].tolist() == expected
     assert batch["attention_mask"].tolist() == [[int(token != PAD) for token in row] for row in expected]
-    assert batch["token_type_ids"].tolist() == [
-        [0 if token != PAD else 5 for token in row] for row in expected
-    ]
+    assert batch["token_type_ids"].tolist() == [[0 if token != PAD else 5 for token in row] for row in expected]
     assert batch["labels"].tolist() == [0, 0]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
@@ -568,7 +561,5 @@ def test_a_teacher_that_does_not_fit_is_refused(build):
 def test_an_unknown_task_names_the_nearest():
     config = Config()
     config.task.name = "text_clasification"
-    with pytest.raises(
-        UserError, match=r"task.name 'text_clasification' is unknown \(did you mean 'text_class"
-    ):
+    with pytest.raises(UserError, match=r"task.name 'text_clasification' is unknown \(did you mean 'text_class"):
         build_task(config, make_tokenizer())

@@ -1,0 +1,195 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from matplotlib.image import imread
+
+from distprune import __version__, settings
+from distprune.__main__ import main
+from distprune.config import describe
+from distprune.errors import UserError
+
+RUN = """
+model: {path: student}
+task: {train: train.jsonl, validation: validation.jsonl, text: [text], holdout: 0.25}
+train: {epochs: 6, batch_size: 4}
+lr: {peak: 1e-3, final: 0, rewind_every: 2 epochs}
+pruning: {sparsity: 0.9, initial: 0.5, start: 2 epochs, end: 4 epochs, every: 0.5 epochs}
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with a configuration and 40 examples."""
+    for name in ("RANK", "SLURM_PROCID", "DISTPRUNE_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(RUN)
+    lines = [json.dumps({"text": f"number {n}", "label": n % 2}) + "\n" for n in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+@pytest.fixture
+def calls(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What the commands that need an engine were called with."""
+    seen: list[dict] = []
+    for name in ("train", "eval", "oneshot", "schedule"):
+        command = SimpleNamespace(run=lambda **options: seen.append(options))
+        monkeypatch.setitem(sys.modules, f"distprune.commands.{name}", command)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["train", "run.yaml"], {"config_path": "run.yaml", "overrides": []}),
+        (["train", "run.yaml", "a.b=1", "c=2"], {"config_path": "run.yaml", "overrides": ["a.b=1", "c=2"]}),
+        (["--local_rank=3", "train", "run.yaml", "a=1"], {"config_path": "run.yaml", "overrides": ["a=1"]}),
+        (["train", "run.yaml", "--local_rank=3", "a=1"], {"config_path": "run.yaml", "overrides": ["a=1"]}),
+        (["eval", "m", "run.yaml", "a=1"], {"model_dir": "m", "config_path": "run.yaml", "overrides": ["a=1"]}),
+        (
+            ["schedule", "run.yaml", "a=1", "--examples", "7", "b=2"],
+            {"config_path": "run.yaml", "overrides": ["a=1", "b=2"], "examples": 7, "png": "schedule.png"},
+        ),
+        (
+            ["schedule", "--png", "x=1.png", "run.yaml"],
+            {"config_path": "run.yaml", "overrides": [], "examples": None, "png": "x=1.png"},
+        ),
+        (
+            ["oneshot", "m", "out", "--sparsity", "0.5", "--exclude", "a", "--exclude", "b"],
+            {"model_dir": "m", "out": "out", "sparsity": 0.5, "include": [], "exclude": ["a", "b"]},
+        ),
+    ],
+)
+def test_commands_get_their_arguments(calls: list[dict], arguments: list[str], options: dict) -> None:
+    assert main(arguments) == 0
+    assert calls == [options]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "required: COMMAND"),
+        (["trian", "run.yaml"], "invalid choice: 'trian'"),
+        (["train"], "required: CONFIG"),
+        (["train", "run.yaml", "--fast"], "unknown arguments: --fast"),
+        (["schedule", "run.yaml", "--examples", "many"], "invalid int value: 'many'"),
+        (["schedule", "run.yaml", "--examples", "7", "word"], "unknown arguments: word"),
+        (["config", "gone.yaml"], "gone.yaml does not exist"),
+        (["config", "run.yaml", "pruning.sparsty=0.9"], "did you mean pruning.sparsity?"),
+        (["config", "run.yaml", "lr.peak=0"], "lr.peak is 0.0; allowed: more than 0"),
+    ],
+)
+def test_mistakes_are_one_line_on_stderr_and_status_2(calls, capsys, arguments: list[str], part: str) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("distprune: error: ")
+    assert part in error
+    assert error.count("\n") == 1
+    assert calls == []
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_only_rank_0_prints_but_every_rank_fails(workplace, monkeypatch, capsys, variable: str) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert main(["config", "gone.yaml"]) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(variable, "0")
+    assert main(["config", "gone.yaml"]) == 2
+    assert "gone.yaml" in capsys.readouterr().err
+
+
+def test_debug_shows_where_a_mistake_was_found(workplace, monkeypatch) -> None:
+    monkeypatch.setenv("DISTPRUNE_DEBUG", "1")
+    with pytest.raises(UserError, match=r"gone\.yaml"):
+        main(["config", "gone.yaml"])
+
+
+def test_other_errors_keep_their_traceback(calls, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "distprune.commands.train", SimpleNamespace(run=lambda **_: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "run.yaml"])
+
+
+def test_version_is_printed(capsys) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"distprune {__version__}\n"
+
+
+def test_config_prints_every_key_with_its_meaning_and_can_be_read_again(workplace, capsys) -> None:
+    assert main(["config", "run.yaml", "wandb.tags=[a,b]", "train.batch_size=8"]) == 0
+    text = capsys.readouterr().out
+    (workplace / "again.yaml").write_text(text)
+    expected = settings.load("run.yaml", ["wandb.tags=[a,b]", "train.batch_size=8"])
+    assert settings.load("again.yaml", []) == expected
+    lines = text.splitlines()
+    for path, meaning in describe().items():
+        comment = lines.index(f"  # {meaning}", lines.index(_header(lines, path.split(".")[0])))
+        assert lines[comment + 1].startswith(f"  {path.split('.')[1]}:")
+
+
+def _header(lines: list[str], section: str) -> str:
+    return next(line for line in lines if line.startswith(f"{section}:"))
+
+
+def test_config_without_a_file_prints_the_defaults_with_overrides(workplace, capsys) -> None:
+    assert main(["config", "lr.peak=0.5"]) == 0
+    (workplace / "again.yaml").write_text(capsys.readouterr().out)
+    assert settings.load("again.yaml", []) == settings.load(None, ["lr.peak=0.5"])
+
+
+def test_config_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'deepspeed', 'transformers', 'datasets', 'matplotlib'}"
+    code = f"import sys; from distprune.__main__ import main; main(['config']); assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_schedule_counts_the_data_prints_a_table_and_draws(workplace, capsys) -> None:
+    assert main(["schedule", "run.yaml"]) == 0
+    out = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    # 30 examples in batches of 4 are 7 steps an epoch.
+    assert cells == [
+        ["0.00", "0", "1.00e-03", "0.00%", ""],
+        ["1.00", "7", "5.00e-04", "0.00%", ""],
+        ["2.00", "14", "1.00e-03", "50.00%", "rewind, pruning 1 of 5"],
+        ["2.57", "18", "7.14e-04", "73.12%", "pruning 2 of 5"],
+        ["3.00", "21", "5.00e-04", "85.00%", "pruning 3 of 5"],
+        ["3.57", "25", "2.14e-04", "89.38%", "pruning 4 of 5"],
+        ["4.00", "28", "1.00e-03", "90.00%", "rewind, pruning 5 of 5"],
+        ["5.00", "35", "5.00e-04", "90.00%", ""],
+        ["6.00", "42", "0.00e+00", "90.00%", "end"],
+    ]
+    assert "7 steps per epoch, 42 steps; schedule.png" in out
+    assert sorted(path.name for path in workplace.iterdir()) == ["run.yaml", "schedule.png", "train.jsonl"]
+    picture = imread("schedule.png")
+    assert picture.shape[0] > 500
+    assert picture.std() > 0.05
+
+
+def test_schedule_takes_the_number_of_examples(workplace, capsys) -> None:
+    arguments = ["schedule", "run.yaml", "--examples", "4000", "--png", "a.png", "pruning.every=0.01 epochs"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "1000 steps per epoch, 6000 steps; a.png" in out
+    assert "pruning 201 of 201" in out
+    assert len([line for line in out.splitlines() if "│" in line]) <= 42  # thinned
+
+
+def test_schedule_of_a_dense_run_has_one_panel(workplace, capsys) -> None:
+    assert main(["schedule", "run.yaml", "--examples", "400", "pruning.sparsity=0"]) == 0
+    assert "pruning" not in capsys.readouterr().out
+    assert imread("schedule.png").shape[0] < 700
+
+
+def test_schedule_that_does_not_fit_the_data_is_refused(workplace, capsys) -> None:
+    assert main(["schedule", "run.yaml", "--examples", "400", "pruning.end=600 steps"]) == 2
+    assert "pruning.end is '600 steps', step 600 of 600" in capsys.readouterr().err
+    assert not Path("schedule.png").exists()

@@ -1,0 +1,111 @@
+from fractions import Fraction
+from math import floor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distprune.config import PruningConfig
+from distprune.errors import UserError
+from distprune.pruning.schedule import cubic, sparsity_ladder
+
+THIRTY = {"initial": 0.7, "start": "2 epochs", "end": "26 epochs", "every": "4 epochs"}
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "printed"),
+    [
+        (0.8, ["70", "74.2", "77.0", "78.8", "79.6", "79.95", "80"]),
+        (0.9, ["70", "78.4", "84.1", "87.5", "89.3", "89.9", "90"]),
+        (0.97, ["70", "81.4", "89.0", "93.6", "96.0", "96.9", "97"]),
+    ],
+)
+def test_obert_ladders_of_thirty_epochs(sparsity: float, printed: list[str]) -> None:
+    """As printed in the oBERT ladders."""
+    ladder = sparsity_ladder(PruningConfig(sparsity, **THIRTY), 1000, 30_000)
+    assert list(ladder) == [2000, 6000, 10_000, 14_000, 18_000, 22_000, 26_000]
+    for value, text in zip(ladder.values(), printed, strict=True):
+        digits = len(text.partition(".")[2])
+        assert f"{float(100 * value):.{digits}f}" == text
+
+
+def test_ten_epoch_recipe_prunes_twice_an_epoch_from_two_to_eight() -> None:
+    config = PruningConfig(0.9, 0.7, "2 epochs", "8 epochs", "0.5 epochs")
+    ladder = sparsity_ladder(config, 1000, 10_000)
+    assert list(ladder) == list(range(2000, 8001, 500))
+    assert ladder[5000] == Fraction("0.9") - Fraction("0.2") / 8
+
+
+def test_last_sparsity_is_the_decimal_as_written() -> None:
+    config = PruningConfig(0.29, 0.07, "0 steps", "3 steps", "1 steps")
+    ladder = sparsity_ladder(config, 10, 4)
+    assert ladder[0] == Fraction(7, 100)
+    assert floor(ladder[3] * 100) == 29  # floor(0.29 * 100) is 28
+
+
+def test_a_last_pruning_happens_at_the_end_where_every_does_not_divide() -> None:
+    ladder = sparsity_ladder(PruningConfig(0.8, 0.5, "0", "1 epochs", "0.4 epochs"), 10, 20)
+    assert list(ladder) == [0, 4, 8, 10]
+    assert ladder[8] == cubic(Fraction(4, 5), Fraction(1, 2), Fraction(4, 5))
+    assert ladder[10] == Fraction(4, 5)
+
+
+def test_of_prunings_on_one_step_the_last_counts() -> None:
+    ladder = sparsity_ladder(PruningConfig(0.8, 0.0, "0", "1 epochs", "0.1 epochs"), 2, 4)
+    assert list(ladder) == [0, 1, 2]
+    assert ladder[1] == cubic(Fraction(7, 10), Fraction(0), Fraction(4, 5))  # 0.3 to 0.7 round to step 1
+    assert ladder[2] == Fraction(4, 5)
+
+
+def test_start_equal_to_end_is_one_pruning() -> None:
+    assert sparsity_ladder(PruningConfig(0.8, 0.5, "1", "1", "1"), 10, 20) == {10: Fraction(4, 5)}
+
+
+def test_dense_runs_have_no_ladder_whatever_the_times() -> None:
+    assert sparsity_ladder(PruningConfig(0.0, start="99", end="1", every="nonsense"), 10, 20) == {}
+
+
+@given(
+    st.decimals("0.01", "0.99", places=2),
+    st.integers(0, 100),
+    st.integers(0, 60),
+    st.integers(0, 60),
+    st.decimals("0.05", "9", places=2),
+    st.integers(1, 30),
+)
+def test_ladder_rises_from_initial_to_exactly_the_target(sparsity, percent, start, length, every, steps_per_epoch):
+    initial = round(float(sparsity) * percent / 100, 4)
+    config = PruningConfig(float(sparsity), initial, f"{start} steps", f"{start + length} steps", f"{every} epochs")
+    ladder = sparsity_ladder(config, steps_per_epoch, start + length + 1)
+    values = list(ladder.values())
+    assert list(ladder) == sorted(ladder)
+    assert values == sorted(values)
+    assert list(ladder)[-1] == start + length
+    assert values[-1] == Fraction(str(sparsity))
+    if Fraction(every) * steps_per_epoch >= 1 and length > 0:
+        assert ladder[start] == Fraction(str(initial))
+
+
+@given(st.fractions(0, 1), st.fractions(0, 1), st.fractions(0, 1))
+def test_cubic_is_the_librarys_formula(x, initial, final) -> None:
+    assert cubic(x, initial, final) == initial + (final - initial) * (1 - (1 - x) ** 3)  # paper.md A4
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"start": "5"}, r"pruning\.start is '5'; allowed: up to pruning\.end, '4 epochs'"),
+        ({"end": "400 steps", "start": "4 epochs", "every": "0"}, r"pruning\.every is '0'"),
+        ({"end": "5 epochs"}, r"pruning\.end is '5 epochs', step 500 of 500"),
+        ({"start": "100 steps", "end": "0.5 epochs"}, r"pruning\.start is '100 steps'"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused(keys: dict[str, str], message: str) -> None:
+    times = {"start": "2", "end": "4 epochs", "every": "1"} | keys
+    with pytest.raises(UserError, match=message):
+        sparsity_ladder(PruningConfig(0.8, 0.5, **times), 100, 500)
+
+
+def test_the_step_before_the_last_may_still_prune() -> None:
+    ladder = sparsity_ladder(PruningConfig(0.8, 0.5, "2", "499 steps", "1"), 100, 500)
+    assert max(ladder) == 499
