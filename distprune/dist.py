@@ -18,6 +18,9 @@ from distprune.errors import UserError
 
 T = TypeVar("T")
 
+_LAUNCHER = "DISTPRUNE_LAUNCHER"
+"""What `init` found, for `detect` to find again: DeepSpeed wants every launcher's variables named as its own."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -41,7 +44,7 @@ def detect() -> World:
     """Read the launcher's environment: deepspeed or torchrun, srun, or none of them."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed"
+        launcher = env.get(_LAUNCHER, "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed")
         size = int(env["WORLD_SIZE"])
         local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))
         return World(launcher, int(env["RANK"]), size, int(env.get("LOCAL_RANK", 0)), local_size)
@@ -60,6 +63,7 @@ def init() -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ |= _rendezvous(world)
     os.environ |= {
+        _LAUNCHER: world.launcher,
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),
         "LOCAL_RANK": str(world.local_rank),

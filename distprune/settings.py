@@ -58,6 +58,17 @@ def load(path: str | None, overrides: list[str]) -> Config:
     return Config(**{section: schema(**values[section]) for section, schema in SECTIONS.items()})
 
 
+def load_valid(path: str | None, overrides: list[str]) -> Config:
+    """Return a configuration that a run can have: `load`, then `validate`.
+
+    Raises:
+        UserError: as they do.
+    """
+    config = load(path, overrides)
+    validate(config)
+    return config
+
+
 def validate(config: Config) -> None:
     """Refuse values and combinations that no run can have, as far as the data do not matter.
 

@@ -1,7 +1,6 @@
 """From a configuration to everything a run is made of, every mistake of the user's found before the first step."""
 
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from distprune import dist
 from distprune.batches import check_batch_size
 from distprune.config import Config
-from distprune.durations import parse
 from distprune.engine import build_frozen, build_student
 from distprune.errors import UserError
-from distprune.lr import LrSchedule, lr_schedule
+from distprune.plan import Plan, make_plan
 from distprune.pruning.pruner import Pruner
-from distprune.pruning.schedule import sparsity_ladder
 from distprune.pruning.targets import find_targets
 from distprune.shards import shards_of
 from distprune.tasks import build_task
@@ -33,50 +30,8 @@ class Setup:
     student: Any
     teacher: Any | None
     pruner: Pruner | None
-    plan: "Plan"
+    plan: Plan
     new_weights: list[str]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The run in optimizer steps."""
-
-    steps_per_epoch: int
-    total_steps: int
-    eval_every: int
-    ladder: dict[int, Fraction]
-    lr: LrSchedule
-
-    @property
-    def last_pruning(self) -> int:
-        """The step of the last pruning; -1 where there is none. States after it are at the target sparsity."""
-        return max(self.ladder, default=-1)
-
-
-def make_plan(config: Config, examples: int) -> Plan:
-    """Turn the configuration's times into steps.
-
-    Args:
-        config: the run's configuration.
-        examples: number of training examples.
-
-    Raises:
-        UserError: where there is no whole batch, or the schedule does not fit the run.
-    """
-    steps_per_epoch = examples // config.train.batch_size
-    if steps_per_epoch == 0:
-        raise UserError(
-            f"train.batch_size is {config.train.batch_size}, but there are only {examples} training examples; "
-            f"allowed: at most {examples}"
-        )
-    total = round(Fraction(str(config.train.epochs)) * steps_per_epoch)
-    return Plan(
-        steps_per_epoch,
-        total,
-        max(1, parse(config.train.eval_every, "train.eval_every").steps(steps_per_epoch)),
-        sparsity_ladder(config.pruning, steps_per_epoch, total),
-        lr_schedule(config.lr, steps_per_epoch, total),
-    )
 
 
 def prepare(config: Config) -> Setup:
@@ -138,7 +93,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        raise UserError(f"there is no tokenizer to be had in {path!r}: {error}".splitlines()[0]) from error
+        raise UserError(f"{path!r} holds no tokenizer; allowed: a directory or hub id with tokenizer files") from error
     return tokenizer
 
 

@@ -34,6 +34,8 @@ def resolve(path: str, revision: str | None) -> Path:
         UserError: where it is neither a directory nor a hub id that can be reached.
     """
     if Path(path).is_dir():
+        if not (Path(path) / "config.json").exists():
+            raise UserError(f"{path} holds no config.json; allowed: a Hugging Face model directory or hub id")
         return Path(path)
     if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id")
@@ -54,18 +56,10 @@ class Checkpoint:
     _open: tuple[Path, Any] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
-        if index.exists():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            self.file_of = {name: self.directory / file for name, file in weight_map.items()}
-        elif single.exists():
-            with self._opening(single) as reader:
-                self.file_of = dict.fromkeys(reader.keys(), single)
-        else:
-            raise UserError(
-                f"{self.directory} holds no model.safetensors (nor its index); save the model with "
-                "transformers' save_pretrained, which writes that format"
-            )
+        self.file_of = {}
+        for file in self._files():
+            with self._opening(file) as reader:
+                self.file_of |= dict.fromkeys(reader.keys(), file)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, on the CPU."""
@@ -74,6 +68,21 @@ class Checkpoint:
             self._open = (file, self._opening(file))
         tensor: Tensor = self._open[1].get_tensor(name)
         return tensor
+
+    def _files(self) -> list[Path]:
+        """Return the files that there must be: those of the index, or the only one."""
+        single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
+        if not index.exists() and not single.exists():
+            raise UserError(
+                f"{self.directory} holds no model.safetensors (nor its index); save the model with "
+                "transformers' save_pretrained, which writes that format"
+            )
+        if not index.exists():
+            return [single]
+        try:
+            return sorted({self.directory / file for file in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{index} is not an index of safetensors files: {error!r}") from error
 
     @staticmethod
     def _opening(file: Path) -> Any:
@@ -168,14 +177,13 @@ def load_model(
 
 def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, Checkpoint]:
     """Build the model with parameters on the meta device, and open its checkpoint."""
-    if not (directory / "config.json").exists():
-        raise UserError(f"{directory} holds no config.json; allowed: a Hugging Face model directory")
     try:
         config = AutoConfig.from_pretrained(directory, **options)
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = auto_class.from_config(config)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory} does not describe a model for {auto_class.__name__}: {error}") from error
+    except Exception as error:  # transformers raises many kinds, some over several lines
+        reason = " ".join(str(error).split())
+        raise UserError(f"{directory} does not describe a model for {auto_class.__name__}: {reason}") from error
     return model, Checkpoint(directory)
 
 
@@ -259,5 +267,5 @@ def set_dropout(options: dict[str, Any], directory: Path, dropout: float | None)
     if dropout is None:
         return options
     known = AutoConfig.from_pretrained(directory).to_dict()
-    names = [name for name in known if "dropout" in name and isinstance(known[name], int | float)]
+    names = [name for name in known if "dropout" in name and type(known[name]) in (int, float)]
     return options | dict.fromkeys(names, dropout)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel
 
 from distprune.errors import UserError
-from distprune.pruning.select import CHUNK, Cut, key_magnitude, magnitude_keys, select_smallest
+from distprune.pruning.select import CHUNK, Cut, magnitude_keys, select_smallest
 from distprune.pruning.targets import find_targets
 from distprune.weights import Checkpoint, match_names, resolve, skeleton
 
@@ -29,6 +29,7 @@ def run(model_dir: str, out: str, sparsity: float, include: list[str], exclude: 
     model, checkpoint = skeleton(source, AutoModel, {})
     names = find_targets(model, include, exclude)
     stored = match_names(names, list(checkpoint.file_of), model.base_model_prefix)
+    _refuse_unusable(model, checkpoint, names, stored)
     sizes = {stored[name]: model.get_parameter(name).numel() for name in names}
     first = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
 
@@ -48,8 +49,22 @@ def run(model_dir: str, out: str, sparsity: float, include: list[str], exclude: 
         "masked": wanted,
         "prunable": total,
     }
-    (target / "pruning.json").write_text(json.dumps(record | {"threshold": key_magnitude(cut.key)}, indent=2))
+    (target / "pruning.json").write_text(json.dumps(record | {"threshold": cut.threshold}, indent=2))
     print(f"masked {wanted} of {total} weights -> {target}")
+
+
+def _refuse_unusable(model: nn.Module, checkpoint: Checkpoint, names: list[str], stored: dict[str, str]) -> None:
+    """Refuse a checkpoint whose weights to prune are missing, of another shape than the model's, or NaN."""
+    for name in names:
+        if name not in stored:
+            raise UserError(f"{checkpoint.directory} lacks {name}, which is to be pruned")
+        tensor, shape = checkpoint.read(stored[name]), model.get_parameter(name).shape
+        if tensor.shape != shape:
+            raise UserError(
+                f"{name} has shape {list(tensor.shape)} in {checkpoint.directory}, and {list(shape)} in the model"
+            )
+        if tensor.isnan().any():
+            raise UserError(f"{name} in {checkpoint.directory} holds NaN, which has no magnitude to prune by")
 
 
 def _write(checkpoint: Checkpoint, target: Path, first: dict[str, int], cut: Cut) -> None:

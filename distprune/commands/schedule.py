@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune import settings
-from distprune.setup import Plan, make_plan
+from distprune.plan import Plan, make_plan
 from distprune.tasks.data import count_train
 
 ROWS = 40
@@ -28,8 +28,7 @@ def run(config_path: str, overrides: list[str], examples: int | None, png: str) 
         examples: number of training examples; None: counted in the data.
         png: path of the picture.
     """
-    config = settings.load(config_path, overrides)
-    settings.validate(config)
+    config = settings.load_valid(config_path, overrides)
     if examples is None:
         examples = count_train(config.task, config.train.seed)
     plan = make_plan(config, examples)

@@ -18,10 +18,8 @@ from distprune.train import Trainer
 
 def run(config_path: str, overrides: list[str]) -> None:
     """Train as configured, and write the run directory. Collective: every rank calls it."""
-    config = settings.load(config_path, overrides)
-    settings.validate(config)
     dist.init()
-    train(config)
+    train(dist.agree(lambda: settings.load_valid(config_path, overrides)))
     dist.shutdown()
 
 

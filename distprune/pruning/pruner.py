@@ -18,13 +18,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from distprune.errors import UserError
-from distprune.pruning.select import (
-    CHUNK,
-    Cut,
-    key_magnitude,
-    magnitude_keys,
-    select_smallest,
-)
+from distprune.pruning.select import CHUNK, Cut, magnitude_keys, select_smallest
 from distprune.shards import Shard, ShardedParameters
 
 
@@ -70,7 +64,7 @@ class Pruner:
             self._extend(mask, shard, cut)
             shard.master.masked_fill_(mask, 0.0)
         self.masked = wanted
-        self.threshold = key_magnitude(cut.key if cut.index else cut.key - 1)
+        self.threshold = cut.threshold
         assert sum(self.count().values()) == wanted, "the mask's count is not the exact one"
 
     @torch.no_grad()

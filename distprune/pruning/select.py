@@ -1,10 +1,10 @@
 """The exact k-th smallest score over all ranks, and the exact cut among its ties, from small histograms.
 
 A score is first turned into an integer key of the same order. Radix refinement then finds the k-th smallest key 11 or
-10 bits at a time: every rank counts its keys by their next bits, the counts are summed over the ranks (at most 16 KiB
-a round), and the bin that holds the k-th key is refined. Equal keys are ordered by their global index (parameter
-order, then flat offset), which is refined in the same way only where the cut falls among ties. No score leaves its
-rank, and no float is ever added, so the result does not depend on how the weights were cut up.
+10 bits at a time: every rank counts its keys by their next bits, the counts are summed over the ranks (3 rounds of at
+most 16 KiB), and the bin that holds the k-th key is refined. Equal keys are ordered by their global index (parameter
+order, then flat offset), which is refined in the same way (3 rounds of 128 KiB) only where the cut falls among ties. No
+score leaves its rank, and no float is ever added, so the result does not depend on how the weights were cut up.
 
 Chunks of 64 Ki keys stay in cache: on one thread a pass over 85 M weights then costs a fifth of the unchunked one.
 """
@@ -20,7 +20,7 @@ _KEY_BITS = (11, 10, 10)
 _INDEX_BITS = (14, 14, 14)
 
 Chunks = Callable[[], Iterable[tuple[Tensor, int]]]
-"""Yields this rank's keys: int32 of shape [n], 0 <= key < 2**31, and the global index of the first of them."""
+"""Yields this rank's keys: int32 of shape [n], 0 <= key < 2**31 - 1, and the global index of the first of them."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Cut:
 
     key: int
     index: int
+
+    @property
+    def threshold(self) -> float:
+        """The largest magnitude that is selected, of keys that `magnitude_keys` gave; 0.0 where none is."""
+        return key_magnitude(self.key if self.index else self.key - 1)
 
     def selects(self, keys: Tensor, first_index: int) -> Tensor:
         """Return which of consecutive elements are selected, bool of shape [n].
@@ -50,15 +55,12 @@ def magnitude_keys(weights: Tensor) -> Tensor:
     that were pruned before, so that they go first.
 
     Args:
-        weights: fp32, shape [n].
+        weights: fp32, shape [n], without NaN.
 
     Returns:
-        int32, shape [n]; a NaN's key is above infinity's.
+        int32, shape [n].
     """
     return (weights.contiguous().view(torch.int32) & 0x7FFFFFFF) + 1
-
-
-INFINITE_KEY = 0x7F800000 + 1
 
 
 def key_magnitude(key: int) -> float:

@@ -69,10 +69,8 @@ def load_splits(task: TaskConfig, columns: Sequence[str], cache_dir: Path | None
             f"task.train and task.validation are both {task.train!r}; set task.holdout to measure on other examples"
         )
     names = [task.train] if task.holdout else [task.train, task.validation]
-    if task.hub:
-        splits = _read_hub(task, names, cache_dir)
-    else:
-        splits = [_read_file(task, name, cache_dir) for name in names]
+    local = [] if task.hub else [_read_file(task, name, cache_dir) for name in names]
+    splits = local or _read_hub(task, names, cache_dir)
     for split in splits:
         _check(split, columns)
     return splits[0], splits[-1]

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from threading import Barrier
 from typing import NamedTuple
@@ -101,15 +102,14 @@ class Problem(NamedTuple):
         """Return the weights cut up at places, and wherever the global index jumps."""
         jumps = [i for i in range(1, len(self.indices)) if self.indices[i] != self.indices[i - 1] + 1]
         bounds = sorted({0, len(self.weights), *cuts, *jumps})
-        return [Piece(self.keys[a:b], self.indices[a]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [Piece(self.keys[a:b], self.indices[a]) for a, b in pairwise(bounds)]
 
     def expected(self) -> list[bool]:
-        """Return the selection by a plain sort: pruned before, magnitude, global index."""
-        order = sorted(
-            range(len(self.weights)), key=lambda i: (not self.pruned[i], abs(self.weights[i]), self.indices[i])
-        )
+        """Return the selection by a plain sort: magnitude, below all of them where pruned before; global index."""
+        scores = [-1.0 if pruned else abs(weight) for weight, pruned in zip(self.weights, self.pruned, strict=True)]
+        order = sorted(range(len(scores)), key=lambda i: (scores[i], self.indices[i]))
         chosen = set(order[: self.k])
-        return [i in chosen for i in range(len(self.weights))]
+        return [i in chosen for i in range(len(scores))]
 
 
 def expected_on(problem: Problem, pieces: list[Piece]) -> list[bool]:
@@ -253,7 +253,7 @@ def test_more_than_a_chunk(count: int, whole: bool) -> None:
 def test_many_ranks_cut_large_parameters_unevenly() -> None:
     keys = magnitude_keys(levels(2 * CHUNK + 3, 20, seed=5))
     bounds = [0, 1, CHUNK - 1, CHUNK - 1, CHUNK + 17, len(keys)]
-    dealt = [[Piece(keys[a:b], a)] for a, b in zip(bounds, bounds[1:], strict=False)]
+    dealt = [[Piece(keys[a:b], a)] for a, b in pairwise(bounds)]
     for k in (1, 4321, CHUNK, len(keys)):
         cut = Ranks(5).select(dealt, k)
         assert cut == alone([Piece(keys, 0)], k)
@@ -288,7 +288,7 @@ def test_a_cut_selects_the_same_in_pieces_as_in_one(problem: Problem, offset: in
     by_hand = [k < cut.key or (k == cut.key and first + i < cut.index) for i, k in enumerate(keys.tolist())]
     assert whole.tolist() == by_hand
     bounds = sorted({0, len(keys), *data.draw(st.lists(st.integers(0, len(keys)), max_size=5))})
-    parts = [cut.selects(keys[a:b], first + a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [cut.selects(keys[a:b], first + a) for a, b in pairwise(bounds)]
     assert torch.equal(torch.cat(parts), whole)
 
 

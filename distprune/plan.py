@@ -1,0 +1,54 @@
+"""A run in optimizer steps, from its configuration and the number of examples."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from distprune.config import Config
+from distprune.durations import parse, whole
+from distprune.errors import UserError
+from distprune.lr import LrSchedule, lr_schedule
+from distprune.pruning.schedule import sparsity_ladder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The run in optimizer steps."""
+
+    steps_per_epoch: int
+    total_steps: int
+    eval_every: int
+    ladder: dict[int, Fraction]
+    lr: LrSchedule
+
+    @property
+    def last_pruning(self) -> int:
+        """The step of the last pruning; -1 where there is none. States after it are at the target sparsity."""
+        return max(self.ladder, default=-1)
+
+
+def make_plan(config: Config, examples: int) -> Plan:
+    """Turn the configuration's times into steps.
+
+    Args:
+        config: the run's configuration.
+        examples: number of training examples.
+
+    Raises:
+        UserError: where there is no whole batch, or the schedule does not fit the run.
+    """
+    steps_per_epoch = examples // config.train.batch_size
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"train.batch_size is {config.train.batch_size}, but there are only {examples} training examples; "
+            f"allowed: at most {examples}"
+        )
+    total = whole(Fraction(str(config.train.epochs)) * steps_per_epoch)
+    if total == 0:
+        raise UserError(f"train.epochs is {config.train.epochs}, less than one optimizer step; allowed: more")
+    return Plan(
+        steps_per_epoch,
+        total,
+        max(1, parse(config.train.eval_every, "train.eval_every").steps(steps_per_epoch)),
+        sparsity_ladder(config.pruning, steps_per_epoch, total),
+        lr_schedule(config.lr, steps_per_epoch, total),
+    )

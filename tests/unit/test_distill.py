@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from distprune.distill import distillation_loss, mix
+
+logits = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=3, max_size=3), min_size=2, max_size=2).map(
+    torch.tensor
+)
+temperatures = st.floats(0.5, 50)
+
+
+def by_hand(student: Tensor, teacher: Tensor, temperature: float) -> float:
+    """T^2 * KL(teacher || student), the mean over examples, in float64."""
+    total = 0.0
+    for s, t in zip(student.double() / temperature, teacher.double() / temperature, strict=True):
+        p, q = (values.exp() / values.exp().sum() for values in (t, s))
+        total += sum(float(a * math.log(a / b)) for a, b in zip(p, q, strict=True) if a > 0)
+    return temperature**2 * total / len(student)
+
+
+@given(logits, logits, temperatures)
+def test_is_the_formula(student: Tensor, teacher: Tensor, temperature: float) -> None:
+    loss = distillation_loss(student, teacher, temperature)
+    assert loss.shape == ()
+    assert float(loss) == pytest.approx(by_hand(student, teacher, temperature), rel=1e-3, abs=2e-6 * temperature**2)
+
+
+@given(logits, temperatures, st.floats(-5, 5, width=32))
+def test_is_zero_for_the_teachers_own_distribution(teacher: Tensor, temperature: float, shift: float) -> None:
+    loss = distillation_loss(teacher + shift, teacher, temperature)
+    assert float(loss) == pytest.approx(0.0, abs=2e-6 * temperature**2)
+
+
+def test_the_teacher_is_the_reference() -> None:
+    """KL is not symmetric: a student that misses a class of the teacher's pays, one that adds a class pays less."""
+    sharp, even = torch.tensor([[10.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    assert distillation_loss(sharp, even, 1.0) > 5 * distillation_loss(even, sharp, 1.0)
+
+
+def test_temperature_squared_keeps_the_gradients_size() -> None:
+    """For high T the gradient tends to (student - teacher) / C, whatever T is (Hinton et al., 2015)."""
+    teacher = torch.tensor([[1.0, -1.0, 0.0]])
+    for temperature in (100.0, 1000.0):
+        student = torch.zeros(1, 3, requires_grad=True)
+        distillation_loss(student, teacher, temperature).backward()
+        assert torch.allclose(student.grad, -teacher / 3, atol=0.01)
+
+
+def test_batches_are_averaged_over_examples() -> None:
+    student, teacher = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    single = [distillation_loss(student[i : i + 1], teacher[i : i + 1], 2.0) for i in (0, 1)]
+    assert torch.allclose(distillation_loss(student, teacher, 2.0), torch.stack(single).mean())
+
+
+def test_low_precision_logits_are_compared_in_fp32() -> None:
+    student, teacher = torch.tensor([[3.0, -2.0]]), torch.tensor([[1.0, 0.5]])
+    loss = distillation_loss(student.bfloat16(), teacher.bfloat16(), 5.5)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, distillation_loss(student, teacher, 5.5))
+
+
+def test_sharp_teachers_stay_finite() -> None:
+    student = torch.tensor([[-1e4, 1e4]], requires_grad=True)
+    loss = distillation_loss(student, torch.tensor([[1e4, -1e4]]), 1.0)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(2e4)
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.5])
+def test_regression_is_the_squared_error_at_any_temperature(temperature: float) -> None:
+    student, teacher = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [2.5]])
+    assert float(distillation_loss(student, teacher, temperature)) == pytest.approx((4 + 0.25) / 2)
+
+
+@given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 1))
+def test_hardness_weighs_the_two_losses(task: float, distillation: float, hardness: float) -> None:
+    mixed = mix(torch.tensor(task), torch.tensor(distillation), hardness)
+    assert float(mixed) == pytest.approx((1 - hardness) * task + hardness * distillation, rel=1e-5, abs=1e-5)
+
+
+def test_the_ends_of_hardness_are_one_loss_and_its_gradient() -> None:
+    for hardness, wanted in ((0.0, [1.0, 0.0]), (1.0, [0.0, 1.0]), (0.25, [0.75, 0.25])):
+        losses = torch.tensor([0.3, 0.7], requires_grad=True)
+        mix(losses[0], losses[1], hardness).backward()
+        assert losses.grad.tolist() == wanted
+
+
+def test_without_a_teacher_the_task_loss_is_left() -> None:
+    loss = torch.tensor(0.3)
+    assert mix(loss, None, 1.0) is loss

@@ -1,0 +1,106 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from distprune.errors import UserError
+from distprune.pruning.targets import find_targets, freeze, layer_matrices
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
+BERT_MATRICES = [
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+]
+BERT_ENCODER = [f"bert.encoder.layer.{layer}.{name}.weight" for layer in (0, 1) for name in BERT_MATRICES]
+
+
+@pytest.fixture
+def bert() -> nn.Module:
+    with torch.device("meta"):
+        return BertForSequenceClassification(BertConfig(**SIZES))
+
+
+def test_default_is_every_matrix_of_the_encoder_in_model_order(bert: nn.Module) -> None:
+    assert find_targets(bert, [], []) == BERT_ENCODER
+
+
+def test_default_leaves_embeddings_head_norms_and_biases_of_a_decoder() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
+    names = find_targets(model, [], [])
+    modules = {type(model.get_submodule(name.removesuffix(".weight"))) for name in names}
+    assert modules == {nn.Linear}
+    assert len(names) == 2 * 7
+    assert all(name.startswith("model.layers.") for name in names)
+    assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(names)
+
+
+def test_include_replaces_the_default_and_keeps_the_models_order(bert: nn.Module) -> None:
+    names = find_targets(bert, [r"pooler\.dense\.weight$", r"layer\.0\..*query\.weight$"], [])
+    assert names == ["bert.encoder.layer.0.attention.self.query.weight", "bert.pooler.dense.weight"]
+
+
+def test_exclude_takes_away_from_either(bert: nn.Module) -> None:
+    assert find_targets(bert, [], [r"layer\.1\."]) == BERT_ENCODER[:6]
+    assert find_targets(bert, [r"query"], [r"bias", r"layer\.0"]) == [BERT_ENCODER[6]]
+
+
+def test_a_tied_weight_is_pruned_once() -> None:
+    with torch.device("meta"):
+        model = BertForMaskedLM(BertConfig(**SIZES))
+    model.cls.predictions.decoder.weight = model.bert.embeddings.word_embeddings.weight
+    assert find_targets(model, [r"word_embeddings|decoder\.weight$"], []) == ["bert.embeddings.word_embeddings.weight"]
+    layers = model.bert.encoder.layer
+    layers[1].output.dense.weight = layers[0].output.dense.weight
+    assert find_targets(model, [], []) == BERT_ENCODER[:-1]
+
+
+def test_a_linear_outside_of_a_numbered_stack_is_no_layer() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)]), "layers_head": nn.Linear(2, 2)})
+    assert layer_matrices(model) == {"layers.0.weight"}
+
+
+@pytest.mark.parametrize("key", ["include", "exclude"])
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("(", "is not a regular expression"), ("qery", "matches no parameter")]
+)
+def test_a_regex_that_cannot_be_meant_is_refused(bert: nn.Module, key: str, pattern: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        find_targets(bert, **{"include": [], "exclude": [], key: [pattern]})
+    assert f"pruning.{key}: {pattern!r}" in str(caught.value)
+
+
+def test_nothing_left_is_refused(bert: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"no weight is left to prune with pruning.include=\['query'\]"):
+        find_targets(bert, ["query"], ["bert"])
+    with pytest.raises(UserError, match="no weight is left"):
+        find_targets(nn.Linear(2, 2), [], [])
+
+
+def test_frozen_parameters_are_fixed_and_cannot_be_pruned(bert: nn.Module) -> None:
+    freeze(bert, [r"embeddings", r"layer\.0\."])
+    fixed = {name for name, parameter in bert.named_parameters() if not parameter.requires_grad}
+    assert fixed == {name for name, _ in bert.named_parameters() if "embeddings" in name or "layer.0." in name}
+    with pytest.raises(UserError, match=r"layer\.0\..*query\.weight is to be pruned, but model\.freeze"):
+        find_targets(bert, [], [])
+    assert find_targets(bert, [], [r"layer\.0\."]) == BERT_ENCODER[6:]
+
+
+def test_freeze_refuses_what_matches_nothing(bert: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"model\.freeze: 'embedings' matches no parameter; there are e\.g\. bert"):
+        freeze(bert, ["embedings"])
+
+
+@given(st.sets(st.sampled_from(BERT_MATRICES), min_size=1), st.permutations(BERT_MATRICES))
+def test_the_order_of_regexes_does_not_matter(chosen: set[str], order: list[str]) -> None:
+    with torch.device("meta"):
+        model = BertForSequenceClassification(BertConfig(**SIZES))
+    include = [rf"layer\.\d\.{name}\.weight" for name in order if name in chosen]
+    wanted = [name for name in BERT_ENCODER if name.split(".", 4)[4].removesuffix(".weight") in chosen]
+    assert find_targets(model, include, []) == wanted

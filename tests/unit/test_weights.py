@@ -1,0 +1,239 @@
+"""Names, files and refusals; loading itself needs ranks and is tested in tests/dist."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    EsmConfig,
+)
+
+from distprune import weights
+from distprune.errors import UserError
+from distprune.weights import Checkpoint, match_names, resolve, set_dropout, skeleton
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(**SIZES)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def shard(directory: Path) -> dict[str, torch.Tensor]:
+    """Split the weights over two files with an index; return them."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    weight_map = {name: f"part-{n % 2}.safetensors" for n, name in enumerate(sorted(tensors))}
+    for file in sorted(set(weight_map.values())):
+        save_file({name: tensors[name] for name, place in weight_map.items() if place == file}, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return tensors
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------ match_names
+
+BASE = ["embeddings.weight", "encoder.layer.0.weight", "norm.bias"]
+HEADED = [f"bert.{name}" for name in BASE] + ["classifier.weight"]
+
+
+def test_names_are_paired_with_and_without_the_base_models_prefix() -> None:
+    same = {name: name for name in HEADED}
+    assert match_names(HEADED, HEADED, "bert") == same
+    assert match_names(HEADED, BASE, "bert") == {f"bert.{name}": name for name in BASE}
+    assert match_names(BASE, HEADED, "bert") == {name: f"bert.{name}" for name in BASE}
+    assert match_names(BASE, BASE, "bert") == {name: name for name in BASE}
+
+
+def test_old_names_of_norms_are_understood() -> None:
+    wanted = ["bert.LayerNorm.weight", "bert.LayerNorm.bias", "bert.gamma_net.weight"]
+    stored = ["bert.LayerNorm.gamma", "bert.LayerNorm.beta", "bert.gamma_net.weight"]
+    assert match_names(wanted, stored, "bert") == dict(zip(wanted, stored, strict=True))
+
+
+def test_only_a_whole_leading_prefix_is_dropped() -> None:
+    assert match_names(["bert.x"], ["bertha.x", "a.bert.x"], "bert") == {}
+    assert match_names(["x", "y"], ["y", "z"], "bert") == {"y": "y"}
+
+
+@given(st.lists(st.sampled_from(BASE + HEADED), unique=True), st.lists(st.sampled_from(BASE), unique=True))
+def test_pairs_are_of_what_is_wanted_and_there(wanted: list[str], available: list[str]) -> None:
+    pairs = match_names(wanted, available, "bert")
+    assert set(pairs) == {name for name in wanted if name.removeprefix("bert.") in available}
+    assert all(stored == name.removeprefix("bert.") for name, stored in pairs.items())
+
+
+# ------------------------------------------------------------------------------------------------- Checkpoint
+
+
+def test_a_checkpoint_of_one_file_gives_its_tensors(model_dir: Path) -> None:
+    tensors = load_file(model_dir / "model.safetensors")
+    checkpoint = Checkpoint(model_dir)
+    assert set(checkpoint.file_of) == set(tensors)
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_checkpoint_of_many_files_gives_its_tensors_in_any_order(model_dir: Path) -> None:
+    tensors = shard(model_dir)
+    checkpoint = Checkpoint(model_dir)
+    assert {file.name for file in checkpoint.file_of.values()} == {"part-0.safetensors", "part-1.safetensors"}
+    assert checkpoint.file_of.keys() == tensors.keys()
+    for name in [*sorted(tensors), *sorted(tensors, reverse=True)]:
+        assert torch.equal(checkpoint.read(name), tensors[name])
+
+
+def test_files_that_no_index_names_are_left_alone(model_dir: Path) -> None:
+    tensors = shard(model_dir)
+    save_file({"stray": torch.zeros(1)}, model_dir / "adapter.safetensors")
+    assert Checkpoint(model_dir).file_of.keys() == tensors.keys()
+
+
+def test_broken_files_are_refused_before_any_is_read(model_dir: Path) -> None:
+    shard(model_dir)
+    part = model_dir / "part-1.safetensors"
+    part.write_bytes(part.read_bytes()[:-4])
+    assert "part-1.safetensors cannot be read as safetensors" in refusal(Checkpoint, model_dir)
+    part.unlink()
+    assert "part-1.safetensors cannot be read as safetensors" in refusal(Checkpoint, model_dir)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", ""])
+def test_a_broken_index_is_refused(model_dir: Path, text: str) -> None:
+    (model_dir / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json is not an index" in refusal(Checkpoint, model_dir)
+
+
+def test_a_directory_without_safetensors_is_refused(model_dir: Path) -> None:
+    (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
+    message = refusal(Checkpoint, model_dir)
+    assert str(model_dir) in message
+    assert "save_pretrained" in message
+
+
+# ---------------------------------------------------------------------------------------------------- resolve
+
+
+def test_a_directory_is_itself(model_dir: Path) -> None:
+    assert resolve(str(model_dir), None) == model_dir
+
+
+def test_a_hub_id_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def snapshot(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.update(repo=repo, revision=revision, allow_patterns=allow_patterns)
+        return "snapshot"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, "snapshot_download", snapshot)
+    assert resolve("google-bert/bert-base-uncased", "v2") == Path("snapshot")
+    assert (asked["repo"], asked["revision"]) == ("google-bert/bert-base-uncased", "v2")
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert "*.bin" not in asked["allow_patterns"]
+
+
+@pytest.mark.parametrize("path", ["./model", "/no/such", "~/model", "runs/dense/final", "file.txt"])
+def test_what_is_neither_directory_nor_hub_id_is_refused_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    (tmp_path / "file.txt").touch()
+    assert f"model path {path!r} is not a directory" in refusal(resolve, path, None)
+
+
+def test_a_hub_that_does_not_answer_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(*_: object, **__: object) -> str:
+        raise OSError("no connection\nTraceback ...")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, "snapshot_download", snapshot)
+    message = refusal(resolve, "some/model", None)
+    assert "'some/model' is not a local directory" in message
+    assert message.endswith("no connection")
+
+
+def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    assert "holds no config.json" in refusal(resolve, str(tmp_path), None)
+
+
+# --------------------------------------------------------------------------------------------------- skeleton
+
+
+def test_a_skeleton_holds_no_weights_but_knows_the_files(model_dir: Path) -> None:
+    model, checkpoint = skeleton(model_dir, AutoModelForSequenceClassification, {"num_labels": 3})
+    assert type(model) is BertForSequenceClassification
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
+    assert model.classifier.out_features == 3
+    assert set(checkpoint.file_of) == set(load_file(model_dir / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ("{", "valid JSON"),
+        ("{}", "model_type"),
+        ('{"model_type": "nope"}', "nope"),
+        ('{"model_type": "bert", "hidden_size": 13}', "hidden size"),
+        ('{"model_type": "bert", "hidden_size": "x"}', "hidden_size"),
+        ('{"model_type": "bert", "hidden_size": -12}', "negative dimension"),
+        ('{"model_type": "vit"}', "AutoModelForSequenceClassification"),
+    ],
+)
+def test_a_configuration_that_describes_no_such_model_is_refused(model_dir: Path, config: str, part: str) -> None:
+    (model_dir / "config.json").write_text(config)
+    message = refusal(skeleton, model_dir, AutoModelForSequenceClassification, {})
+    assert message.startswith(f"{model_dir} does not describe a model for AutoModelForSequenceClassification: ")
+    assert part in message
+
+
+def test_a_skeleton_without_files_is_refused(model_dir: Path) -> None:
+    (model_dir / "model.safetensors").unlink()
+    assert "holds no model.safetensors" in refusal(skeleton, model_dir, AutoModel, {})
+
+
+# ------------------------------------------------------------------------------------------------ set_dropout
+
+
+def test_dropout_sets_every_rate_of_the_model_and_nothing_else(tmp_path: Path) -> None:
+    options = {"num_labels": 3}
+    DistilBertConfig().save_pretrained(tmp_path)
+    rates = ("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout")
+    assert set_dropout(options, tmp_path, 0.25) == options | dict.fromkeys(rates, 0.25)
+    assert options == {"num_labels": 3}, "the caller's options are not changed"
+
+
+def test_dropout_null_is_the_models_own(tmp_path: Path) -> None:
+    assert set_dropout({"num_labels": 3}, tmp_path, None) == {"num_labels": 3}
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_dropout_leaves_switches_and_unset_rates_alone(tmp_path: Path, switch: bool) -> None:
+    """ESM's token_dropout is a switch that rescales embeddings; BERT's classifier_dropout falls back on another."""
+    EsmConfig(token_dropout=switch).save_pretrained(tmp_path)
+    options = set_dropout({}, tmp_path, 0.0)
+    assert options == {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    BertConfig().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, **set_dropout({}, tmp_path, 0.0))
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout) == (0, 0, None)
