@@ -6,6 +6,7 @@ One code path serves 1..N ranks: a process started by no launcher becomes a grou
 import os
 import socket
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def init() -> World:
         "LOCAL_RANK": str(world.local_rank),
         "LOCAL_SIZE": str(world.local_size),
     }
+    # DeepSpeed calls torch by names that torch means to retire; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     if torch.cuda.is_available():
