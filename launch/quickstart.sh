@@ -10,7 +10,7 @@ run=runs/quickstart
 rm -rf "$run"
 gpus=$(count_gpus)
 ranks=$((gpus == 1 ? 1 : 2))
-sparsity=0.9
+sparsity=0.95
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -23,7 +23,8 @@ say "2/5 train the dense model on $ranks ranks, ZeRO-2"
 launch/local.sh -n "$ranks" configs/quickstart_dense.yaml
 say "3/5 prune it once to $sparsity, without training"
 distprune oneshot "$run/dense/final" "$run/oneshot" --sparsity "$sparsity"
-distprune eval "$run/oneshot" configs/quickstart_gradual.yaml >"$run/oneshot.json"
+# The result is the last line: DeepSpeed may print before it.
+distprune eval "$run/oneshot" configs/quickstart_gradual.yaml | tail -n 1 >"$run/oneshot.json"
 say "4/5 prune it gradually to $sparsity with distillation: student ZeRO-2, teacher sharded at ZeRO-3"
 launch/local.sh -n "$ranks" configs/quickstart_gradual.yaml pruning.sparsity="$sparsity"
 say "5/5 compare"
