@@ -81,6 +81,7 @@ def build_student(
         lr=config.lr.peak,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         eps=config.optimizer.eps,
+        fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
     return engine, fresh

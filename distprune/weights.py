@@ -37,7 +37,7 @@ def resolve(path: str, revision: str | None) -> Path:
         if not (Path(path) / "config.json").exists():
             raise UserError(f"{path} holds no config.json; allowed: a Hugging Face model directory or hub id")
         return Path(path)
-    if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if Path(path).exists() or path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") != 1:
         raise UserError(f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id")
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))

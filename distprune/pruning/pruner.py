@@ -34,6 +34,7 @@ class Pruner:
         self.total = ends[-1]
         self.masked = 0
         self.threshold = 0.0
+        self._moments_to_zero: set[int] = set()
         optimizer.register_step_post_hook(self._after_optimizer_step)
 
     @property
@@ -63,6 +64,7 @@ class Pruner:
         for shard, mask in zip(self.shards, self.masks, strict=True):
             self._extend(mask, shard, cut)
             shard.master.masked_fill_(mask, 0.0)
+        self._moments_to_zero = set(range(len(self.shards)))
         self.masked = wanted
         self.threshold = cut.threshold
         assert sum(self.count().values()) == wanted, "the mask's count is not the exact one"
@@ -103,14 +105,21 @@ class Pruner:
 
     @torch.no_grad()
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Zero masked weights and moments of the tensors just stepped (DeepSpeed steps them group by group)."""
+        """Zero masked weights and moments of the tensors just stepped (DeepSpeed steps them group by group).
+
+        Masked gradients are zero, so moments that were zeroed once after a pruning stay so.
+        """
         if self.masked == 0:
             return
         stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-        for shard, mask in zip(self.shards, self.masks, strict=True):
-            if id(shard.base) in stepped:
-                for held in (shard.master, *shard.moments(optimizer)):
-                    held.masked_fill_(mask, 0.0)
+        for index, (shard, mask) in enumerate(zip(self.shards, self.masks, strict=True)):
+            if id(shard.base) not in stepped:
+                continue
+            shard.master.masked_fill_(mask, 0.0)
+            if index in self._moments_to_zero:
+                for moment in shard.moments(optimizer):
+                    moment.masked_fill_(mask, 0.0)
+                self._moments_to_zero.remove(index)
 
     def _sum(self, counts: Tensor) -> Tensor:
         """Collective: every rank calls it."""

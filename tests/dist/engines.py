@@ -1,0 +1,213 @@
+"""Small students under any layout, and the plain single-process references that they are held against."""
+
+from collections.abc import Iterable
+from fractions import Fraction
+from itertools import accumulate, product
+from math import floor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+from distprune.config import Config
+from distprune.engine import build_student
+from distprune.evaluate import forward
+from distprune.pruning.pruner import Pruner
+from distprune.pruning.targets import find_targets
+from distprune.shards import Shard, shards_of
+from distprune.synthetic import tokenizer
+
+GLOBAL_BATCH = 12  # divides by every world size up to 4, and by two accumulation steps of each
+
+
+class Layout(NamedTuple):
+    """How DeepSpeed holds a student."""
+
+    stage: int
+    dtype: str = "fp32"
+    offload: bool = False
+
+    def __str__(self) -> str:
+        return f"zero{self.stage}-{self.dtype}{'-offload' if self.offload else ''}"
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """DeepSpeed's options."""
+        # Every parameter is cut up, however small: with its defaults ZeRO-3 would keep all of these whole.
+        zero: dict[str, Any] = {"stage": self.stage, "stage3_param_persistence_threshold": 0}
+        if self.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        return {"zero_optimization": zero} | ({} if self.dtype == "fp32" else {self.dtype: {"enabled": True}})
+
+
+ALL_LAYOUTS = [Layout(*each) for each in product((0, 1, 2, 3), ("fp32", "bf16"), (False, True)) if each[0] or not each[2]]
+"""Offload moves ZeRO's partitions, so there is none at stage 0."""
+
+
+def write_model(directory: Path, levels: int | None = None, **sizes: int) -> Path:
+    """Write a BERT classifier of two layers whose matrices no world size above 1 divides evenly.
+
+    Args:
+        directory: where it goes.
+        levels: round the weights to multiples of 1 / levels, so that most of them are tied, some at zero;
+            None: leave them all different.
+        sizes: overrides of the model's configuration.
+    """
+    torch.manual_seed(7)
+    words = tokenizer()
+    shape = {"hidden_size": 10, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 13}
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(words),
+            max_position_embeddings=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            initializer_range=0.3,  # large enough for the matrices to matter in the gradient's norm
+            **shape | sizes,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+            if levels is not None:
+                parameter.copy_((parameter * levels).round() / levels)
+    model.save_pretrained(directory)
+    words.save_pretrained(directory)
+    return directory
+
+
+def reference_masks(scores: dict[str, Tensor], sparsity: Fraction) -> dict[str, Tensor]:
+    """Return which elements go, flat, of whole scores on one process: by torch.kthvalue, ties by global index.
+
+    Args:
+        scores: in the order of the parameters; those pruned before are below all others.
+        sparsity: part to prune; exactly ``floor(sparsity * elements)`` go.
+    """
+    every = torch.cat([score.flatten() for score in scores.values()])
+    wanted = floor(sparsity * every.numel())
+    selected = torch.zeros_like(every, dtype=torch.bool)
+    if wanted:
+        threshold = torch.kthvalue(every, wanted).values
+        selected = every < threshold
+        ties = (every == threshold).nonzero().flatten()
+        selected[ties[: wanted - int(selected.sum())]] = True
+    sizes = [score.numel() for score in scores.values()]
+    return dict(zip(scores, selected.split(sizes), strict=True))
+
+
+def plain_model(directory: Path, dtype: str = "fp32") -> nn.Module:
+    """Return the model as transformers loads it, with fp32 weights rounded to ``dtype``."""
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(directory)
+    return model if dtype == "fp32" else model.bfloat16().float()
+
+
+def target_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the matrices of the encoder's layers, flat, named by hand and not by the code under test."""
+    return {
+        name: parameter.detach().flatten()
+        for name, parameter in model.named_parameters()
+        if ".encoder.layer." in name and name.endswith("weight") and parameter.dim() == 2
+    }
+
+
+def random_batch(step: int) -> dict[str, Tensor]:
+    """Return a global batch of ``GLOBAL_BATCH`` examples, the same on every rank and in every process."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    ids = torch.randint(4, 50, (GLOBAL_BATCH, 9), generator=generator)
+    labels = torch.randint(0, 2, (GLOBAL_BATCH,), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def rows(batch: dict[str, Tensor], part: int, parts: int) -> dict[str, Tensor]:
+    """Return every ``parts``-th row of a batch, from ``part`` on."""
+    return {name: tensor[part::parts] for name, tensor in batch.items()}
+
+
+class Student:
+    """A student's engine with a pruner, on this rank."""
+
+    def __init__(self, directory: Path, layout: Layout, accumulation: int = 1, **options: Any):
+        config = Config()
+        config.train.batch_size, config.train.accumulation = GLOBAL_BATCH, accumulation
+        config.deepspeed.student = layout.section
+        config.lr.peak = options.pop("lr", 1e-2)
+        config.optimizer.clip = options.pop("clip", 1.0)
+        config.optimizer.weight_decay = options.pop("weight_decay", 0.0)
+        config.model.freeze = options.pop("freeze", [])
+        config.model.activation_checkpointing = options.pop("checkpointing", False)
+        assert not options, f"unknown options: {options}"
+        self.accumulation = accumulation
+        self.rank, self.world = torch_dist.get_rank(), torch_dist.get_world_size()
+        micro_batch = GLOBAL_BATCH // (self.world * accumulation)
+        self.engine, _ = build_student(
+            config, directory, AutoModelForSequenceClassification, {"num_labels": 2}, micro_batch
+        )
+        self.names = find_targets(self.engine.module, [], [])
+        self.pruner = Pruner(shards_of(self.engine, self.names), self.engine.basic_optimizer)
+
+    def backward(self, step: int, sparsity: Fraction | None = None) -> None:
+        """Run forward and backward; at the last accumulation step prune, mask gradients, but do not step yet."""
+        for part in range(self.accumulation):
+            batch = rows(random_batch(step), self.rank * self.accumulation + part, self.world * self.accumulation)
+            loss = F.cross_entropy(forward(self.engine, batch).float(), batch["labels"])
+            self.engine.backward(loss)
+            if part + 1 < self.accumulation:
+                self.engine.step()
+        if sparsity is not None:
+            self.pruner.prune(sparsity)
+        self.pruner.mask_gradients()
+
+    def step(self, step: int, sparsity: Fraction | None = None) -> None:
+        """Take an optimizer step."""
+        self.backward(step, sparsity)
+        self.engine.step()
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return whole masks, flat, on every rank. Collective."""
+        return whole(
+            self.names,
+            [(s, mask[s.owned]) for s, mask in zip(self.pruner.shards, self.pruner.masks, strict=True)],
+        )
+
+    def masters(self) -> dict[str, Tensor]:
+        """Return the whole fp32 weights, flat, on every rank. Collective."""
+        return whole(self.names, [(s, s.master[s.owned].cpu()) for s in self.pruner.shards])
+
+    def moments(self, index: int) -> dict[str, Tensor]:
+        """Return the whole first (0) or second (1) moments, flat, on every rank. Collective."""
+        optimizer = self.engine.basic_optimizer
+        return whole(self.names, [(s, s.moments(optimizer)[index][s.owned].cpu()) for s in self.pruner.shards])
+
+    def forward_weights(self) -> dict[str, Tensor]:
+        """Return what the forward pass uses, flat, gathered by DeepSpeed where it is cut up. Collective."""
+        import deepspeed
+
+        found = {}
+        for name, parameter in self.engine.module.named_parameters():
+            if name in self.names:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    found[name] = parameter.detach().flatten().clone()
+        return found
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks and buffers down."""
+        self.engine.destroy()
+
+
+def whole(names: Iterable[str], pieces: list[tuple[Shard, Tensor]]) -> dict[str, Tensor]:
+    """Put every rank's owned slices together; each element must come from exactly one rank. Collective."""
+    mine = [(shard.name, shard.own_start, piece.clone()) for shard, piece in pieces]
+    every: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(every, mine)
+    found: dict[str, Tensor] = {}
+    for name in names:
+        parts = sorted(((start, piece) for rank in every for n, start, piece in rank if n == name), key=lambda p: p[0])
+        ends = list(accumulate((piece.numel() for _, piece in parts), initial=0))
+        # Empty pieces may start anywhere.
+        assert all(start == end for (start, piece), end in zip(parts, ends, strict=False) if piece.numel()), name
+        found[name] = torch.cat([piece for _, piece in parts])
+    return found

@@ -1,0 +1,59 @@
+"""A small task on disk, and whole runs on it."""
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from distprune import settings
+from distprune.commands.train import train
+from distprune.errors import UserError
+from distprune.synthetic import examples
+from tests.dist.engines import write_model
+
+TRAIN, VALIDATION = 96, 61  # no world size above 1 divides 61
+
+
+def write_task(directory: Path) -> Path:
+    """Write sentences, a student that is its own teacher, and the configuration of a run of 24 steps."""
+    rows = examples(TRAIN + VALIDATION, seed=5)
+    for name, part in (("train", rows[:TRAIN]), ("validation", rows[TRAIN:])):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    model = write_model(directory / "model", hidden_size=16, intermediate_size=24)
+    (directory / "run.yaml").write_text(f"""
+model: {{path: {model}}}
+teacher: {{path: {model}}}
+task:
+  train: {directory}/train.jsonl
+  validation: {directory}/validation.jsonl
+  metrics: [accuracy, macro_f1]
+  max_length: 40
+train: {{epochs: 3, batch_size: 12, eval_batch_size: 8, eval_every: 4 steps, log_every: 1}}
+lr: {{peak: 1.0e-3, rewind_every: 1 epochs}}
+pruning: {{sparsity: 0.9, initial: 0.5, start: 4 steps, end: 16 steps, every: 4 steps}}
+distillation: {{hardness: 0.5, temperature: 2.0}}
+deepspeed:
+  student: {{zero_optimization: {{stage: 2, stage3_param_persistence_threshold: 0}}}}
+  teacher: {{zero_optimization: {{stage: 3, stage3_param_persistence_threshold: 0}}}}
+""")
+    return directory
+
+
+def run(task: Path, output: Path, *overrides: str) -> Any:
+    """Run on every rank; return the summary, or what was refused. Collective."""
+    try:
+        return train(settings.load_valid(str(task / "run.yaml"), [f"train.output={output}", *overrides]))
+    except UserError as error:
+        return str(error)
+
+
+def run_patched(target: str, replacement: Any, task: Path, output: Path, *overrides: str) -> Any:
+    """Run with one function replaced. Collective."""
+    with patch(target, replacement):
+        return run(task, output, *overrides)
+
+
+def records(output: Path, split: str) -> list[dict[str, Any]]:
+    """Return a run's lines of metrics.jsonl of one split."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]

@@ -1,0 +1,394 @@
+"""Whole runs on real ranks: the loss, the evaluation, what is chosen and what is written."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from distprune import dist, settings
+from distprune.batches import train_batches
+from distprune.engine import build_frozen, set_learning_rate
+from distprune.evaluate import evaluate, forward
+from distprune.setup import load_task, local_model
+from distprune.shards import shards_of
+from distprune.tasks.metrics import measure
+from tests.dist.engines import write_model
+from tests.dist.runs import VALIDATION, records, run, run_patched, write_task
+from tests.world import World
+
+Worlds = Callable[[int], World]
+WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+by_world = pytest.mark.parametrize("size", WORLDS)
+DENSE = ("pruning.sparsity=0", "distillation.hardness=0")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_task(tmp_path_factory.mktemp("task"))
+
+
+def stage(student: int, teacher: int = 3) -> tuple[str, str]:
+    return (
+        f"deepspeed.student.zero_optimization.stage={student}",
+        f"deepspeed.teacher.zero_optimization.stage={teacher}",
+    )
+
+
+def losses(output: Path) -> list[float]:
+    return [record["loss"] for record in records(output, "train")]
+
+
+# ------------------------------------------------------------------------------ the loss
+
+STEPS = 50
+FIFTY = ("train.epochs=6.25", "lr.rewind_every=null", "lr.warmup=5 steps", "lr.final=0", "train.eval_every=50 steps")
+
+
+def plain_losses(task: Path) -> list[float]:
+    """Fine-tune by a plain PyTorch loop: the same batches and learning rates, nothing else of distprune's."""
+    rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(task / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(task / "model").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    lengths = [len(tokenizer(row["sentence"])["input_ids"]) for row in rows]
+    batches = [batch for epoch in range(7) for batch in train_batches(lengths, 12, 42, epoch)][:STEPS]
+    found = []
+    for step, batch in enumerate(batches):
+        rate = 1e-3 * (step / 5 if step < 5 else (STEPS - step) / (STEPS - 5))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        inputs = tokenizer([rows[index]["sentence"] for index in batch], padding=True, return_tensors="pt")
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        loss = cross_entropy(logits, torch.tensor([rows[index]["label"] for index in batch]))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        found.append(float(loss.detach()))
+    return found
+
+
+def test_without_pruning_the_loss_curve_is_that_of_a_plain_loop(world: Worlds, task: Path, tmp_path: Path) -> None:
+    expected = plain_losses(task)
+    assert min(expected) < 0.8 * expected[0], "the loss must move"
+    world(1).run(run, task, tmp_path / "one", *DENSE, *FIFTY, *stage(0))
+    assert losses(tmp_path / "one") == pytest.approx(expected, rel=1e-5)
+    for number in range(4):
+        output = tmp_path / f"stage{number}"
+        world(2).run(run, task, output, *DENSE, *FIFTY, *stage(number))
+        assert losses(output) == pytest.approx(expected, rel=1e-5), f"stage {number}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_pruned_and_distilled_run_is_the_same_at_every_world_and_stage(
+    world: Worlds, task: Path, tmp_path: Path, size: int
+) -> None:
+    world(1).run(run, task, tmp_path / "one", *stage(0, 0))
+    expected = losses(tmp_path / "one")
+    thresholds = [record["threshold"] for record in records(tmp_path / "one", "train")]
+    for student, teacher in ((0, 0), (1, 3), (2, 3), (3, 3)):
+        output = tmp_path / f"{student}-{teacher}"
+        world(size).run(run, task, output, *stage(student, teacher))
+        assert losses(output) == pytest.approx(expected, rel=1e-4)
+        assert [record["threshold"] for record in records(output, "train")] == pytest.approx(thresholds, rel=1e-3)
+
+
+@by_world
+def test_accumulation_and_activation_checkpointing_change_nothing(
+    world: Worlds, task: Path, tmp_path: Path, size: int
+) -> None:
+    for number, student in enumerate((2, 3)):
+        plain, other = tmp_path / f"plain{number}", tmp_path / f"other{number}"
+        world(size).run(run, task, plain, *stage(student))
+        options = ("train.accumulation=2" if 12 % (2 * size) == 0 else "train.accumulation=1",)
+        world(size).run(run, task, other, *stage(student), *options, "model.activation_checkpointing=true")
+        assert losses(other) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_the_learning_rate_and_the_sparsity_are_those_of_the_plan(world: Worlds, task: Path, tmp_path: Path) -> None:
+    world(2).run(run, task, tmp_path / "run")
+    lines = records(tmp_path / "run", "train")
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    cycle = [1e-3 * (1 - n / 8) + 1e-6 * n / 8 for n in range(8)]
+    assert [line["lr"] for line in lines] == pytest.approx(cycle * 3)
+    cubic = [0.9 - 0.4 * (1 - n / 3) ** 3 for n in range(4)]
+    expected = [0.0] * 4 + [each for each in cubic for _ in range(4)] + [0.9] * 4
+    assert [line["sparsity"] for line in lines] == pytest.approx(expected, abs=1e-3)
+    assert all(a["threshold"] <= b["threshold"] for a, b in zip(lines[:16], lines[4:20], strict=True))
+    for line in lines:
+        mixed = 0.5 * line["task_loss"] + 0.5 * line["distillation_loss"]
+        assert line["loss"] == pytest.approx(mixed, rel=1e-5)
+    assert lines[0]["distillation_loss"] == pytest.approx(0, abs=1e-6), "the student is its own teacher at first"
+    assert lines[-1]["distillation_loss"] > 1e-3
+
+
+# ------------------------------------------------------------------------------ evaluation
+
+
+def measured(task: Path) -> dict[str, float]:
+    config = settings.load_valid(str(task / "run.yaml"), ["task.metrics=[accuracy,macro_f1,matthews]"])
+    directory = local_model(config.model.path, None)
+    data = load_task(config, directory)
+    section = config.deepspeed.teacher
+    engine = build_frozen(section, directory, data.auto_class, data.model_options(), 4)
+    seen: list[int] = []
+
+    def counting(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        seen.append(len(labels))
+        return {**measure(data.metric_names, logits, labels, regression=False), "sum": float(logits.double().sum())}
+
+    data.metrics = counting  # type: ignore[method-assign]
+    found = evaluate(engine, data, data.validation, 4)
+    assert seen == [VALIDATION]
+    engine.destroy()
+    return found
+
+
+@by_world
+def test_evaluation_is_the_same_at_every_world_size(world: Worlds, task: Path, size: int) -> None:
+    rows = [json.loads(line) for line in (task / "validation.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(task / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(task / "model").eval()
+    with torch.no_grad():
+        logits = torch.cat(
+            [model(tokenizer(row["sentence"], return_tensors="pt")["input_ids"]).logits for row in rows]
+        )
+    labels = torch.tensor([row["label"] for row in rows])
+    expected = measure(["accuracy", "macro_f1", "matthews"], logits, labels, regression=False)
+    for found in world(size).run(measured, task):
+        assert found.pop("sum") == pytest.approx(float(logits.double().sum()), rel=1e-4)
+        assert found == expected
+
+
+# ------------------------------------------------------------------------------ what is chosen
+
+
+class Falling:
+    """Stands in for an evaluation whose metric falls at each call, so that a dense state looks best."""
+
+    def __init__(self, values: list[float]):
+        self.values = values
+
+    def __call__(self, *_: Any) -> dict[str, float]:
+        return {"accuracy": self.values.pop(0)}
+
+
+def test_only_states_at_the_target_sparsity_are_chosen(world: Worlds, task: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    # The target is reached at step 16, so the evaluations after steps 20 and 24 are the first that may be chosen.
+    values = [0.95, 0.9, 0.85, 0.8, 0.6, 0.5]
+    options = ("distillation.hardness=0", "train.select=best")
+    summary, _ = world(2).run(run_patched, "distprune.train.evaluate", Falling(values), task, output, *options)
+    assert (summary["final_step"], summary["final_metric"]) == (20, 0.6)
+    assert summary["masked_weights"] == summary["zeros_in_file"] == math.floor(0.9 * summary["prunable_weights"])
+    assert not (output / "best").exists()
+
+
+def test_patience_starts_at_the_target(world: Worlds, task: Path, tmp_path: Path) -> None:
+    values = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    options = ("distillation.hardness=0", "train.patience=2", "train.epochs=4.5")
+    summary, _ = world(2).run(
+        run_patched, "distprune.train.evaluate", Falling(values), task, tmp_path / "run", *options
+    )
+    assert summary["steps"] == 28, "best at step 20, two evaluations without a better one"
+    assert summary["final_step"] == 28, "final/ is the last state, as train.select says"
+
+
+# ------------------------------------------------------------------------------ what is written
+
+
+def test_a_run_directory_holds_what_was_promised(world: Worlds, task: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    summary, other = world(2).run(run, task, output)
+    assert other == {}
+    assert json.loads((output / "summary.json").read_text()) == summary
+    names = {"config.yaml", "metrics.jsonl", "summary.json", "final", "plot.png"}
+    assert {path.name for path in output.iterdir()} == names
+    assert settings.load(str(output / "config.yaml"), []) == settings.load(
+        str(task / "run.yaml"), [f"train.output={output}"]
+    )
+
+    assert summary["masked_weights"] == math.floor(0.9 * summary["prunable_weights"])
+    assert summary["sparsity_masked"] == summary["masked_weights"] / summary["prunable_weights"]
+    tensors = load_file(output / "final" / "model.safetensors")
+    zeros = {name: int((tensor == 0).sum()) for name, tensor in tensors.items()}
+    matrices = [name for name in zeros if ".encoder.layer." in name and tensors[name].dim() == 2]
+    assert summary["zeros_in_file"] == sum(zeros[name] for name in matrices)
+    assert summary["encoder_weights"] == sum(tensors[name].numel() for name in matrices)
+    assert summary["model_weights"] == sum(tensor.numel() for tensor in tensors.values())
+    assert summary["model_sparsity"] == sum(zeros.values()) / summary["model_weights"]
+    assert summary["zero_stage"] == {"student": 2, "teacher": 3}
+    assert (summary["world_size"], len(summary["bytes_per_rank"]["teacher"])) == (2, 2)
+    assert {"torch", "deepspeed", "transformers", "git", "device"} <= summary["environment"].keys()
+    assert summary["wall_time_s"] > 0
+
+    record = json.loads((output / "final" / "pruning.json").read_text())
+    assert record["masked_weights"] == sum(layer["masked"] for layer in record["layers"].values())
+    assert record["pruning"]["sparsity"] == 0.9
+    card = (output / "final" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    last = records(output, "validation")[-1]
+    assert last["accuracy"] == summary["final_metric"]
+    layers = {name: value for name, value in last.items() if name.startswith("sparsity/")}
+    assert layers.keys() == {f"sparsity/{name}" for name in matrices}
+    assert {"examples_per_s", "memory_mib", "grad_norm", "threshold"} <= records(output, "train")[0].keys()
+
+
+def test_transformers_alone_loads_the_result(world: Worlds, task: Path, tmp_path: Path) -> None:
+    world(2).run(run, task, tmp_path / "run")
+    code = f"""
+import sys
+sys.modules["distprune"] = None  # an import of it would fail
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "run" / "final")!r})
+tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "run" / "final")!r})
+print(model(**tokenizer("the film was superb .", return_tensors="pt")).logits.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "torch.Size([1, 2])"
+
+
+def test_without_hardness_no_teacher_is_loaded(world: Worlds, task: Path, tmp_path: Path) -> None:
+    options = ("distillation.hardness=0", "teacher.path=no/such/model")
+    summary, _ = world(2).run(run, task, tmp_path / "run", *options)
+    assert summary["teacher"] is None
+    assert "teacher" not in summary["bytes_per_rank"]
+    assert summary["dense_metric"] == records(tmp_path / "run", "validation")[0]["accuracy"], "the student's, dense"
+
+
+def test_bf16_and_offload_run_to_the_target(world: Worlds, task: Path, tmp_path: Path) -> None:
+    offload = "deepspeed.student.zero_optimization.offload_optimizer.device=cpu"
+    bf16 = ("deepspeed.student.bf16.enabled=true", "deepspeed.teacher.bf16.enabled=true")
+    for number, options in enumerate(([*bf16, *stage(3)], [offload, *stage(2)], [*bf16, offload, *stage(3)])):
+        summary, _ = world(2).run(run, task, tmp_path / f"run{number}", *options)
+        assert summary["zeros_in_file"] == math.floor(0.9 * summary["prunable_weights"])
+        assert all(math.isfinite(loss) for loss in losses(tmp_path / f"run{number}"))
+
+
+@pytest.mark.slow
+def test_teacher_and_student_hold_fewer_bytes_on_more_ranks(world: Worlds, task: Path, tmp_path: Path) -> None:
+    held: dict[int, dict[str, Any]] = {}
+    for size in (1, 2, 4):
+        summary = world(size).run(run, task, tmp_path / f"run{size}", *stage(3, 3))[0]
+        held[size] = summary["bytes_per_rank"]
+    for part, kind in (("student", "weights"), ("student", "master"), ("student", "moments"), ("teacher", "weights")):
+        one = held[1][part][0][kind]
+        for size in (2, 4):
+            per_rank = [rank[kind] for rank in held[size][part]]
+            assert one <= sum(per_rank) < 1.1 * one, f"{kind} of the {part} at world {size}: {per_rank}"
+            assert max(per_rank) < 1.1 * one / size
+
+
+# ------------------------------------------------------------------------------ mistakes and accidents
+
+LAYER = "bert.encoder.layer.1.output.dense"
+MISTAKES: dict[str, tuple[str, str]] = {
+    "missing file": ("task.train=gone.jsonl", "gone.jsonl does not exist"),
+    "missing model": ("model.path=gone/", "'gone/' is not a directory"),
+    "missing teacher": ("teacher.path=gone/", "'gone/' is not a directory"),
+    "wrong column": ("task.text=[sentense]", "did you mean 'sentence'?"),
+    "label out of range": ("task.validation={root}/range.jsonl", "range.jsonl"),
+    "labels that are not named": ("task.labels=[bad,good,best]", "label"),
+    "empty split": ("task.validation={root}/empty.jsonl", "empty.jsonl"),
+    "sparsity": ("pruning.sparsity=1.0", "pruning.sparsity is 1.0; allowed: at least 0 and less than 1"),
+    "schedule": ("pruning.end=25 steps", "pruning.end is '25 steps', step 25 of 24"),
+    "regex that matches nothing": ("pruning.include=[nothing]", "'nothing' matches no parameter"),
+    "batch that ranks cannot split": ("train.batch_size=13", "must be a multiple of the 2 ranks"),
+    "fewer examples than a batch": ("train.batch_size=200", "only 96 training examples"),
+    "warm-up": ("lr.warmup=9 steps", "lr.warmup is '9 steps'"),
+    "target that is frozen": ("model.freeze=[encoder]", "model.freeze keeps it fixed"),
+    "task": ("task.name=poetry", "task.name 'poetry' is unknown"),
+    "metric": ("task.metrics=[pearson]", "metric 'pearson' does not suit classification"),
+    "teacher's label count": ("teacher.path={root}/three-labels", "the teacher has 3 labels and the task 2"),
+    "teacher's tokenizer": ("teacher.path={root}/other-words", "the teacher's vocabulary"),
+    "run directory in use": ("train.output={root}", "is not empty"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with data and teachers that do not fit."""
+    root = tmp_path_factory.mktemp("mistaken")
+    (root / "empty.jsonl").touch()
+    (root / "range.jsonl").write_text('{"sentence": "a film", "label": 2}\n')
+    write_model(root / "three-labels", num_labels=3)
+    words = AutoTokenizer.from_pretrained(task / "model")
+    words.add_tokens(["another"])
+    write_model(root / "other-words")
+    words.save_pretrained(root / "other-words")
+    return root
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_is_one_sentence_on_every_rank_before_any_step(
+    world: Worlds, task: Path, mistaken: Path, tmp_path: Path, kind: str
+) -> None:
+    override, part = MISTAKES[kind]
+    first, second = world(2).run(run, task, tmp_path / "run", override.format(root=mistaken))
+    assert isinstance(first, str), "the run went through"
+    assert first == second
+    assert part in first
+    assert "\n" not in first
+    assert not list(tmp_path.glob("**/metrics.jsonl"))
+
+
+class PoisonWeights:
+    """Stands in for `set_learning_rate`: on the last rank, makes a weight NaN in the sixth step."""
+
+    calls = 0
+
+    def __call__(self, engine: Any, rate: float) -> None:
+        set_learning_rate(engine, rate)
+        self.calls += 1
+        if self.calls == 6 and dist.detect().rank == dist.detect().size - 1:
+            for shard in shards_of(engine, [f"{LAYER}.weight"]).shards:
+                shard.master[shard.owned][-1] = math.nan
+
+
+class PoisonOutputs:
+    """Stands in for `forward`: on the last rank, makes a module put out infinity from the sixth call on."""
+
+    calls = 0
+
+    def __call__(self, engine: Any, batch: Any) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == 6 and dist.detect().rank == dist.detect().size - 1:
+            module = engine.module.get_submodule(LAYER)
+            module.register_forward_hook(lambda _, __, output: output + math.inf)
+        return forward(engine, batch)
+
+
+@pytest.mark.parametrize("number", [0, 2, 3])
+def test_a_nan_stops_every_rank_with_the_step_and_the_layer(
+    world: Worlds, task: Path, tmp_path: Path, number: int
+) -> None:
+    options = (*DENSE, *stage(number))
+    target, poison = "distprune.train.set_learning_rate", PoisonWeights()
+    said = world(2).run(run_patched, target, poison, task, tmp_path / "weights", *options)
+    assert len(set(said)) == 1
+    step = 6 if number else 5  # at stage 0 the optimizer's weights are those of the forward pass
+    assert f"the loss is not finite at step {step}: the weights of {LAYER}.weight are not finite" in said[0]
+    target, poison = "distprune.train.forward", PoisonOutputs()
+    said = world(2).run(run_patched, target, poison, task, tmp_path / "outputs", *options)
+    assert len(set(said)) == 1
+    assert f"the loss is not finite at step 5: the output of {LAYER} is not finite" in said[0]
+
+
+def test_a_nan_weight_is_not_pruned(world: Worlds, task: Path, tmp_path: Path) -> None:
+    options = ("pruning.start=6 steps", "distillation.hardness=0")
+    said = world(2).run(
+        run_patched, "distprune.train.set_learning_rate", PoisonWeights(), task, tmp_path / "run", *options
+    )
+    assert len(set(said)) == 1
+    assert f"{LAYER}.weight" in said[0]
