@@ -21,7 +21,7 @@ from distprune.pruning.targets import find_targets
 from distprune.shards import Shard, shards_of
 from distprune.synthetic import tokenizer
 
-GLOBAL_BATCH = 12  # divides by every world size up to 4, and by two accumulation steps of each
+GLOBAL_BATCH = 24  # divides by every world size up to 4, and by two accumulation steps of each
 
 
 class Layout(NamedTuple):

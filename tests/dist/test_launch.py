@@ -1,0 +1,130 @@
+"""Every way in which a person starts a run, as processes of their own."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.dist.runs import write_task
+
+REPOSITORY = Path(__file__).parents[2]
+BIN = Path(sys.prefix) / "bin"
+Command = list[str | Path]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_task(tmp_path_factory.mktemp("task"))
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return this process's environment without a launcher's variables, and with some others."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK", "WORLD_"))}
+    return kept | {"VENV": sys.prefix, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | variables
+
+
+def start(command: Command, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=REPOSITORY,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def srun(arguments: Command, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Start two tasks as srun does: with SLURM's variables, and scontrol in the path."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir(exist_ok=True)
+    scontrol.write_text("#!/bin/sh\necho localhost\n")
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IEXEC)
+    slurm = {
+        "SLURM_JOB_ID": str(os.getpid() % 10000),
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+        "SLURM_JOB_NODELIST": "localhost",
+    }
+    path = f"{scontrol.parent}{os.pathsep}{environment()['PATH']}"
+    command = [sys.executable, "-m", "distprune", *map(str, arguments)]
+    tasks = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment(**slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) | {"PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    ended = [each.communicate(timeout=200) for each in tasks]
+    codes = [each.returncode for each in tasks]
+    assert len(set(codes)) == 1, f"tasks ended differently: {codes}"
+    return subprocess.CompletedProcess(command, codes[0], *("".join(texts) for texts in zip(*ended, strict=True)))
+
+
+Starter = Callable[[Command, Path], subprocess.CompletedProcess[str]]
+STARTERS: dict[str, tuple[Starter, int]] = {
+    "none": (lambda arguments, _: start([BIN / "distprune", *arguments]), 1),
+    "deepspeed": (lambda arguments, _: start(["launch/local.sh", "-n", "2", *arguments[1:]]), 2),
+    "torchrun": (
+        lambda arguments, _: start(
+            [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "distprune", *arguments]
+        ),
+        2,
+    ),
+    "srun": (srun, 2),
+}
+by_launcher = pytest.mark.parametrize(
+    "launcher", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed", "torchrun", "srun"))]
+)
+
+
+@by_launcher
+def test_a_run_finds_out_who_started_it(task: Path, tmp_path: Path, launcher: str) -> None:
+    starter, size = STARTERS[launcher]
+    done = starter(["train", task / "run.yaml", f"train.output={tmp_path / 'run'}", "train.epochs=2.5"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["launcher"], summary["world_size"], summary["steps"]) == (launcher, size, 20)
+    assert "step 20/20" in done.stdout
+    assert done.stdout.count("plot.png") == 1, "one rank reports"
+
+
+@by_launcher
+def test_a_mistake_is_said_once_and_every_rank_fails(task: Path, tmp_path: Path, launcher: str) -> None:
+    starter, _ = STARTERS[launcher]
+    done = starter(["train", task / "run.yaml", f"train.output={tmp_path / 'run'}", "task.label=labl"], tmp_path)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("distprune: error:")]
+    assert len(said) == 1, done.stderr
+    assert "did you mean 'label'?" in said[0]
+    # torchrun tells of its children's exit by an exception of its own.
+    assert launcher == "torchrun" or "Traceback" not in done.stdout + done.stderr
+
+
+def test_debug_shows_where_a_mistake_was_found(task: Path, tmp_path: Path) -> None:
+    arguments: Command = [BIN / "distprune", "train", task / "run.yaml", f"train.output={tmp_path / 'run'}"]
+    done = start([*arguments, "task.label=labl"], DISTPRUNE_DEBUG="1")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.slow
+def test_eval_gives_the_same_number_alone_and_under_a_launcher(task: Path) -> None:
+    arguments: Command = ["eval", task / "model", task / "run.yaml"]
+    alone = start([BIN / "distprune", *arguments])
+    several = start([BIN / "torchrun", "--standalone", "--nproc-per-node", "3", "-m", "distprune", *arguments])
+    first, second = (json.loads(done.stdout.strip().splitlines()[-1]) for done in (alone, several))
+    assert first == second
+    assert first["encoder_zeros"] == 0

@@ -1,0 +1,84 @@
+"""The shell scripts: what they say of a machine that lacks something, and of wrong arguments."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def bash(script: str, path: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": path or os.environ["PATH"]} | variables
+    bash = shutil.which("bash")
+    assert bash is not None
+    return subprocess.run(
+        [bash, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def tools(directory: Path, names: list[str]) -> str:
+    """Return a PATH that holds these programs alone."""
+    directory.mkdir()
+    for name in names:
+        found = sys.executable if name == "python3" else shutil.which(name)
+        assert found is not None, name
+        (directory / name).symlink_to(found)
+    return str(directory)
+
+
+NEEDED = ["dirname", "basename", "python3", "git", "g++"]
+
+
+def test_a_machine_that_has_everything_passes(tmp_path: Path) -> None:
+    done = bash("source launch/common.sh; check_prerequisites", tools(tmp_path / "bin", NEEDED))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("missing", "install"), [("python3", "python3 python3-venv python3-dev"), ("git", "git"), ("g++", "g++")]
+)
+def test_a_missing_program_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, missing: str, install: str
+) -> None:
+    path = tools(tmp_path / "bin", [name for name in NEEDED if name != missing])
+    done = bash("source launch/common.sh; check_prerequisites", path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "missing" in done.stderr
+    assert done.stderr.strip().endswith(f"apt-get install -y {install}")
+
+
+@pytest.mark.parametrize(
+    ("test", "install"),
+    [("import ensurepip, venv", "python3-venv"), ("Python.h", "python3-dev"), ("sys.version_info", "PYTHON")],
+)
+def test_a_missing_part_of_python_is_named(tmp_path: Path, test: str, install: str) -> None:
+    """A Python that fails where the script asks it for this part."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\ncase "$*" in *"{test}"*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    fake.chmod(0o755)
+    done = bash("source launch/common.sh; check_prerequisites", PYTHON=str(fake))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert install in done.stderr
+
+
+def test_an_environment_that_is_not_there_is_named(tmp_path: Path) -> None:
+    done = bash("launch/local.sh run.yaml", VENV=str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert "launch/quickstart.sh" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [("", "no CONFIG given"), ("-x run.yaml", "unknown option -x"), ("-n 0 run.yaml", "-n is 0"), ("-n two a", "two")],
+)
+def test_wrong_arguments_are_one_sentence(arguments: str, part: str) -> None:
+    done = bash(f"launch/local.sh {arguments}", VENV=sys.prefix)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert part in done.stderr
