@@ -46,7 +46,9 @@ def climb(directory: Path, layouts: list[Layout]) -> list[list[tuple[int, dict[s
         rungs = []
         for sparsity in LADDER:
             student.pruner.prune(sparsity)
-            rungs.append((sum(student.pruner.count().values()), student.masks()))
+            masks = student.masks()
+            assert not any(master[masks[name]].any() for name, master in student.masters().items())
+            rungs.append((sum(student.pruner.count().values()), masks))
         found.append(rungs)
         student.close()
     return found

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from distprune import dist, settings
 from distprune.batches import train_batches
 from distprune.engine import build_frozen, set_learning_rate
+from distprune.errors import UserError
 from distprune.evaluate import evaluate, forward
 from distprune.setup import load_task, local_model
 from distprune.shards import shards_of
@@ -341,6 +342,39 @@ def test_a_mistake_is_one_sentence_on_every_rank_before_any_step(
     assert part in first
     assert "\n" not in first
     assert not list(tmp_path.glob("**/metrics.jsonl"))
+
+
+def differing_mistake() -> str:
+    """Make one mistake on the last rank alone."""
+
+    def action() -> int:
+        if dist.detect().rank == dist.detect().size - 1:
+            raise UserError("here")
+        return 1
+
+    try:
+        return str(dist.agree(action))
+    except UserError as error:
+        return str(error)
+
+
+def test_a_mistake_that_one_rank_finds_stops_all(world: Worlds) -> None:
+    assert world(2).run(differing_mistake) == ["here", "here"]
+
+
+def run_without_masking(task: Path, output: Path) -> str:
+    """Run with the hook that keeps pruned weights zero switched off."""
+    try:
+        run_patched("distprune.pruning.pruner.Pruner._after_optimizer_step", lambda *_: None, task, output)
+    except AssertionError as error:
+        return str(error)
+    return "the run went through"
+
+
+def test_a_pruned_weight_that_came_back_is_never_saved(world: Worlds, task: Path, tmp_path: Path) -> None:
+    said = world(2).run(run_without_masking, task, tmp_path / "run")
+    assert all("came back" in sentence for sentence in said)
+    assert not (tmp_path / "run" / "final").exists()
 
 
 class PoisonWeights:
