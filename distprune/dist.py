@@ -36,9 +36,14 @@ class World:
     @property
     def device(self) -> torch.device:
         """The device of this rank: its GPU where there is one, else the CPU."""
-        if torch.cuda.is_available():
+        if on_gpu():
             return torch.device("cuda", self.local_rank % torch.cuda.device_count())
         return torch.device("cpu")
+
+
+def on_gpu() -> bool:
+    """Return whether ranks use GPUs: where there are any, unless DeepSpeed's DS_ACCELERATOR says otherwise."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def detect() -> World:
@@ -60,7 +65,7 @@ def detect() -> World:
 def init() -> World:
     """Join the process group of the launcher that started this process. Collective: every rank calls it."""
     world = detect()
-    if not torch.cuda.is_available():
+    if not on_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ |= _rendezvous(world)
     os.environ |= {
@@ -74,11 +79,9 @@ def init() -> World:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
-    if torch.cuda.is_available():
+    if on_gpu():
         torch.cuda.set_device(world.device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
-    )
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu() else "gloo", auto_mpi_discovery=False, verbose=False)
     return world
 
 
@@ -120,11 +123,16 @@ def local_first() -> Iterator[None]:
     world = detect()
     try:
         if world.local_rank > 0:
-            torch_dist.barrier()
+            barrier()
         yield
     finally:
         if world.local_rank == 0:
-            torch_dist.barrier()
+            barrier()
+
+
+def barrier() -> None:
+    """Wait for all ranks. Collective: every rank calls it."""
+    torch_dist.barrier()
 
 
 def all_sum(values: list[float]) -> list[float]:

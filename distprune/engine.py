@@ -11,10 +11,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from distprune import dist
 from distprune.config import Config
+from distprune.errors import UserError
 from distprune.pruning.targets import freeze
 from distprune.weights import load_model, set_dropout
 
@@ -55,6 +58,16 @@ def dtype_of(section: dict[str, Any]) -> torch.dtype:
     return torch.float16 if section.get("fp16", {}).get("enabled") else torch.float32
 
 
+def _check_dtype(key: str, section: dict[str, Any]) -> None:
+    accelerator, dtype = get_accelerator(), dtype_of(section)
+    if dtype not in accelerator.supported_dtypes():
+        name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+        raise UserError(
+            f"{key}.{name}.enabled is True, which this {accelerator.device_name()} does not support; "
+            f"allowed: {', '.join(str(each).removeprefix('torch.') for each in accelerator.supported_dtypes())}"
+        )
+
+
 def build_student(
     config: Config, directory: Path, auto_class: Any, options: dict[str, Any], micro_batch: int
 ) -> tuple[Any, list[str]]:
@@ -64,6 +77,7 @@ def build_student(
         The engine, and the names of the weights that were initialised anew.
     """
     section = engine_options(config.deepspeed.student, micro_batch, config.train.accumulation, config.optimizer.clip)
+    dist.agree(lambda: _check_dtype("deepspeed.student", section))
     model, fresh = load_model(
         directory,
         auto_class,
@@ -96,6 +110,7 @@ def build_frozen(
         The engine, in evaluation mode; DeepSpeed gives it no optimizer.
     """
     section = engine_options(section, micro_batch, 1, 0.0)
+    dist.agree(lambda: _check_dtype("deepspeed.teacher", section))
     model, _ = load_model(
         directory,
         auto_class,

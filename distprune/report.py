@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 from rich.table import Table
 
-from distprune import __version__
+from distprune import __version__, dist
 from distprune.errors import UserError
 from distprune.monitor.jsonl import finite
 
@@ -95,7 +95,7 @@ def environment() -> dict[str, str | None]:
 
 
 def _device_name() -> str:
-    if torch.cuda.is_available():
+    if dist.on_gpu():
         return torch.cuda.get_device_name()
     return f"CPU ({torch.backends.cpu.get_cpu_capability()})"
 

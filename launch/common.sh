@@ -37,8 +37,12 @@ install() {
     cp "$REPOSITORY/pyproject.toml" "$stamp"
 }
 
-# GPUs that this machine has; 0 where there is none.
+# GPUs to use: those that this machine has, none where DS_ACCELERATOR=cpu asks for that.
 count_gpus() {
+    if [ "${DS_ACCELERATOR:-cuda}" = cpu ]; then
+        echo 0
+        return
+    fi
     command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || echo 0
 }
 

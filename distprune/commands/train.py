@@ -43,6 +43,7 @@ def train(config: Config) -> dict[str, Any]:
     summary = summarise(trainer, dense or trainer.dense_metrics, time.time() - started)
     if dist.is_main():
         _write_reports(trainer, summary)
+    dist.barrier()  # a launcher may end all ranks as soon as one has ended
     return summary
 
 

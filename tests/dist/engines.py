@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
@@ -41,11 +42,18 @@ class Layout(NamedTuple):
         zero: dict[str, Any] = {"stage": self.stage, "stage3_param_persistence_threshold": 0}
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
-        return {"zero_optimization": zero} | ({} if self.dtype == "fp32" else {self.dtype: {"enabled": True}})
+        kinds: dict[str, Any] = {
+            "fp32": {},
+            "bf16": {"bf16": {"enabled": True}},
+            "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
+        }
+        return {"zero_optimization": zero} | kinds[self.dtype]
 
 
 ALL_LAYOUTS = [Layout(*each) for each in product((0, 1, 2, 3), ("fp32", "bf16"), (False, True)) if each[0] or not each[2]]
 """Offload moves ZeRO's partitions, so there is none at stage 0."""
+
+FP16_LAYOUTS = [layout._replace(dtype="fp16") for layout in ALL_LAYOUTS if layout.dtype == "bf16"]
 
 
 def write_model(directory: Path, levels: int | None = None, **sizes: int) -> Path:
@@ -127,6 +135,11 @@ def rows(batch: dict[str, Tensor], part: int, parts: int) -> dict[str, Tensor]:
     return {name: tensor[part::parts] for name, tensor in batch.items()}
 
 
+def _allow_fp16() -> None:
+    """Let DeepSpeed do on any CPU what it does on a GPU: torch computes fp16 there too, only slowly."""
+    type(get_accelerator()).is_fp16_supported = lambda _: True
+
+
 class Student:
     """A student's engine with a pruner, on this rank."""
 
@@ -140,6 +153,8 @@ class Student:
         config.model.freeze = options.pop("freeze", [])
         config.model.activation_checkpointing = options.pop("checkpointing", False)
         assert not options, f"unknown options: {options}"
+        if layout.dtype == "fp16":
+            _allow_fp16()
         self.accumulation = accumulation
         self.rank, self.world = torch_dist.get_rank(), torch_dist.get_world_size()
         micro_batch = GLOBAL_BATCH // (self.world * accumulation)
@@ -149,21 +164,17 @@ class Student:
         self.names = find_targets(self.engine.module, [], [])
         self.pruner = Pruner(shards_of(self.engine, self.names), self.engine.basic_optimizer)
 
-    def backward(self, step: int, sparsity: Fraction | None = None) -> None:
-        """Run forward and backward; at the last accumulation step prune, mask gradients, but do not step yet."""
+    def step(self, step: int, sparsity: Fraction | None = None, loss_factor: float = 1.0) -> None:
+        """Take an optimizer step as the trainer does, on the batch of that number."""
         for part in range(self.accumulation):
             batch = rows(random_batch(step), self.rank * self.accumulation + part, self.world * self.accumulation)
             loss = F.cross_entropy(forward(self.engine, batch).float(), batch["labels"])
-            self.engine.backward(loss)
+            self.engine.backward(loss * loss_factor)
             if part + 1 < self.accumulation:
                 self.engine.step()
         if sparsity is not None:
             self.pruner.prune(sparsity)
         self.pruner.mask_gradients()
-
-    def step(self, step: int, sparsity: Fraction | None = None) -> None:
-        """Take an optimizer step."""
-        self.backward(step, sparsity)
         self.engine.step()
 
     def masks(self) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_, prune
 from distprune.errors import UserError
 from tests.dist.engines import (
     ALL_LAYOUTS,
+    FP16_LAYOUTS,
     Layout,
     Student,
     plain_model,
@@ -155,6 +156,35 @@ def test_masks_hold_under_accumulation_and_activation_checkpointing(
 ) -> None:
     for layout in (Layout(0), Layout(2, "bf16"), Layout(2, "fp32", True), Layout(3)):
         world(size).run(train_pruned, models["distinct"], layout, 2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_masks_hold_in_fp16_with_loss_scaling(world: Worlds, models: dict[str, Path], size: int) -> None:
+    for layout in FP16_LAYOUTS:
+        world(size).run(train_pruned, models["distinct"], layout, 2, False)
+
+
+def overflow(directory: Path, layout: Layout) -> None:
+    """Let the step overflow that was to carry a new mask, so that DeepSpeed skips it."""
+    student = Student(directory, layout)
+    student.step(0)
+    student.step(1, Fraction("0.5"), loss_factor=1e9)
+    assert student.engine.optimizer.overflow, "the step must have been skipped"
+    masks = student.masks()
+    assert not any(master[masks[name]].any() for name, master in student.masters().items())
+    student.step(2)
+    assert not student.engine.optimizer.overflow
+    student.pruner.verify()
+    used = student.forward_weights()
+    assert not any(used[name][mask].any() for name, mask in masks.items())
+    student.close()
+
+
+@pytest.mark.slow
+def test_a_mask_outlives_the_fp16_step_that_overflowed(world: Worlds, models: dict[str, Path]) -> None:
+    for layout in FP16_LAYOUTS:
+        world(2).run(overflow, models["distinct"], layout)
 
 
 def zero_a_survivor(directory: Path, layout: Layout) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distprune import dist, settings
 from distprune.batches import train_batches
+from distprune.commands.train import _write_reports as write_reports
 from distprune.engine import build_frozen, set_learning_rate
 from distprune.errors import UserError
 from distprune.evaluate import evaluate, forward
@@ -246,10 +248,27 @@ def test_a_run_directory_holds_what_was_promised(world: Worlds, task: Path, tmp_
     assert {"examples_per_s", "memory_mib", "grad_norm", "threshold"} <= records(output, "train")[0].keys()
 
 
+def slow_reports(*arguments: Any) -> None:
+    """Stand in for the last files that rank 0 writes, on a slow disk."""
+    time.sleep(3)
+    write_reports(*arguments)
+
+
+def files_at_return(task: Path, output: Path) -> bool:
+    run_patched("distprune.commands.train._write_reports", slow_reports, task, output)
+    return (output / "summary.json").exists()
+
+
+def test_no_rank_returns_before_everything_is_written(world: Worlds, task: Path, tmp_path: Path) -> None:
+    """A launcher may end all ranks as soon as one has ended."""
+    assert world(2).run(files_at_return, task, tmp_path / "run") == [True, True]
+
+
 def test_transformers_alone_loads_the_result(world: Worlds, task: Path, tmp_path: Path) -> None:
     world(2).run(run, task, tmp_path / "run")
     code = f"""
 import sys
+import time
 sys.modules["distprune"] = None  # an import of it would fail
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "run" / "final")!r})
@@ -375,6 +394,18 @@ def test_a_pruned_weight_that_came_back_is_never_saved(world: Worlds, task: Path
     said = world(2).run(run_without_masking, task, tmp_path / "run")
     assert all("came back" in sentence for sentence in said)
     assert not (tmp_path / "run" / "final").exists()
+
+
+def unsupported(_: Any) -> bool:
+    return False
+
+
+def test_a_type_that_the_device_cannot_do_is_refused(world: Worlds, task: Path, tmp_path: Path) -> None:
+    target = "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.is_fp16_supported"
+    option = "deepspeed.student.fp16.enabled=true"
+    said = world(2).run(run_patched, target, unsupported, task, tmp_path / "run", option, *stage(0, 0))
+    assert len(set(said)) == 1
+    assert "deepspeed.student.fp16.enabled is True, which this cpu does not support; allowed: float32, " in said[0]
 
 
 class PoisonWeights:

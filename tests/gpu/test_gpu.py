@@ -1,0 +1,40 @@
+"""Whole runs on a GPU, each in a process of its own: this one, as all tests, is kept on the CPU."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.dist.runs import records, write_task
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no NVIDIA GPU on this machine"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_run_on_a_gpu_ends_at_the_exact_sparsity(tmp_path: Path, dtype: str, stage: int, offload: bool) -> None:
+    if offload and stage == 0:
+        pytest.skip("offload moves ZeRO's partitions; there are none at stage 0")
+    task, output = write_task(tmp_path), tmp_path / "run"
+    overrides = [f"train.output={output}", f"deepspeed.student.zero_optimization.stage={stage}"]
+    if dtype != "fp32":
+        overrides.append(f"deepspeed.student.{dtype}.enabled=true")
+    if offload:
+        overrides.append("deepspeed.student.zero_optimization.offload_optimizer.device=cpu")
+    environment = {name: v for name, v in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")}
+    command = [sys.executable, "-m", "distprune", "train", str(task / "run.yaml"), *overrides]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((output / "summary.json").read_text())
+    assert not summary["environment"]["device"].startswith("CPU")
+    assert summary["zeros_in_file"] == summary["masked_weights"] == math.floor(0.9 * summary["prunable_weights"])
+    assert all(math.isfinite(record["loss"]) for record in records(output, "train"))
