@@ -29,4 +29,4 @@ else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 fi
 port=${MASTER_PORT:-$("$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-exec deepspeed --num_accelerators "$ranks" --no_local_rank --master_port "$port" --module distprune train "$@"
+exec deepspeed --quiet --num_accelerators "$ranks" --no_local_rank --master_port "$port" --module distprune train "$@"

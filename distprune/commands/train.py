@@ -9,7 +9,7 @@ from distprune.config import Config
 from distprune.errors import UserError
 from distprune.evaluate import evaluate
 from distprune.monitor import Monitor
-from distprune.monitor.plots import plot_run
+from distprune.monitor.plots import plot_layers, plot_run
 from distprune.report import model_card, read_metrics, write_json
 from distprune.setup import prepare
 from distprune.summary import pruning_record, summarise
@@ -61,6 +61,9 @@ def _write_reports(trainer: Trainer, summary: dict[str, Any]) -> None:
     run_dir = trainer.run_dir
     write_json(run_dir / "final" / "pruning.json", pruning_record(trainer, summary))
     (run_dir / "final" / "README.md").write_text(model_card(summary))
+    if layers := summary["layers"]:
+        sparsities = {name: layer["masked"] / layer["weights"] for name, layer in layers.items()}
+        plot_layers(sparsities, run_dir / "layers.png")
     plot_run(read_metrics(run_dir / "metrics.jsonl"), run_dir / "plot.png", summary["dense_metric"], run_dir.name)
     write_json(run_dir / "summary.json", summary)
     print(
