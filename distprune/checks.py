@@ -264,6 +264,14 @@ def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:
             lambda c: value_of(c, f"{zero}.stage", 0) in stages,
         ),
         _offload(f"{zero}.offload_optimizer"),
+        Check(
+            f"{zero}.offload_optimizer.device",
+            "none at ZeRO stage 0, which has no partitions to move",
+            lambda c: (
+                value_of(c, f"{zero}.stage", 0) != 0
+                or value_of(c, f"{zero}.offload_optimizer.device", "none") == "none"
+            ),
+        ),
         _offload(f"{zero}.offload_param"),
         Check(
             f"{root}.fp16.enabled",

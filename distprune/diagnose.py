@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distprune.errors import UserError
 from distprune.evaluate import forward
-from distprune.shards import shards_of
+from distprune.shards import trained_shards
 from distprune.tasks.base import Batch
 
 
@@ -36,9 +36,18 @@ def refuse_nonfinite(engine: Any, batch: Batch, step: int) -> NoReturn:
     )
 
 
+def refuse_nonfinite_weights(engine: Any, step: int) -> None:
+    """Stop a run whose weights are not finite. Collective: every rank calls it.
+
+    Raises:
+        UserError: on every rank, with the step and the weight named.
+    """
+    if weights := _first(_nonfinite_weights(engine)):
+        raise UserError(f"at step {step} the weights of {weights} are not finite; allowed: finite ones (lower lr.peak)")
+
+
 def _nonfinite_weights(engine: Any) -> list[str]:
-    trained = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
-    return [shard.name for shard in shards_of(engine, trained).shards if not torch.isfinite(shard.master).all()]
+    return [shard.name for shard in trained_shards(engine).shards if not torch.isfinite(shard.master).all()]
 
 
 def _nonfinite_outputs(engine: Any, batch: Batch) -> list[str]:

@@ -19,7 +19,7 @@ from distprune.errors import UserError
 
 T = TypeVar("T")
 
-_LAUNCHER = "DISTPRUNE_LAUNCHER"
+_LAUNCHER, _LOCAL_RANK = "DISTPRUNE_LAUNCHER", "DISTPRUNE_LOCAL_RANK"
 """What `init` found, for `detect` to find again: DeepSpeed wants every launcher's variables named as its own."""
 
 
@@ -53,7 +53,8 @@ def detect() -> World:
         launcher = env.get(_LAUNCHER, "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed")
         size = int(env["WORLD_SIZE"])
         local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))
-        return World(launcher, int(env["RANK"]), size, int(env.get("LOCAL_RANK", 0)), local_size)
+        local_rank = int(env.get(_LOCAL_RANK, env.get("LOCAL_RANK", 0)))
+        return World(launcher, int(env["RANK"]), size, local_rank, local_size)
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
         size = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
         counts = env.get("SLURM_STEP_TASKS_PER_NODE", str(size))
@@ -72,13 +73,18 @@ def init() -> World:
         _LAUNCHER: world.launcher,
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),
-        "LOCAL_RANK": str(world.local_rank),
+        _LOCAL_RANK: str(world.local_rank),
+        # DeepSpeed takes the device from it; SLURM may show each task one GPU only, number 0.
+        "LOCAL_RANK": str(world.local_rank if world.device.index is None else world.device.index),
         "LOCAL_SIZE": str(world.local_size),
     }
     # DeepSpeed calls torch by names that torch means to retire; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
+    # Its shared-memory collective is for inference alone. Compiling it costs 20 to 90 s at the first start on a
+    # machine, and a start that was killed meanwhile leaves a lock on which every later one waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if on_gpu():
         torch.cuda.set_device(world.device)
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu() else "gloo", auto_mpi_discovery=False, verbose=False)

@@ -12,12 +12,13 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 from transformers import PreTrainedModel
 
 from distprune import dist
 from distprune.config import Config
-from distprune.errors import UserError
+from distprune.errors import UserError, unknown
 from distprune.pruning.targets import freeze
 from distprune.weights import load_model, set_dropout
 
@@ -58,6 +59,38 @@ def dtype_of(section: dict[str, Any]) -> torch.dtype:
     return torch.float16 if section.get("fp16", {}).get("enabled") else torch.float32
 
 
+class _Recorded(dict[str, Any]):
+    """A DeepSpeed configuration that notes which of its options are asked for."""
+
+    def __init__(self, options: dict[str, Any]):
+        super().__init__(options)
+        self.names: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(str(name))
+        return super().__contains__(name)
+
+    def keys(self) -> Any:
+        return self
+
+
+def _check_section(key: str, section: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed refuses, and options that it never asks for: it would ignore them without a word."""
+    recorded = _Recorded(deepcopy(section))
+    try:
+        DeepSpeedConfig(recorded)
+    except Exception as error:  # DeepSpeed and pydantic raise many kinds, some over several lines
+        raise UserError(f"{key} is not what DeepSpeed accepts: {' '.join(str(error).split())}") from error
+    for name in section:
+        if name not in recorded.names:
+            raise unknown(f"option of {key}", name, sorted(recorded.names))
+    _check_dtype(key, section)
+
+
 def _check_dtype(key: str, section: dict[str, Any]) -> None:
     accelerator, dtype = get_accelerator(), dtype_of(section)
     if dtype not in accelerator.supported_dtypes():
@@ -77,7 +110,7 @@ def build_student(
         The engine, and the names of the weights that were initialised anew.
     """
     section = engine_options(config.deepspeed.student, micro_batch, config.train.accumulation, config.optimizer.clip)
-    dist.agree(lambda: _check_dtype("deepspeed.student", section))
+    dist.agree(lambda: _check_section("deepspeed.student", section))
     model, fresh = load_model(
         directory,
         auto_class,
@@ -110,7 +143,7 @@ def build_frozen(
         The engine, in evaluation mode; DeepSpeed gives it no optimizer.
     """
     section = engine_options(section, micro_batch, 1, 0.0)
-    dist.agree(lambda: _check_dtype("deepspeed.teacher", section))
+    dist.agree(lambda: _check_section("deepspeed.teacher", section))
     model, _ = load_model(
         directory,
         auto_class,

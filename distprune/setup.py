@@ -15,7 +15,7 @@ from distprune.errors import UserError
 from distprune.plan import Plan, make_plan
 from distprune.pruning.pruner import Pruner
 from distprune.pruning.targets import find_targets
-from distprune.shards import shards_of
+from distprune.shards import shards_of, trained_shards
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
 from distprune.weights import resolve
@@ -56,6 +56,7 @@ def prepare(config: Config) -> Setup:
     if config.distillation.hardness > 0:
         teacher = _teacher(config, task, micro_batch)
     student, fresh = build_student(config, directory, task.auto_class, task.model_options(), micro_batch)
+    dist.agree(lambda: trained_shards(student))  # a layout that is not known is refused now, not at the export
     pruner = None
     if plan.ladder:
         names = dist.agree(lambda: find_targets(student.module, config.pruning.include, config.pruning.exclude))

@@ -93,7 +93,7 @@ class ShardedParameters(ABC):
             parameter_id = optimizer.get_param_id(self.parameters[shard.name])
             gradient = self.gradient(shard)
             if gradient is not None and parameter_id in noted:
-                noted[parameter_id] = gradient.float().norm(2)
+                noted[parameter_id] = gradient.float().norm(2).to(noted[parameter_id].device)
 
 
 class ReplicatedParameters(ShardedParameters):
@@ -212,6 +212,11 @@ def shards_of(engine: Any, names: Iterable[str]) -> ShardedParameters:
     return parameters
 
 
+def trained_shards(engine: Any) -> ShardedParameters:
+    """Return this rank's shards of all trained parameters, as `shards_of` does."""
+    return shards_of(engine, [name for name, each in engine.module.named_parameters() if each.requires_grad])
+
+
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """Return a parameter's shape, also where ZeRO-3 holds only a piece of it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
@@ -222,9 +227,8 @@ class FullParameters:
 
     def __init__(self, engine: Any):
         self.parameters = dict(engine.module.named_parameters())
-        trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         self.device = engine.device
-        self.shards = {shard.name: shard for shard in shards_of(engine, trained).shards}
+        self.shards = {shard.name: shard for shard in trained_shards(engine).shards}
 
     @torch.no_grad()
     def on_main(self, name: str) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from distprune import dist
 from distprune.batches import rank_part, train_batches
 from distprune.config import Config
-from distprune.diagnose import refuse_nonfinite
+from distprune.diagnose import refuse_nonfinite, refuse_nonfinite_weights
 from distprune.distill import distillation_loss, mix
 from distprune.engine import set_learning_rate
 from distprune.evaluate import evaluate, forward
@@ -162,8 +162,9 @@ class Trainer:
     def _evaluate(self) -> None:
         """Measure, and keep the state where it is the best one at the target sparsity."""
         plan, pruner, task = self.setup.plan, self.setup.pruner, self.setup.task
+        started = time.perf_counter()
         self.metrics = evaluate(self.setup.student, task, task.validation, self.config.train.eval_batch_size)
-        self._logged_at = time.perf_counter()
+        self._logged_at += time.perf_counter() - started  # examples/s are those of training
         layers = {} if pruner is None else pruner.layer_sparsity()
         self.monitor.log(
             {
@@ -185,7 +186,11 @@ class Trainer:
     def at_target(self) -> bool:
         """Whether the weights have the target sparsity: only such states may be chosen (SMC-Bench's trap)."""
         pruner = self.setup.pruner
-        return pruner is None or pruner.masked == floor(max(self.setup.plan.ladder.values()) * pruner.total)
+        if pruner is None:
+            return True
+        # The masks of a step that DeepSpeed skipped reach the forward pass with the next one.
+        skipped = getattr(self.setup.student.optimizer, "overflow", False)
+        return not skipped and pruner.masked == floor(max(self.setup.plan.ladder.values()) * pruner.total)
 
     def write_final(self) -> None:
         """Write ``final/``: the last state or the best one, at the target sparsity. Collective: every rank calls it."""
@@ -207,6 +212,7 @@ class Trainer:
 
     def export(self, directory: Path) -> None:
         """Write the student, its pruned weights verified. Collective: every rank calls it."""
+        refuse_nonfinite_weights(self.setup.student, self.step)
         if self.setup.pruner is not None:
             self.setup.pruner.verify()
         export(self.setup.student, self.setup.task.tokenizer, directory)

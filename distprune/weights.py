@@ -7,7 +7,6 @@ weights (a fresh head) are made by the model's own initialisation, on rank 0, fr
 
 import ctypes
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,7 +159,7 @@ def load_model(
         UserError: on every rank, where the directory does not hold such a model.
     """
     model, checkpoint = dist.agree(lambda: skeleton(directory, auto_class, options))
-    sources = match_names(list(_tensors(model)), list(checkpoint.file_of), model.base_model_prefix)
+    sources = _sources(model, checkpoint)
     missing = [name for name, _ in model.named_parameters() if name not in sources]
     dist.agree(lambda: _check_match(model, checkpoint, sources, missing, new_weights_allowed))
 
@@ -171,6 +170,10 @@ def load_model(
         import deepspeed
 
         deepspeed.zero.Init(module=_StreamedParameters(_trimmed(stream)), config_dict_or_path=zero3)
+        # DeepSpeed moves the buffers of whole models only.
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(dist.detect().device)
     else:
         for _ in stream:
             pass
@@ -200,15 +203,21 @@ def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple
         config = AutoConfig.from_pretrained(directory, **options)
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = auto_class.from_config(config)
+        model.tie_weights()  # accelerate's empty parameters are each their own
     except Exception as error:  # transformers raises many kinds, some over several lines
         reason = " ".join(str(error).split())
         raise UserError(f"{directory} does not describe a model for {auto_class.__name__}: {reason}") from error
     return model, Checkpoint(directory)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, tied ones once."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the stored name of each parameter and buffer; a tied one may be stored under any of its names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = [*parameters, *(name for name, _ in model.named_buffers())]
+    stored = match_names(names, list(checkpoint.file_of), model.base_model_prefix)
+    of_parameter = {id(parameters[name]): source for name, source in stored.items() if name in parameters}
+    tied = {name: of_parameter[id(each)] for name, each in parameters.items() if id(each) in of_parameter}
+    return tied | stored
 
 
 def _check_match(
@@ -223,9 +232,10 @@ def _check_match(
     if missing and not new_allowed:
         raise UserError(f"{checkpoint.directory} lacks weights of a {type(model).__name__}: {', '.join(missing[:5])}")
     prefix = model.base_model_prefix + "."
-    lost = [name for name in missing if re.search(r"\.\d+\.", name) and name.startswith(prefix)]
+    # Checkpoints of language models have no pooler; it is trained with the head.
+    lost = [name for name in missing if name.startswith(prefix) and "pooler" not in name]
     if lost:
-        raise UserError(f"{checkpoint.directory} lacks weights of the model's layers: {', '.join(lost[:5])}")
+        raise UserError(f"{checkpoint.directory} lacks weights of the base model: {', '.join(lost[:5])}")
 
 
 def _materialise(

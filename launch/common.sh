@@ -37,13 +37,17 @@ install() {
     cp "$REPOSITORY/pyproject.toml" "$stamp"
 }
 
-# GPUs to use: those that this machine has, none where DS_ACCELERATOR=cpu asks for that.
+# GPUs to use: those that this machine has or CUDA_VISIBLE_DEVICES names; none where DS_ACCELERATOR=cpu asks for that.
 count_gpus() {
     if [ "${DS_ACCELERATOR:-cuda}" = cpu ]; then
         echo 0
         return
     fi
-    command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || echo 0
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[0-9]' || true
+        return
+    fi
+    { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null; } | grep -c '^GPU' || true
 }
 
 activate() {

@@ -21,12 +21,17 @@ gpus=$(count_gpus)
 if [ "$gpus" -gt 0 ]; then
     ranks=${ranks:-$gpus}
     [[ $ranks =~ ^[0-9]+$ && $ranks -ge 1 && $ranks -le $gpus ]] || die "-n is $ranks; allowed: 1 to the $gpus GPUs here"
+    # The deepspeed CLI keeps to CUDA_VISIBLE_DEVICES only where no number of ranks is given.
+    devices=$(echo "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((ranks - 1)))}" | cut -d, -f "1-$ranks")
+    unset CUDA_VISIBLE_DEVICES
+    where=(--include "localhost:$devices")
 else
     ranks=${ranks:-1}
     [[ $ranks =~ ^[0-9]+$ && $ranks -ge 1 ]] || die "-n is $ranks; allowed: a number from 1"
+    where=(--num_accelerators "$ranks")
     # One thread too many on a rank costs more than the rank gains: share the cores out.
     cores=$(nproc)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 fi
 port=${MASTER_PORT:-$("$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-exec deepspeed --quiet --num_accelerators "$ranks" --no_local_rank --master_port "$port" --module distprune train "$@"
+exec deepspeed --quiet "${where[@]}" --no_local_rank --master_port "$port" --module distprune train "$@"

@@ -16,9 +16,6 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "1/5 make a synthetic text task and an untrained model: $run/task"
 python -m distprune.synthetic "$run/task"
-if [ "$gpus" -eq 0 ]; then
-    echo "note: DeepSpeed compiles a CPU operator at its first start on a machine, 20 to 90 s without a word"
-fi
 say "2/5 train the dense model on $ranks ranks, ZeRO-2"
 launch/local.sh -n "$ranks" configs/quickstart_dense.yaml
 say "3/5 prune it once to $sparsity, without training"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distprune.synthetic import examples
-from tests.dist.engines import write_model
+from tests.distributed.engines import write_model
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()

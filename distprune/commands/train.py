@@ -31,8 +31,9 @@ def train(config: Config) -> dict[str, Any]:
     """
     started = time.time()
     run_dir = Path(config.train.output)
-    dist.agree(lambda: _claim(run_dir, config))
+    dist.agree(lambda: _check_free(run_dir))
     setup = prepare(config)
+    dist.agree(lambda: _claim(run_dir, config))
     with Monitor(run_dir, config, setup.plan.total_steps, enabled=dist.is_main()) as monitor:
         dense = None
         if setup.teacher is not None:
@@ -47,14 +48,21 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
+def _check_free(run_dir: Path) -> None:
+    """Refuse a run directory that holds anything."""
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"train.output {str(run_dir)!r} is not empty; allowed: a new or empty directory")
+
+
 def _claim(run_dir: Path, config: Config) -> None:
-    """Make the run directory, on rank 0; one that holds anything is left alone."""
+    """Make the run directory, on rank 0."""
     if not dist.is_main():
         return
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"train.output {str(run_dir)!r} is not empty; allowed: a new or empty directory")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(settings.to_yaml(config))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(settings.to_yaml(config))
+    except OSError as error:
+        raise UserError(f"train.output {str(run_dir)!r} cannot be written: {error}") from error
 
 
 def _write_reports(trainer: Trainer, summary: dict[str, Any]) -> None:

@@ -65,8 +65,9 @@ class Pruner:
             self._extend(mask, shard, cut)
             shard.master.masked_fill_(mask, 0.0)
         self._moments_to_zero = set(range(len(self.shards)))
+        if wanted > self.masked:
+            self.threshold = cut.threshold
         self.masked = wanted
-        self.threshold = cut.threshold
         assert sum(self.count().values()) == wanted, "the mask's count is not the exact one"
 
     @torch.no_grad()

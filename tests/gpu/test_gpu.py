@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.runs import records, write_task
+from tests.distributed.runs import records, write_task
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,4 @@
-"""Launchers by their environments; the collectives need ranks and are tested in tests/dist."""
+"""Launchers by their environments; the collectives need ranks and are tested in tests/distributed."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Counting what was written; the export itself needs engines and is tested in tests/dist."""
+"""Counting what was written; the export itself needs engines and is tested in tests/distributed."""
 
 from pathlib import Path
 

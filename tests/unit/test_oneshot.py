@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from distprune.commands import oneshot
 from distprune.errors import UserError
-from tests.dist.engines import reference_masks, write_model
+from tests.distributed.engines import reference_masks, write_model
 
 
 @pytest.mark.parametrize("levels", [None, 100])

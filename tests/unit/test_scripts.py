@@ -67,6 +67,44 @@ def test_a_missing_part_of_python_is_named(tmp_path: Path, test: str, install: s
     assert install in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("listed", "variables", "count"),
+    [
+        ("GPU 0: a\\nGPU 1: b", {}, "2"),
+        ("", {}, "0"),
+        ("GPU 0: a\\nGPU 1: b", {"DS_ACCELERATOR": "cpu"}, "0"),
+        ("GPU 0: a\\nGPU 1: b", {"CUDA_VISIBLE_DEVICES": "1"}, "1"),
+        ("GPU 0: a\\nGPU 1: b", {"CUDA_VISIBLE_DEVICES": ""}, "0"),
+    ],
+)
+def test_gpus_are_counted(tmp_path: Path, listed: str, variables: dict[str, str], count: str) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f'#!/bin/sh\nprintf "{listed}"\n{"" if listed else "exit 9"}\n')
+    smi.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    unset = "unset CUDA_VISIBLE_DEVICES DS_ACCELERATOR; " if not variables else "unset DS_ACCELERATOR; "
+    exports = "".join(f"export {name}={value}; " for name, value in variables.items())
+    done = bash(f"source launch/common.sh; {unset}{exports}count_gpus", path)
+    assert (done.stdout.strip(), done.stderr) == (count, "")
+
+
+@pytest.mark.parametrize(("variables", "devices"), [("", "0,1"), ("export CUDA_VISIBLE_DEVICES=2,3,5; ", "2,3")])
+def test_ranks_run_on_the_gpus_that_were_given(tmp_path: Path, variables: str, devices: str) -> None:
+    for name, text in {
+        "nvidia-smi": 'printf "GPU 0: a\\nGPU 1: b\\nGPU 2: c\\n"',
+        "deepspeed": 'echo "$@" "[$CUDA_VISIBLE_DEVICES]"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    script = f"unset DS_ACCELERATOR CUDA_VISIBLE_DEVICES; {variables}launch/local.sh -n 2 run.yaml"
+    done = bash(script, path, VENV=str(tmp_path / "venv"))
+    assert f"--include localhost:{devices} " in done.stdout, done.stderr
+    assert done.stdout.strip().endswith("train run.yaml []")
+
+
 def test_an_environment_that_is_not_there_is_named(tmp_path: Path) -> None:
     done = bash("launch/local.sh run.yaml", VENV=str(tmp_path / "none"))
     assert done.returncode == 2

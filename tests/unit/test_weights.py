@@ -1,4 +1,4 @@
-"""Names, files and refusals; loading itself needs ranks and is tested in tests/dist."""
+"""Names, files and refusals; loading itself needs ranks and is tested in tests/distributed."""
 
 import json
 from pathlib import Path

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.runs import write_task
+from tests.distributed.runs import write_task
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.prefix) / "bin"
@@ -113,6 +113,7 @@ def test_a_mistake_is_said_once_and_every_rank_fails(task: Path, tmp_path: Path,
     assert launcher == "torchrun" or "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_debug_shows_where_a_mistake_was_found(task: Path, tmp_path: Path) -> None:
     arguments: Command = [BIN / "distprune", "train", task / "run.yaml", f"train.output={tmp_path / 'run'}"]
     done = start([*arguments, "task.label=labl"], DISTPRUNE_DEBUG="1")

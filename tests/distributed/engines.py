@@ -50,7 +50,9 @@ class Layout(NamedTuple):
         return {"zero_optimization": zero} | kinds[self.dtype]
 
 
-ALL_LAYOUTS = [Layout(*each) for each in product((0, 1, 2, 3), ("fp32", "bf16"), (False, True)) if each[0] or not each[2]]
+ALL_LAYOUTS = [
+    Layout(*each) for each in product((0, 1, 2, 3), ("fp32", "bf16"), (False, True)) if each[0] or not each[2]
+]
 """Offload moves ZeRO's partitions, so there is none at stage 0."""
 
 FP16_LAYOUTS = [layout._replace(dtype="fp16") for layout in ALL_LAYOUTS if layout.dtype == "bf16"]

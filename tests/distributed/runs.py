@@ -9,7 +9,7 @@ from distprune import settings
 from distprune.commands.train import train
 from distprune.errors import UserError
 from distprune.synthetic import examples
-from tests.dist.engines import write_model
+from tests.distributed.engines import write_model
 
 TRAIN, VALIDATION = 96, 61  # no world size above 1 divides 61
 

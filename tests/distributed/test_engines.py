@@ -6,6 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -13,9 +14,15 @@ import torch
 import torch.distributed as torch_dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
-from distprune import shards
+from distprune import dist, shards
 from distprune.distill import distillation_loss
 from distprune.engine import build_frozen
 from distprune.errors import UserError
@@ -23,7 +30,7 @@ from distprune.evaluate import forward
 from distprune.export import count_zeros, export
 from distprune.shards import held_bytes, shards_of
 from distprune.weights import load_model
-from tests.dist.engines import (
+from tests.distributed.engines import (
     ALL_LAYOUTS,
     Layout,
     Student,
@@ -49,9 +56,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------------------ in
 
 
-def load(
-    directory: Path, stage: int, seed: int = 0, new_weights_allowed: bool = False, gather: bool = True
-) -> Any:
+def load(directory: Path, stage: int, seed: int = 0, new_weights_allowed: bool = False, gather: bool = True) -> Any:
     """Load, and return every parameter (where asked for), the buffers, and the new ones; or what was refused."""
     import deepspeed
 
@@ -144,6 +149,59 @@ def test_broken_weights_are_refused_on_every_rank_with_the_same_sentence(
         assert message in said[0]
 
 
+def load_tied(directory: Path, stage: int) -> Any:
+    """Load a model whose embeddings have three names, and return them."""
+    import deepspeed
+
+    section = Layout(stage).section | {"train_micro_batch_size_per_gpu": 1}
+    model, new = load_model(
+        directory,
+        AutoModelForSequenceClassification,
+        {"num_labels": 2},
+        dtype=torch.float32,
+        zero3=section if stage == 3 else None,
+        seed=0,
+        new_weights_allowed=False,
+    )
+    shared = model.model.shared.weight
+    assert model.model.encoder.embed_tokens.weight is shared
+    assert model.model.decoder.embed_tokens.weight is shared
+    with deepspeed.zero.GatheredParameters([shared]):
+        return shared.detach().clone(), new
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_tied_weights_stay_tied_and_are_read_once(world: Worlds, tmp_path: Path, stage: int) -> None:
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    plain = BartForSequenceClassification(BartConfig(vocab_size=30, num_labels=2, **sizes, **layers))
+    plain.save_pretrained(tmp_path)
+    found, new = world(2).run(load_tied, tmp_path, stage)[0]
+    assert new == []
+    assert torch.equal(found, plain.model.shared.weight)
+
+
+def device_of_buffers(directory: Path) -> set[str]:
+    """Load at ZeRO-3 where the rank's device is another than the CPU; return where the buffers are then."""
+    real = dist.detect()
+    with patch.object(dist.World, "device", torch.device("meta")):
+        assert dist.detect() == real
+        model, _ = load_model(
+            directory,
+            AutoModelForSequenceClassification,
+            {"num_labels": 2},
+            dtype=torch.float32,
+            zero3=Layout(3).section | {"train_micro_batch_size_per_gpu": 1},
+            seed=0,
+            new_weights_allowed=False,
+        )
+    return {buffer.device.type for buffer in model.buffers()}
+
+
+def test_buffers_of_a_sharded_model_are_on_the_device(world: Worlds, directory: Path) -> None:
+    assert world(1).run(device_of_buffers, directory) == [{"meta"}]
+
+
 def test_new_weights_are_refused_in_a_teacher(world: Worlds, directory: Path, tmp_path: Path) -> None:
     plain_model(directory).bert.save_pretrained(tmp_path)
     assert "lacks weights of a BertForSequenceClassification: classifier" in world(2).run(load, tmp_path, 3)[1]
@@ -161,15 +219,15 @@ def train_and_export(directory: Path, layout: Layout, target: Path) -> tuple[dic
     torch_dist.barrier()
     masked = student.pruner.masked
     names = [name for name, _ in student.engine.module.named_parameters()]
-    every = whole(names, [(shard, shard.master[shard.owned].cpu()) for shard in shards_of(student.engine, names).shards])
+    every = whole(
+        names, [(shard, shard.master[shard.owned].cpu()) for shard in shards_of(student.engine, names).shards]
+    )
     student.close()
     return every, masked
 
 
 @by_world
-def test_export_is_the_same_model_at_every_layout(
-    world: Worlds, directory: Path, tmp_path: Path, size: int
-) -> None:
+def test_export_is_the_same_model_at_every_layout(world: Worlds, directory: Path, tmp_path: Path, size: int) -> None:
     for layout in ALL_LAYOUTS:
         target = tmp_path / str(layout)
         masters, masked = world(size).run(train_and_export, directory, layout, target)[0]
@@ -293,7 +351,7 @@ def test_memory_stays_flat_with_two_engines(world: Worlds, tmp_path: Path, stude
     size = (model / "model.safetensors").stat().st_size
     for (first, _), (second, resident), (third, last) in world(2).run(grow, model, student, teacher):
         assert first == second == third, "a tensor is kept at every step"
-        assert last - resident < 2 * size, "memory that no tensor shows grows"
+        assert last - resident < 10 * size, "20 steps kept the memory of more than half a model each"
 
 
 # ------------------------------------------------------------------------------ what is not known
