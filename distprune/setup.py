@@ -52,6 +52,7 @@ def prepare(config: Config) -> Setup:
         return make_plan(config, len(task.train))
 
     plan = dist.agree(check)
+    dist.agree(lambda: _check_limits(directory, task))
     teacher = None
     if config.distillation.hardness > 0:
         teacher = _teacher(config, task, micro_batch)
@@ -96,6 +97,18 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise UserError(f"{path!r} holds no tokenizer; allowed: a directory or hub id with tokenizer files") from error
     return tokenizer
+
+
+def _check_limits(directory: Path, task: Task) -> None:
+    """Refuse examples that are longer than the model's positions, and tokens that it has no embedding for."""
+    model = AutoConfig.from_pretrained(directory)
+    longest = max(max(part["length"][:]) for part in (task.train, task.validation))
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions is not None and 0 < positions < longest:
+        raise UserError(f"an example has {longest} tokens; allowed: task.max_length up to the model's {positions}")
+    tokens, embeddings = len(task.tokenizer), getattr(model, "vocab_size", None)
+    if embeddings is not None and tokens > embeddings:
+        raise UserError(f"the tokenizer has {tokens} tokens; allowed: up to the model's vocab_size, {embeddings}")
 
 
 def _teacher(config: Config, task: Task, micro_batch: int) -> Any:

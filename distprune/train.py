@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from distprune.config import Config
 from distprune.diagnose import refuse_nonfinite, refuse_nonfinite_weights
 from distprune.distill import distillation_loss, mix
 from distprune.engine import set_learning_rate
+from distprune.errors import UserError
 from distprune.evaluate import evaluate, forward
 from distprune.export import export
 from distprune.monitor import Monitor
 from distprune.monitor.resources import memory_mib
+from distprune.pruning.pruner import Pruner
 from distprune.setup import Setup
 from distprune.tasks.base import Batch
 
@@ -100,16 +103,24 @@ class Trainer:
             micro_batch = {
                 name: tensor.to(student.device) for name, tensor in task.collate(task.train.__getitems__(rows)).items()
             }
+            if all(map(math.isfinite, sums)):
+                suspect = micro_batch  # in the end the first with a loss that is not finite, where there is one
             losses = self._backward(micro_batch)
             sums = [total + float(loss) / len(parts) for total, loss in zip(sums, losses, strict=True)]
             if pruner is not None and number == len(parts):
                 if self.step in plan.ladder:
-                    pruner.prune(plan.ladder[self.step])
+                    self._prune(pruner, plan.ladder[self.step])
                 pruner.mask_gradients()
             if number == len(parts):
-                self._agree_on_losses(sums, micro_batch)
+                self._agree_on_losses(sums, suspect)
             student.step()
         self.step += 1
+
+    def _prune(self, pruner: Pruner, sparsity: Fraction) -> None:
+        try:
+            pruner.prune(sparsity)
+        except UserError as error:
+            raise UserError(f"at step {self.step} {error}") from error
 
     def _backward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the total, the task's and the distillation loss of a micro batch."""

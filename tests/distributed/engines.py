@@ -70,10 +70,10 @@ def write_model(directory: Path, levels: int | None = None, **sizes: int) -> Pat
     torch.manual_seed(7)
     words = tokenizer()
     shape = {"hidden_size": 10, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 13}
+    shape["max_position_embeddings"] = 64
     model = BertForSequenceClassification(
         BertConfig(
             vocab_size=len(words),
-            max_position_embeddings=64,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             initializer_range=0.3,  # large enough for the matrices to matter in the gradient's norm

@@ -344,6 +344,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "deepspeed.student.zero_optimization.zero_hpz_partition_size=2; pruning.sparsity=0",
         "zero_hpz_partition_size is not supported",
     ),
+    "tokenizer larger than the embeddings": ("model.tokenizer={root}/more-words", "up to the model's vocab_size"),
+    "example longer than the positions": ("model.path={root}/few-positions", "up to the model's 8"),
     "run directory that is a file": ("train.output={root}/range.jsonl", "is not empty"),
     "run directory in use": ("train.output={root}", "is not empty"),
 }
@@ -360,6 +362,8 @@ def mistaken(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.add_tokens(["another"])
     write_model(root / "other-words")
     words.save_pretrained(root / "other-words")
+    words.save_pretrained(root / "more-words")
+    write_model(root / "few-positions", max_position_embeddings=8)
     return root
 
 
@@ -469,4 +473,4 @@ def test_a_nan_weight_is_not_pruned(world: Worlds, task: Path, tmp_path: Path) -
         run_patched, "distprune.train.set_learning_rate", PoisonWeights(), task, tmp_path / "run", *options
     )
     assert len(set(said)) == 1
-    assert f"{LAYER}.weight" in said[0]
+    assert said[0].startswith(f"at step 6 {LAYER}.weight holds NaN")
