@@ -14,6 +14,17 @@ from tests.distributed.engines import write_model
 TRAIN, VALIDATION = 96, 61  # no world size above 1 divides 61
 
 
+DENSE = ("pruning.sparsity=0", "distillation.hardness=0")
+
+
+def stage(student: int, teacher: int = 3) -> tuple[str, str]:
+    """Return overrides that set the ZeRO stages."""
+    return (
+        f"deepspeed.student.zero_optimization.stage={student}",
+        f"deepspeed.teacher.zero_optimization.stage={teacher}",
+    )
+
+
 def write_task(directory: Path) -> Path:
     """Write sentences, a student that is its own teacher, and the configuration of a run of 24 steps."""
     rows = examples(TRAIN + VALIDATION, seed=5)

@@ -10,16 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.runs import write_task
-
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.prefix) / "bin"
 Command = list[str | Path]
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_task(tmp_path_factory.mktemp("task"))
 
 
 def environment(**variables: str) -> dict[str, str]:
