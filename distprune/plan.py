@@ -20,11 +20,6 @@ class Plan:
     ladder: dict[int, Fraction]
     lr: LrSchedule
 
-    @property
-    def last_pruning(self) -> int:
-        """The step of the last pruning; -1 where there is none. States after it are at the target sparsity."""
-        return max(self.ladder, default=-1)
-
 
 def make_plan(config: Config, examples: int) -> Plan:
     """Turn the configuration's times into steps.
