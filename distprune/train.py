@@ -199,9 +199,7 @@ class Trainer:
         pruner = self.setup.pruner
         if pruner is None:
             return True
-        # The masks of a step that DeepSpeed skipped reach the forward pass with the next one.
-        skipped = getattr(self.setup.student.optimizer, "overflow", False)
-        return not skipped and pruner.masked == floor(max(self.setup.plan.ladder.values()) * pruner.total)
+        return pruner.carried and pruner.masked == floor(max(self.setup.plan.ladder.values()) * pruner.total)
 
     def write_final(self) -> None:
         """Write ``final/``: the last state or the best one, at the target sparsity. Collective: every rank calls it."""

@@ -34,6 +34,8 @@ class Pruner:
         self.total = ends[-1]
         self.masked = 0
         self.threshold = 0.0
+        self.carried = True
+        """Whether a step has carried the newest masks into the low-precision weights: DeepSpeed may skip one."""
         self._moments_to_zero: set[int] = set()
         optimizer.register_step_post_hook(self._after_optimizer_step)
 
@@ -65,6 +67,7 @@ class Pruner:
             self._extend(mask, shard, cut)
             shard.master.masked_fill_(mask, 0.0)
         self._moments_to_zero = set(range(len(self.shards)))
+        self.carried = False
         if wanted > self.masked:
             self.threshold = cut.threshold
         self.masked = wanted
@@ -110,6 +113,7 @@ class Pruner:
 
         Masked gradients are zero, so moments that were zeroed once after a pruning stay so.
         """
+        self.carried = True
         if self.masked == 0:
             return
         stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}

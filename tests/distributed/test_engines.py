@@ -56,21 +56,25 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------------------ in
 
 
+def build(directory: Path, stage: int, seed: int = 0, new_weights_allowed: bool = False) -> Any:
+    """Load a classifier of two classes; return it, and the names of its new weights."""
+    return load_model(
+        directory,
+        AutoModelForSequenceClassification,
+        {"num_labels": 2},
+        dtype=torch.float32,
+        zero3=Layout(3).section | {"train_micro_batch_size_per_gpu": 1} if stage == 3 else None,
+        seed=seed,
+        new_weights_allowed=new_weights_allowed,
+    )
+
+
 def load(directory: Path, stage: int, seed: int = 0, new_weights_allowed: bool = False, gather: bool = True) -> Any:
     """Load, and return every parameter (where asked for), the buffers, and the new ones; or what was refused."""
     import deepspeed
 
-    section = Layout(stage).section | {"train_micro_batch_size_per_gpu": 1}
     try:
-        model, new = load_model(
-            directory,
-            AutoModelForSequenceClassification,
-            {"num_labels": 2},
-            dtype=torch.float32,
-            zero3=section if stage == 3 else None,
-            seed=seed,
-            new_weights_allowed=new_weights_allowed,
-        )
+        model, new = build(directory, stage, seed, new_weights_allowed)
     except UserError as error:
         return str(error)
     found = {}
@@ -153,16 +157,7 @@ def load_tied(directory: Path, stage: int) -> Any:
     """Load a model whose embeddings have three names, and return them."""
     import deepspeed
 
-    section = Layout(stage).section | {"train_micro_batch_size_per_gpu": 1}
-    model, new = load_model(
-        directory,
-        AutoModelForSequenceClassification,
-        {"num_labels": 2},
-        dtype=torch.float32,
-        zero3=section if stage == 3 else None,
-        seed=0,
-        new_weights_allowed=False,
-    )
+    model, new = build(directory, stage)
     shared = model.model.shared.weight
     assert model.model.encoder.embed_tokens.weight is shared
     assert model.model.decoder.embed_tokens.weight is shared
@@ -186,15 +181,7 @@ def device_of_buffers(directory: Path) -> set[str]:
     real = dist.detect()
     with patch.object(dist.World, "device", torch.device("meta")):
         assert dist.detect() == real
-        model, _ = load_model(
-            directory,
-            AutoModelForSequenceClassification,
-            {"num_labels": 2},
-            dtype=torch.float32,
-            zero3=Layout(3).section | {"train_micro_batch_size_per_gpu": 1},
-            seed=0,
-            new_weights_allowed=False,
-        )
+        model, _ = build(directory, 3)
     return {buffer.device.type for buffer in model.buffers()}
 
 

@@ -171,13 +171,19 @@ def overflow(directory: Path, layout: Layout) -> None:
     student.step(0)
     student.step(1, Fraction("0.5"), loss_factor=1e9)
     assert student.engine.optimizer.overflow, "the step must have been skipped"
+    assert not student.pruner.carried
     masks = student.masks()
     assert not any(master[masks[name]].any() for name, master in student.masters().items())
     student.step(2)
     assert not student.engine.optimizer.overflow
+    assert student.pruner.carried
     student.pruner.verify()
     used = student.forward_weights()
     assert not any(used[name][mask].any() for name, mask in masks.items())
+    student.step(3, loss_factor=1e9)
+    assert student.engine.optimizer.overflow
+    assert student.pruner.carried, "a later step that is skipped takes nothing back"
+    student.pruner.verify()
     student.close()
 
 
