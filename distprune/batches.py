@@ -19,7 +19,7 @@ POOL = 50
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """One rank's rows of an evaluation batch.
+    """The rows of a forward pass of an evaluation.
 
     Attributes:
         indices: which example each row holds.
@@ -100,22 +100,23 @@ def rank_part(batch: list[int], rank: int, world: int, accumulation: int) -> lis
 def eval_batches(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[EvalBatch]:
     """Return one rank's share of an evaluation; :func:`in_order` undoes the dealing.
 
-    Every rank gets as many batches with as many rows in each, which collectives need. Over all ranks each
-    example is valid in exactly one row. The longest examples come first, so that what does not fit into
-    memory fails at once.
+    A batch holds the same rows at every world size, so that its numbers round alike; whole batches are dealt out.
+    Every rank gets as many, with as many rows in each, which collectives need. Over all ranks each example is valid
+    in exactly one row. The longest examples come first, so that what does not fit into memory fails at once.
 
     Args:
         lengths: tokens of each example.
-        batch_size: rows of a batch on one rank.
+        batch_size: rows of a batch; fewer where there are fewer examples.
         rank: this rank.
-        world: number of ranks; more than there are examples is fine.
+        world: number of ranks; more than there are batches is fine.
     """
     order = np.argsort(-np.asarray(lengths[:]), kind="stable").tolist()
-    fill = -len(order) % world
-    mine = (order + order[-1:] * fill)[rank::world]
-    valid = ([True] * len(order) + [False] * fill)[rank::world]
-    starts = range(0, len(mine), batch_size)
-    return [EvalBatch(mine[at : at + batch_size], valid[at : at + batch_size]) for at in starts]
+    size = min(batch_size, len(order))
+    fill = -len(order) % (size * world)
+    valid = [True] * len(order) + [False] * fill
+    order += order[-1:] * fill
+    starts = range(rank * size, len(order), world * size)
+    return [EvalBatch(order[at : at + size], valid[at : at + size]) for at in starts]
 
 
 def in_order(rows: torch.Tensor, indices: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ class TrainConfig:
     epochs: float = key(10.0, "length of the run in epochs")
     batch_size: int = key(32, "examples in an optimizer step over all ranks")
     accumulation: int = key(1, "forward passes that an optimizer step is made of")
-    eval_batch_size: int = key(64, "examples in an evaluation forward pass on each rank")
+    eval_batch_size: int = key(64, "examples in an evaluation forward pass on one rank")
     eval_every: str = key("1 epochs", "time between evaluations")
     log_every: int = key(10, "optimizer steps between lines of metrics.jsonl")
     seed: int = key(42, "seed of data order, dropout and new weights")

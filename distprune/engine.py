@@ -122,6 +122,8 @@ def build_student(
     )
     freeze(model, config.model.freeze)
     if config.model.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(f"model.activation_checkpointing is True; allowed: false for a {type(model).__name__}")
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(
         _decay_groups(model, config.optimizer.weight_decay),

@@ -17,7 +17,9 @@ _FILE_SIZE = "4GB"
 
 
 def export(engine: Any, tokenizer: Any, directory: Path) -> None:
-    """Write the fp32 weights, the model's configuration and the tokenizer.
+    """Write the fp32 weights and the buffers that belong to the model, its configuration and the tokenizer.
+
+    Frozen weights have no fp32 master: in a bf16 run they are written as they were used, rounded to bf16.
 
     Collective: every rank calls it. One tensor at a time is put together, and rank 0 writes a file as soon as it is
     full, so that no rank holds more than one file's tensors.
@@ -29,6 +31,9 @@ def export(engine: Any, tokenizer: Any, directory: Path) -> None:
     """
     model = engine.module
     meta = {name: torch.empty(full_shape(parameter), device="meta") for name, parameter in model.named_parameters()}
+    stored = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    meta |= {name: torch.empty_like(buffer, device="meta") for name, buffer in buffers.items()}
     plan = split_torch_state_dict_into_shards(
         meta, filename_pattern="model{suffix}.safetensors", max_shard_size=_FILE_SIZE
     )
@@ -38,7 +43,7 @@ def export(engine: Any, tokenizer: Any, directory: Path) -> None:
             stale.unlink()
     full = FullParameters(engine)
     for file, names in plan.filename_to_tensors.items():
-        tensors = {name: full.on_main(name) for name in names}
+        tensors = {name: buffers[name].cpu() if name in buffers else full.on_main(name) for name in names}
         if dist.is_main():
             save_file({name: _present(t) for name, t in tensors.items()}, directory / file, {"format": "pt"})
     if dist.is_main():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distprune import dist
 from distprune.batches import check_batch_size
@@ -18,7 +18,7 @@ from distprune.pruning.targets import find_targets
 from distprune.shards import shards_of, trained_shards
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
-from distprune.weights import resolve
+from distprune.weights import read_config, resolve
 
 
 @dataclass
@@ -101,7 +101,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def _check_limits(directory: Path, task: Task) -> None:
     """Refuse examples that are longer than the model's positions, and tokens that it has no embedding for."""
-    model = AutoConfig.from_pretrained(directory)
+    model = read_config(directory)
     longest = max(max(part["length"][:]) for part in (task.train, task.validation))
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None and 0 < positions < longest:
@@ -115,5 +115,5 @@ def _teacher(config: Config, task: Task, micro_batch: int) -> Any:
     """Collective: every rank calls it."""
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
-    dist.agree(lambda: task.check_teacher(AutoConfig.from_pretrained(directory), load_tokenizer(str(directory))))
+    dist.agree(lambda: task.check_teacher(read_config(directory), load_tokenizer(str(directory))))
     return build_frozen(config.deepspeed.teacher, directory, task.auto_class, task.model_options(), micro_batch)

@@ -75,7 +75,7 @@ def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:
     """Return the counts of the mask and of the written file, over all their denominators."""
     pruner, zeros = trainer.setup.pruner, count_zeros(trainer.run_dir / "final")
     encoder = _total(zeros, layer_matrices(trainer.setup.student.module))
-    model = _total(zeros, zeros)
+    model = _total(zeros, [name for name, _ in trainer.setup.student.module.named_parameters()])
     masked, prunable = (0, 0) if pruner is None else (pruner.masked, pruner.total)
     in_file = _total(zeros, layers)[0]
     assert in_file >= masked, f"{in_file} zeros were written, {masked} weights are masked"

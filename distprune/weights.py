@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from distprune import dist
@@ -35,11 +35,12 @@ def resolve(path: str, revision: str | None) -> Path:
     Raises:
         UserError: where it is neither a directory nor a hub id that can be reached.
     """
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").exists():
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").exists():
             raise UserError(f"{path} holds no config.json; allowed: a Hugging Face model directory or hub id")
-        return Path(path)
-    if Path(path).exists() or path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") != 1:
+        return local
+    if local.exists() or path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1:
         raise UserError(f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id")
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
@@ -197,10 +198,24 @@ def _trimmed(stream: Iterator[nn.Parameter]) -> Iterator[nn.Parameter]:
             held = 0
 
 
+def read_config(directory: Path, options: dict[str, Any] | None = None) -> PretrainedConfig:
+    """Return a model's configuration, with some values replaced.
+
+    Raises:
+        UserError: where config.json is no configuration that transformers knows.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, **(options or {}))
+    except Exception as error:  # transformers raises many kinds, some over several lines
+        reason = " ".join(str(error).split())
+        raise UserError(f"{directory / 'config.json'} is not a model's configuration: {reason}") from error
+    return config
+
+
 def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, Checkpoint]:
     """Build the model with parameters on the meta device, and open its checkpoint."""
+    config = read_config(directory, options)
     try:
-        config = AutoConfig.from_pretrained(directory, **options)
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = auto_class.from_config(config)
         model.tie_weights()  # accelerate's empty parameters are each their own
@@ -295,6 +310,6 @@ def set_dropout(options: dict[str, Any], directory: Path, dropout: float | None)
     """Return model options with every dropout that the model's configuration knows set to one value."""
     if dropout is None:
         return options
-    known = AutoConfig.from_pretrained(directory).to_dict()
+    known = read_config(directory).to_dict()
     names = [name for name in known if "dropout" in name and type(known[name]) in (int, float)]
     return options | dict.fromkeys(names, dropout)

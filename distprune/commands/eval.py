@@ -17,7 +17,9 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
     The model runs as the teacher's engine would: replicated at ZeRO 0, sharded at ZeRO 3.
     """
     dist.init()
-    config = dist.agree(lambda: settings.load_valid(config_path, [*overrides, f"model.path={model_dir}"]))
+    config = dist.agree(
+        lambda: settings.load_valid(config_path, ["model.revision=null", *overrides, f"model.path={model_dir}"])
+    )
     directory = local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)
     engine = build_frozen(

@@ -30,10 +30,12 @@ def train(config: Config) -> dict[str, Any]:
         The run's summary on rank 0, an empty one elsewhere.
     """
     started = time.time()
-    run_dir = Path(config.train.output)
+    run_dir = Path(config.train.output).expanduser()
     dist.agree(lambda: _check_free(run_dir))
     setup = prepare(config)
     dist.agree(lambda: _claim(run_dir, config))
+    if setup.new_weights and dist.is_main():
+        print(f"new weights, which {config.model.path} lacks: {', '.join(setup.new_weights)}")
     with Monitor(run_dir, config, setup.plan.total_steps, enabled=dist.is_main()) as monitor:
         dense = None
         if setup.teacher is not None:

@@ -42,11 +42,13 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
     """Keep the matching parameters fixed.
 
     Raises:
-        UserError: where a regex is malformed or matches nothing.
+        UserError: where a regex is malformed or matches nothing, or none is left to train.
     """
     parameters = dict(model.named_parameters())
     for name in _matching(patterns, list(parameters), "model.freeze"):
         parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError(f"model.freeze is {patterns}, which matches every parameter; allowed: regexes that leave some")
 
 
 def layer_matrices(model: nn.Module) -> set[str]:

@@ -191,7 +191,7 @@ def _read_hub(task: TaskConfig, names: list[str], cache_dir: Path | None) -> lis
 
 
 def _read_file(task: TaskConfig, name: str, cache_dir: Path | None) -> Split:
-    path = Path(name)
+    path = Path(name).expanduser()
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix not in READERS:
         raise UserError(

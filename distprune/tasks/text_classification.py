@@ -31,6 +31,7 @@ class TextClassification(Task):
         task = config.task
         _check_columns(task)
         self.metric_names = task.metrics
+        self._pairs = len(task.text) == 2
         with quiet():
             train, validation = load_splits(task, [*task.text, task.label], cache_dir)
             for split in (train, validation):
@@ -85,9 +86,16 @@ class TextClassification(Task):
         where the two name their classes differently.
 
         Raises:
-            UserError: another vocabulary, number of labels, or order of labels.
+            UserError: another vocabulary, number of labels, or order of labels; a teacher of pairs that tells the two
+                texts apart by token types, where the student's tokenizer gives none.
         """
         super().check_teacher(teacher_config, teacher_tokenizer)
+        needs_types = self._pairs and getattr(teacher_config, "type_vocab_size", 0) > 1
+        if needs_types and "token_type_ids" not in self.train.column_names:
+            raise UserError(
+                "the teacher tells the two texts of a pair apart by token_type_ids, and the student's tokenizer gives "
+                "none; allowed: a teacher of the student's kind, or model.tokenizer set to the teacher's"
+            )
         ours = self.classes.names if self.classes else ["LABEL_0"]
         theirs = [str(name) for _, name in sorted(teacher_config.id2label.items())]
         if len(ours) != len(theirs):

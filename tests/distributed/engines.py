@@ -31,15 +31,19 @@ class Layout(NamedTuple):
     stage: int
     dtype: str = "fp32"
     offload: bool = False
+    persistent: bool = False
 
     def __str__(self) -> str:
-        return f"zero{self.stage}-{self.dtype}{'-offload' if self.offload else ''}"
+        suffixes = "-offload" * self.offload + "-persistent" * self.persistent
+        return f"zero{self.stage}-{self.dtype}{suffixes}"
 
     @property
     def section(self) -> dict[str, Any]:
         """DeepSpeed's options."""
-        # Every parameter is cut up, however small: with its defaults ZeRO-3 would keep all of these whole.
-        zero: dict[str, Any] = {"stage": self.stage, "stage3_param_persistence_threshold": 0}
+        # Every parameter is cut up, however small: with its defaults ZeRO-3 would keep all of these whole. Where that
+        # is wanted, matrices of attention and what is smaller stay whole, and the others are cut.
+        threshold = 110 if self.persistent else 0
+        zero: dict[str, Any] = {"stage": self.stage, "stage3_param_persistence_threshold": threshold}
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
         kinds: dict[str, Any] = {
@@ -54,6 +58,7 @@ ALL_LAYOUTS = [
     Layout(*each) for each in product((0, 1, 2, 3), ("fp32", "bf16"), (False, True)) if each[0] or not each[2]
 ]
 """Offload moves ZeRO's partitions, so there is none at stage 0."""
+ALL_LAYOUTS += [Layout(3, dtype, persistent=True) for dtype in ("fp32", "bf16")]
 
 FP16_LAYOUTS = [layout._replace(dtype="fp16") for layout in ALL_LAYOUTS if layout.dtype == "bf16"]
 

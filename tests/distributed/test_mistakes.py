@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MPNetConfig, MPNetForSequenceClassification
 
 from distprune import dist
 from distprune.engine import set_learning_rate
@@ -37,6 +37,16 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "fewer examples than a batch": ("train.batch_size=200", "only 96 training examples"),
     "warm-up": ("lr.warmup=9 steps", "lr.warmup is '9 steps'"),
     "target that is frozen": ("model.freeze=[encoder]", "model.freeze keeps it fixed"),
+    "nothing left to train": ("model.freeze=['.*']", "model.freeze is ['.*'], which matches every parameter"),
+    "checkpointing that the model cannot do": (
+        "model.path={root}/mpnet; teacher.path={root}/mpnet; model.activation_checkpointing=true",
+        "model.activation_checkpointing is True; allowed: false for a MPNetForSequenceClassification",
+    ),
+    "model's configuration": ("model.path={root}/no-config", "no-config/config.json is not a model's configuration"),
+    "teacher's configuration": (
+        "teacher.path={root}/no-config",
+        "no-config/config.json is not a model's configuration",
+    ),
     "task": ("task.name=poetry", "task.name 'poetry' is unknown"),
     "metric": ("task.metrics=[pearson]", "metric 'pearson' does not suit classification"),
     "teacher's label count": ("teacher.path={root}/three-labels", "the teacher has 3 labels and the task 2"),
@@ -73,6 +83,11 @@ def mistaken(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.save_pretrained(root / "other-words")
     words.save_pretrained(root / "more-words")
     write_model(root / "few-positions", max_position_embeddings=8)
+    write_model(root / "no-config")
+    (root / "no-config" / "config.json").write_text('{"hidden_size": 10}')
+    AutoTokenizer.from_pretrained(task / "model").save_pretrained(root / "mpnet")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    MPNetForSequenceClassification(MPNetConfig(vocab_size=len(words), **sizes)).save_pretrained(root / "mpnet")
     return root
 
 
@@ -165,7 +180,7 @@ class PoisonOutputs:
         return forward(engine, batch)
 
 
-@pytest.mark.parametrize("number", [0, 2, 3])
+@pytest.mark.parametrize("number", range(4))
 def test_a_nan_stops_every_rank_with_the_step_and_the_layer(
     world: Worlds, task: Path, tmp_path: Path, number: int
 ) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import correlation
 from typing import Any
 
 import pytest
@@ -14,7 +15,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 from distprune import settings
 from distprune.batches import train_batches
@@ -23,6 +29,7 @@ from distprune.engine import build_frozen
 from distprune.evaluate import evaluate
 from distprune.setup import load_task, local_model
 from distprune.tasks.metrics import measure
+from tests.distributed.engines import write_model
 from tests.distributed.runs import DENSE, VALIDATION, records, run, run_patched, stage
 from tests.world import World
 
@@ -124,8 +131,9 @@ def test_the_learning_rate_and_the_sparsity_are_those_of_the_plan(world: Worlds,
 # ------------------------------------------------------------------------------ evaluation
 
 
-def measured(task: Path) -> dict[str, float]:
-    config = settings.load_valid(str(task / "run.yaml"), ["task.metrics=[accuracy,macro_f1,matthews]"])
+def measured(task: Path, *overrides: str) -> dict[str, float]:
+    metrics = "task.metrics=[accuracy,macro_f1,matthews]"
+    config = settings.load_valid(str(task / "run.yaml"), [metrics, *overrides])
     directory = local_model(config.model.path, None)
     data = load_task(config, directory)
     section = config.deepspeed.teacher
@@ -155,6 +163,15 @@ def test_evaluation_is_the_same_at_every_world_size(world: Worlds, task: Path, s
     for found in world(size).run(measured, task):
         assert found.pop("sum") == pytest.approx(float(logits.double().sum()), rel=1e-4)
         assert found == expected
+
+
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_even_the_rounding_of_an_evaluation_is_the_same(world: Worlds, task: Path, size: int, number: int) -> None:
+    """In bf16 a logit depends on the padding of its batch: another batch, another accuracy."""
+    options = ("deepspeed.teacher.bf16.enabled=true", *stage(2, number))
+    (alone,) = world(1).run(measured, task, *options)
+    assert world(size).run(measured, task, *options) == [alone] * size
 
 
 # ------------------------------------------------------------------------------ what is chosen
@@ -269,6 +286,45 @@ def test_without_hardness_no_teacher_is_loaded(world: Worlds, task: Path, tmp_pa
     assert summary["teacher"] is None
     assert "teacher" not in summary["bytes_per_rank"]
     assert summary["dense_metric"] == records(tmp_path / "run", "validation")[0]["accuracy"], "the student's, dense"
+
+
+@pytest.mark.slow
+def test_a_regression_keeps_its_best_state_and_a_wandb_run(world: Worlds, task: Path, tmp_path: Path) -> None:
+    """The score is a sentence's length, which a small model can learn a little of."""
+    for name in ("train", "validation"):
+        rows = [json.loads(line) for line in (task / f"{name}.jsonl").read_text().splitlines()]
+        scored = [{"sentence": row["sentence"], "score": len(row["sentence"]) / 50} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
+    teacher = write_model(tmp_path / "teacher", num_labels=1, hidden_size=16, intermediate_size=24)
+    options = [f"task.{name}={tmp_path}/{name}.jsonl" for name in ("train", "validation")]
+    options += ["task.regression=true", "task.label=score", "task.metrics=[pearson,spearman]", "wandb.mode=offline"]
+    options += [f"model.path={teacher}", f"teacher.path={teacher}", "distillation.hardness=0.1"]
+    options += ["train.select=best", "train.patience=1", "train.epochs=5"]
+    summary, _ = world(2).run(run, task, tmp_path / "run", *options)
+    kept = {line["step"]: line["pearson"] for line in records(tmp_path / "run", "validation") if line["step"] > 16}
+    assert summary["final_metric"] == max(kept.values()) == kept[summary["final_step"]]
+    assert summary["zeros_in_file"] == math.floor(0.9 * summary["prunable_weights"])
+
+    final = tmp_path / "run" / "final"
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    with torch.no_grad():
+        said = [float(model.eval()(**tokenizer(row["sentence"], return_tensors="pt")).logits) for row in scored]
+    assert summary["final_metric"] == pytest.approx(correlation(said, [row["score"] for row in scored]), abs=1e-4)
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))) == 1, "one run, of rank 0"
+
+
+@pytest.mark.slow
+def test_a_student_may_be_of_another_kind_than_its_teacher(world: Worlds, task: Path, tmp_path: Path) -> None:
+    """DistilBERT takes no token types, which its teacher and the tokenizer know."""
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer = AutoTokenizer.from_pretrained(task / "model", model_input_names=names)
+    config = DistilBertConfig(vocab_size=len(tokenizer), dim=16, hidden_dim=24, n_layers=2, n_heads=2, num_labels=2)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "distil")
+    tokenizer.save_pretrained(tmp_path / "distil")
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(tmp_path / "distil")("a film")
+    summary, _ = world(2).run(run, task, tmp_path / "run", f"model.path={tmp_path}/distil", *stage(3))
+    assert len(summary["layers"]) == 2 * 6
+    assert summary["zeros_in_file"] == math.floor(0.9 * summary["prunable_weights"])
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def test_evaluation_counts_each_example_once_in_equal_shapes(count, batch_size, 
     shapes = [[len(batch.indices) for batch in batches] for batches in ranks]
     assert all(shape == shapes[0] for shape in shapes)
     assert all(len(batch.valid) == len(batch.indices) <= batch_size for batches in ranks for batch in batches)
-    assert sum(shapes[0]) == -(-count // world)
+    assert len(shapes[0]) == -(-count // (min(count, batch_size) * world)), "no more batches than it takes"
 
     flat = [batch for batches in ranks for batch in batches]
     indices = torch.tensor([index for batch in flat for index in batch.indices])
@@ -120,6 +120,17 @@ def test_evaluation_counts_each_example_once_in_equal_shapes(count, batch_size, 
     assert torch.equal(in_order(values[indices], indices, valid), values)
     shuffled = torch.from_numpy(np.random.default_rng(seed).permutation(len(indices)))
     assert torch.equal(in_order(values[indices][shuffled], indices[shuffled], valid[shuffled]), values)
+
+
+@given(count=st.integers(1, 60), batch_size=st.integers(1, 9), world=worlds, seed=seeds)
+@settings(max_examples=100, deadline=None)
+def test_an_evaluation_batch_holds_the_same_rows_at_every_world_size(count, batch_size, world, seed):
+    lengths = random_lengths(count, seed)
+    ranks = [eval_batches(lengths, batch_size, rank, world) for rank in range(world)]
+    dealt = [batch for round_of_batches in zip(*ranks, strict=True) for batch in round_of_batches]
+    alone = eval_batches(lengths, batch_size, rank=0, world=1)
+    assert dealt[: len(alone)] == alone
+    assert not any(flag for batch in dealt[len(alone) :] for flag in batch.valid)
 
 
 def test_evaluation_starts_with_the_longest_examples():

@@ -33,7 +33,20 @@ def test_ten_epoch_recipe_prunes_twice_an_epoch_from_two_to_eight() -> None:
     config = PruningConfig(0.9, 0.7, "2 epochs", "8 epochs", "0.5 epochs")
     ladder = sparsity_ladder(config, 1000, 10_000)
     assert list(ladder) == list(range(2000, 8001, 500))
-    assert ladder[5000] == Fraction("0.9") - Fraction("0.2") / 8
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "percent"),
+    [
+        (0.8, [70, 72.297, 74.213, 75.781, 77.037, 78.015, 78.75, 79.277, 79.630, 79.844, 79.954, 79.994, 80]),
+        (0.9, [70, 74.595, 78.426, 81.563, 84.074, 86.030, 87.5, 88.553, 89.259, 89.688, 89.907, 89.988, 90]),
+        (0.97, [70, 76.203, 81.375, 85.609, 89.0, 91.641, 93.625, 95.047, 96.0, 96.578, 96.875, 96.984, 97]),
+    ],
+)
+def test_ten_epoch_ladders_at_every_half_epoch(sparsity: float, percent: list[float]) -> None:
+    """The recipe's formula (reference A2) worked out by hand, rounded to three decimals."""
+    ladder = sparsity_ladder(PruningConfig(sparsity, 0.7, "2 epochs", "8 epochs", "0.5 epochs"), 1000, 10_000)
+    assert [float(100 * value) for value in ladder.values()] == pytest.approx(percent, abs=6e-4)
 
 
 def test_last_sparsity_is_the_decimal_as_written() -> None:

@@ -137,6 +137,11 @@ def test_a_directory_is_itself(model_dir: Path) -> None:
     assert resolve(str(model_dir), None) == model_dir
 
 
+def test_a_home_directory_is_found(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(model_dir.parent))
+    assert resolve("~/model", None) == model_dir
+
+
 def test_a_hub_id_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
@@ -146,8 +151,9 @@ def test_a_hub_id_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(weights, "snapshot_download", snapshot)
-    assert resolve("google-bert/bert-base-uncased", "v2") == Path("snapshot")
-    assert (asked["repo"], asked["revision"]) == ("google-bert/bert-base-uncased", "v2")
+    for name in ("google-bert/bert-base-uncased", "gpt2"):
+        assert resolve(name, "v2") == Path("snapshot")
+        assert (asked["repo"], asked["revision"]) == (name, "v2")
     assert "*.safetensors" in asked["allow_patterns"]
     assert "*.bin" not in asked["allow_patterns"]
 
@@ -204,7 +210,8 @@ def test_a_skeleton_holds_no_weights_but_knows_the_files(model_dir: Path) -> Non
 def test_a_configuration_that_describes_no_such_model_is_refused(model_dir: Path, config: str, part: str) -> None:
     (model_dir / "config.json").write_text(config)
     message = refusal(skeleton, model_dir, AutoModelForSequenceClassification, {})
-    assert message.startswith(f"{model_dir} does not describe a model for AutoModelForSequenceClassification: ")
+    known = ("/config.json is not a model's configuration: ", " does not describe a model for AutoModelForSequence")
+    assert message.startswith(tuple(f"{model_dir}{each}" for each in known))
     assert part in message
 
 

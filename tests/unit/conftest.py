@@ -1,0 +1,29 @@
+"""Fixtures that several files of unit tests share."""
+
+import pytest
+
+from distprune.config import Config
+from distprune.tasks import Task, build_task
+from tests.unit.task_files import TRAIN, VALIDATION, make_tokenizer, write
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """Return a function that writes the two files and builds the task from them."""
+    monkeypatch.chdir(tmp_path)
+
+    written = {}
+
+    def run(rows=TRAIN, held=VALIDATION, suffix=".jsonl", seed=0, tokenizer=None, **options) -> Task:
+        for name, content in {f"train{suffix}": rows, f"validation{suffix}": held}.items():
+            if written.get(name) != content:
+                write(tmp_path / name, content)
+                written[name] = content
+        config = Config()
+        config.train.seed = seed
+        for key, value in ({"train": f"train{suffix}", "validation": f"validation{suffix}"} | options).items():
+            assert hasattr(config.task, key)
+            setattr(config.task, key, value)
+        return build_task(config, tokenizer or make_tokenizer(), tmp_path / "cache")
+
+    return run

@@ -1,0 +1,269 @@
+"""Files and hub data in, tokens out."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers import AutoTokenizer
+
+from distprune.errors import UserError
+from tests.unit.task_files import CLS, SEP, TRAIN, UNK, WORDS, ids, labelled, make_tokenizer, write
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".parquet"])
+def test_every_kind_of_file_gives_the_same_tokens(build, suffix):
+    task = build(suffix=suffix)
+    assert set(task.train.column_names) == {"input_ids", "token_type_ids", "label", "length"}
+    assert task.train["input_ids"][:] == [ids(row["sentence"]) for row in TRAIN]
+    assert task.train["label"][:] == [row["label"] for row in TRAIN]
+    assert task.train["length"][:] == [len(row["sentence"].split()) + 2 for row in TRAIN]
+    assert task.validation["input_ids"][1] == [CLS, WORDS.index("c"), UNK, SEP]
+
+
+def test_words_that_look_like_missing_values_are_text(build):
+    rows = [{"sentence": text, "label": i % 2} for i, text in enumerate(["null", "NA", ""])]
+    assert build(rows, suffix=".csv").train["input_ids"][:] == [ids("null"), ids("NA"), ids("")]
+
+
+def test_quotes_in_tab_separated_files_are_text(build):
+    rows = labelled(0, 1, sentence='"a b') + labelled(1, sentence='c" d')
+    assert build(rows, suffix=".tsv").train["label"][:] == [0, 1, 1]
+
+
+def test_a_path_with_glob_characters_is_a_path(build, tmp_path):
+    (tmp_path / "data[1]").mkdir()
+    write(tmp_path / "data[1]" / "some*.jsonl", TRAIN)
+    assert len(build(labelled(0, 1), train="data[1]/some*.jsonl").train) == len(TRAIN)
+
+
+def test_a_changed_file_is_read_again(build):
+    build(labelled(0, 1))
+    assert build(labelled(0, 1, 1)).train["label"][:] == [0, 1, 1]
+
+
+def test_pairs_share_the_length_and_differ_in_token_type(build):
+    rows = [{"q": "a b c d e f", "p": "g", "label": i} for i in range(2)]
+    task = build(rows, rows, text=["q", "p"], max_length=7)
+    tokens = [CLS, *(WORDS.index(word) for word in "abc"), SEP, WORDS.index("g"), SEP]
+    assert task.train[0] == {
+        "input_ids": tokens,
+        "token_type_ids": [0] * 5 + [1] * 2,
+        "label": 0,
+        "length": 7,
+    }
+
+
+def test_files_that_cannot_be_used(build, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text('{"sentence": "a"\n')
+    (tmp_path / "header.csv").write_text("sentence,label\n")
+    (tmp_path / "plain.jsonl.gz").write_text("not compressed")
+    pd.DataFrame({"sentence": ["a"], "label": [0]})[:0].to_parquet(tmp_path / "none.parquet")
+    for options, message in [
+        ({"train": "trian.jsonl"}, "file trian.jsonl does not exist"),
+        ({"train": "train.txt"}, r"train.txt has an unknown suffix; allowed: \.jsonl, .*task\.hub"),
+        ({"train": "train"}, "unknown suffix"),
+        ({"train": "empty.jsonl"}, "empty.jsonl cannot be read, or is empty"),
+        ({"train": "header.csv"}, "header.csv cannot be read, or is empty"),
+        ({"train": "broken.jsonl"}, "broken.jsonl cannot be read"),
+        ({"train": "plain.jsonl.gz"}, "plain.jsonl.gz cannot be read"),
+        ({"train": "none.parquet"}, "none.parquet cannot be read, or is empty"),
+        ({"train": "validation.jsonl"}, r"both 'validation.jsonl'; set task\.holdout"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build(**options)
+
+
+def test_columns_that_cannot_be_used(build):
+    for options, message in [
+        ({"text": ["sentense"]}, r"train.jsonl 'sentense' is unknown \(did you mean 'sentence'\?\)"),
+        ({"held": [{"sentence": "a", "y": 1}]}, "validation.jsonl 'label' is unknown; allowed: sentence, y"),
+        ({"text": []}, "it must name one column, or two"),
+        ({"text": ["a", "b", "c"]}, "it must name one column, or two"),
+        ({"text": ["label"]}, "both task.text and task.label"),
+        (
+            {"rows": [{"sentence": None, "label": 0}, *TRAIN]},
+            "'sentence' of train.jsonl has no value in 1 of 21",
+        ),
+        ({"held": labelled(0, None)}, "'label' of validation.jsonl has no value in 1 of 2"),
+        ({"rows": labelled(0, 1, None), "suffix": ".csv"}, "'label' of train.csv has no value in 1 of 3"),
+        ({"rows": labelled("x", "y", ""), "suffix": ".csv"}, "'label' of train.csv has no value in 1 of 3"),
+        ({"rows": labelled(0, 1, sentence=5)}, "'sentence' of train.jsonl holds .*int64.*text"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build(**options)
+
+
+# ------------------------------------------------------------------------------------------- hub data
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> str:
+    """Return a directory that is laid out as a data set on the hub, with named classes."""
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)  # no request to a server
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    write(folder / "train.jsonl", labelled(0, 1, 2))
+    write(folder / "dev.jsonl", labelled(2, 1))
+    write(folder / "unlabelled.jsonl", labelled(-1))
+    (folder / "README.md").write_text(
+        """---
+configs:
+- config_name: main
+  data_files:
+  - {split: train, path: train.jsonl}
+  - {split: dev, path: dev.jsonl}
+  - {split: test, path: unlabelled.jsonl}
+dataset_info:
+- config_name: main
+  features:
+  - {name: sentence, dtype: string}
+  - name: label
+    dtype: {class_label: {names: {'0': yes, '1': maybe, '2': no}}}
+---
+""".replace("yes", "'yes'").replace(" no}", " 'no'}")
+    )
+    return str(folder)
+
+
+def test_classes_of_hub_data_have_names(build, hub):
+    task = build(hub=hub, subset="main", train="train", validation="dev")
+    assert task.model_options()["id2label"] == {0: "yes", 1: "maybe", 2: "no"}
+    assert (task.train["label"][:], task.validation["label"][:]) == ([0, 1, 2], [2, 1])
+    assert len(task.train) == 3
+
+
+def test_named_classes_of_hub_data_can_be_put_into_the_order_of_a_teacher(build, hub):
+    task = build(hub=hub, subset="main", train="train", validation="dev", labels=["no", "maybe", "yes"])
+    assert task.train["label"][:] == [2, 1, 0]
+
+
+def test_hub_data_that_cannot_be_used(build, hub, tmp_path):
+    for options, message in [
+        ({"validation": "validation"}, r"'validation' is unknown; allowed: train, dev, test"),
+        ({"validation": "tset"}, r"main\) 'tset' is unknown \(did you mean 'test'\?\)"),
+        (
+            {"validation": "test"},
+            r"label -1 in column 'label' of split 'test' of .* none of the classes 'yes', ",
+        ),
+        ({"labels": ["y", "n", "m"]}, "none of the classes 'y', 'n', 'm'"),
+        ({"subset": "mian"}, "cannot be loaded: .*mian.*main"),
+        ({"hub": str(tmp_path / "nowhere")}, "nowhere.* cannot be loaded"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build(**({"hub": hub, "subset": "main", "train": "train", "validation": "dev"} | options))
+
+
+# ------------------------------------------------------------------------------------ holdout and limit
+
+MANY = [
+    {"sentence": "a", "label": i % 2, "text": f"{'abcdefghij'[i % 10]} {'abcdefghij'[i // 10]}"} for i in range(100)
+]
+
+
+def members(rows) -> set[tuple[int, ...]]:
+    return {tuple(tokens) for tokens in rows["input_ids"]}
+
+
+def test_holdout_is_the_same_for_all_seeds_and_apart_from_training(build):
+    first = build(MANY, text=["text"], holdout=0.2, validation="train.jsonl", seed=1)
+    other = build(MANY, text=["text"], holdout=0.2, validation="not/there.jsonl", seed=2, limit=50)
+    assert (len(first.train), len(first.validation), len(other.train)) == (80, 20, 50)
+    assert members(first.validation) == members(other.validation)
+    assert members(first.train) | members(first.validation) == members(build(MANY, MANY, text=["text"]).train)
+    assert members(other.train) < members(first.train)
+    # the very rows: no change of code or numpy may move what was held out
+    held = sorted(row["text"] for row in MANY if tuple(ids(row["text"])) in members(first.validation))
+    assert held[:4] == ["a d", "c a", "c c", "c j"]
+
+
+def test_limit_draws_by_the_seed(build):
+    drawn = [members(build(MANY, MANY, text=["text"], limit=30, seed=seed).train) for seed in (0, 0, 1)]
+    assert [len(rows) for rows in drawn] == [30] * 3
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(build(limit=1000).train) == len(TRAIN)
+
+
+def test_holdout_and_limit_that_cannot_be_used(build):
+    for options, message in [
+        ({"holdout": 1.0}, "at least 0 and below 1"),
+        ({"holdout": -0.1}, "at least 0 and below 1"),
+        ({"holdout": 0.01}, "holds 0 of 20"),
+        ({"holdout": 0.99}, "holds 20 of 20"),
+        ({"limit": 0}, "task.limit is 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build(**options)
+
+
+# ----------------------------------------------------------------------------------------- tokenisation
+
+
+def test_truncation_keeps_max_length_tokens(build):
+    task = build(max_length=4)
+    assert max(task.train["length"]) == 4
+    assert task.train[4]["input_ids"] == [CLS, WORDS.index("a"), WORDS.index("b"), SEP]
+
+
+def test_max_length_out_of_range(build):
+    with pytest.raises(UserError, match="max_length is 513; this tokenizer and 1 text columns allow 3 to 512"):
+        build(max_length=513)
+    rows = [{"q": "a", "p": "b", "label": i} for i in range(2)]
+    with pytest.raises(UserError, match=r"max_length is 4; .* allow 5 to 512"):
+        build(rows, rows, text=["q", "p"], max_length=4)
+
+
+def test_a_tokenizer_without_padding_is_refused(build):
+    with pytest.raises(UserError, match="no padding token"):
+        build(tokenizer=make_tokenizer(pad_token=None))
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_no_progress_bar_and_the_setting_is_restored(build, capfd, disabled):
+    (disable_progress_bars if disabled else enable_progress_bars)()
+    build()
+    assert are_progress_bars_disabled() == disabled
+    assert capfd.readouterr() == ("", "")
+
+
+COUNT_CALLS = """
+from pathlib import Path
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from distprune.config import Config
+from distprune.tasks import build_task
+
+tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+tokenizer(["a b", "c"], padding=True, truncation=True, max_length=3)  # leaves traces in the tokenizer
+calls = []
+encode = PreTrainedTokenizerFast._encode_plus
+PreTrainedTokenizerFast._encode_plus = lambda *args, **options: calls.append(1) or encode(*args, **options)
+config = Config()
+config.train.seed = 0
+config.task.train, config.task.validation = "train.jsonl", "validation.jsonl"
+for config.task.limit in (10, None):
+    build_task(config, tokenizer, Path("cache"))
+    print(len(calls))
+"""
+
+
+def test_another_process_finds_the_tokens_in_the_cache(build, tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    build(tokenizer=AutoTokenizer.from_pretrained("tokenizer"), limit=10)
+    env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", COUNT_CALLS]
+    output = subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True).stdout
+    assert output.split() == ["0", "1"]  # what was tokenised before, then all of the training examples
+
+
+def test_the_cache_does_not_mix_tokenizers_and_lengths(build):
+    build()
+    swapped = make_tokenizer([*WORDS[:4], *reversed(WORDS[4:])])
+    assert build(tokenizer=swapped).train[0]["input_ids"] != build().train[0]["input_ids"]
+    assert max(build(max_length=3).train["length"]) == 3
