@@ -64,11 +64,9 @@ def check_batch_size(batch_size: int, world: int, accumulation: int) -> None:
     Raises:
         UserError: ``batch_size`` is not a multiple of ``world * accumulation``.
     """
-    if accumulation < 1:
-        raise UserError(f"train.accumulation is {accumulation}; it must be at least 1")
     parts = world * accumulation
-    if batch_size < 1 or batch_size % parts:
-        above = max(1, -(-batch_size // parts)) * parts
+    if batch_size % parts:
+        above = -(-batch_size // parts) * parts
         nearest = f"{above - parts} or {above}" if above > parts else f"{above}"
         raise UserError(
             f"train.batch_size is {batch_size}; it must be a multiple of the {world} ranks times "

@@ -102,6 +102,12 @@ TASK = (
         "one column, or two different ones",
         lambda c: len(set(c.task.text)) == len(c.task.text) in (1, 2),
     ),
+    Check("task.label", "another column than those of task.text", lambda c: c.task.label not in c.task.text),
+    Check(
+        "task.validation",
+        "another split or file than task.train, unless task.holdout is set",
+        lambda c: c.task.validation != c.task.train or c.task.holdout > 0,
+    ),
     Check("task.metrics", "at least one metric", lambda c: len(c.task.metrics) > 0),
     Check(
         "task.labels",

@@ -73,7 +73,7 @@ class TrainConfig:
     seed: int = key(42, "seed of data order, dropout and new weights")
     select: str = key("last", "which state at the target sparsity becomes final/: last, or best by the main metric")
     patience: int | None = key(None, "stop after this many evaluations at the target without a better one; null: never")
-    deterministic: bool = key(False, "only deterministic kernels (slower on GPUs)")
+    deterministic: bool = key(False, "deterministic kernels, and a warning where there is none (slower on GPUs)")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """From a configuration to everything a run is made of, every mistake of the user's found before the first step."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def prepare(config: Config) -> Setup:
     """
     world = dist.detect()
     if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not
         torch.use_deterministic_algorithms(True, warn_only=True)
     micro_batch = config.train.batch_size // (world.size * config.train.accumulation)
     directory = local_model(config.model.path, config.model.revision)

@@ -62,12 +62,6 @@ def load_splits(task: TaskConfig, columns: Sequence[str], cache_dir: Path | None
     Raises:
         UserError: a split, file or column that is not there or cannot be read, no rows, or missing values.
     """
-    if not 0 <= task.holdout < 1:
-        raise UserError(f"task.holdout is {task.holdout}; it must be at least 0 and below 1")
-    if task.train == task.validation and not task.holdout:
-        raise UserError(
-            f"task.train and task.validation are both {task.train!r}; set task.holdout to measure on other examples"
-        )
     names = [task.train] if task.holdout else [task.train, task.validation]
     local = [] if task.hub else [_read_file(task, name, cache_dir) for name in names]
     splits = local or _read_hub(task, names, cache_dir)
@@ -122,8 +116,6 @@ def choose(train: Dataset, validation: Dataset, task: TaskConfig, seed: int) -> 
             )
         train, validation = train.select(np.sort(order[held:])), train.select(np.sort(order[:held]))
     if task.limit is not None:
-        if task.limit < 1:
-            raise UserError(f"task.limit is {task.limit}; it must be at least 1, or null for all examples")
         drawn = np.random.default_rng(seed).permutation(len(train))[: task.limit]
         train = train.select(np.sort(drawn))
     return train, validation

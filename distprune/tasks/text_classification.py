@@ -29,7 +29,6 @@ class TextClassification(Task):
         """
         super().__init__(tokenizer)
         task = config.task
-        _check_columns(task)
         self.metric_names = task.metrics
         self._pairs = len(task.text) == 2
         with quiet():
@@ -111,12 +110,3 @@ class TextClassification(Task):
         """Return the text columns and the numbers that the model predicts, as ``label``."""
         numbers = self.classes.encode(split, task.label) if self.classes else find_numbers(split, task.label)
         return split.rows.select_columns(task.text).add_column("label", numbers)
-
-
-def _check_columns(task: TaskConfig) -> None:
-    if len(task.text) not in (1, 2) or len(set(task.text)) < len(task.text):
-        raise UserError(f"task.text is {task.text}; it must name one column, or two different ones for pairs")
-    if task.label in task.text:
-        raise UserError(f"column {task.label!r} is in both task.text and task.label; they must differ")
-    if task.regression and task.labels:
-        raise UserError("task.labels names classes and task.regression predicts a number; only one can be set")

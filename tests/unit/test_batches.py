@@ -92,8 +92,6 @@ def test_ranks_hold_similar_lengths_in_each_micro_step():
         (32, 3, 1, "30 or 33"),
         (4, 8, 1, "e.g. 8"),
         (32, 4, 3, r"4 ranks times train\.accumulation 3, e\.g\. 24 or 36"),
-        (0, 2, 1, "train.batch_size is 0"),
-        (8, 2, 0, "train.accumulation is 0"),
     ],
 )
 def test_batch_sizes_that_cannot_be_dealt_are_refused(size, world, accumulation, message):

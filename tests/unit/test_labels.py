@@ -67,7 +67,6 @@ def test_labels_that_cannot_be_used(build):
             {"regression": True, "metrics": ["pearson"]},
             "task.regression needs numbers",
         ),
-        (labelled(1, 2), labelled(1), {"regression": True, "labels": ["x"]}, "only one can be set"),
         (labelled(0, 1, 2), labelled(1), {"metrics": ["f1"]}, "'f1' needs 2 classes"),
         (labelled(0, 1), labelled(1), {"metrics": ["acuracy"]}, "did you mean 'accuracy'"),
     ]:
