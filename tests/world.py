@@ -8,6 +8,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
+
 TIMEOUT_S = 240
 
 _context = multiprocessing.get_context("forkserver")
@@ -88,3 +90,10 @@ class World:
             process.kill()
             process.join()
         self.processes = []
+
+
+Worlds = Callable[[int], World]
+"""The fixture ``world``: the group of so many ranks."""
+
+_SIZES = [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+by_world = pytest.mark.parametrize("size", _SIZES)

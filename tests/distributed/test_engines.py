@@ -2,7 +2,6 @@
 
 import gc
 import json
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -37,17 +36,7 @@ from tests.distributed.engines import (
     whole,
     write_model,
 )
-from tests.world import World
-
-Worlds = Callable[[int], World]
-WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-by_world = pytest.mark.parametrize("size", WORLDS)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
+from tests.world import Worlds, by_world
 
 # ------------------------------------------------------------------------------ out
 

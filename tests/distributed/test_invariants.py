@@ -1,6 +1,5 @@
 """Invariants 1 to 5: exact, the same everywhere, never undone, monotone, frozen; at every world, stage and layout."""
 
-from collections.abc import Callable
 from fractions import Fraction
 from math import floor
 from pathlib import Path
@@ -22,12 +21,9 @@ from tests.distributed.engines import (
     target_weights,
     write_model,
 )
-from tests.world import World
+from tests.world import Worlds, by_world
 
 LADDER = [Fraction("0.29"), Fraction("0.5"), Fraction("0.97")]
-WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-by_world = pytest.mark.parametrize("size", WORLDS)
-Worlds = Callable[[int], World]
 
 
 @pytest.fixture(scope="module")

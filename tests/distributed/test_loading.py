@@ -25,16 +25,7 @@ from tests.distributed.engines import (
     plain_model,
     write_model,
 )
-from tests.world import World
-
-Worlds = Callable[[int], World]
-WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-by_world = pytest.mark.parametrize("size", WORLDS)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
+from tests.world import Worlds, by_world
 
 
 def build(directory: Path, stage: int, seed: int = 0, new_weights_allowed: bool = False) -> Any:

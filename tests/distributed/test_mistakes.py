@@ -1,7 +1,6 @@
 """Mistakes and accidents: one sentence on every rank, before any step where it can be known, and nothing saved."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,7 @@ from distprune.pruning.pruner import Pruner
 from distprune.shards import shards_of
 from tests.distributed.engines import write_model
 from tests.distributed.runs import DENSE, run, run_patched, stage
-from tests.world import World
-
-Worlds = Callable[[int], World]
-
+from tests.world import Worlds
 
 LAYER = "bert.encoder.layer.1.output.dense"
 MISTAKES: dict[str, tuple[str, str]] = {

@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import correlation
 from typing import Any
@@ -31,11 +30,7 @@ from distprune.setup import load_task, local_model
 from distprune.tasks.metrics import measure
 from tests.distributed.engines import write_model
 from tests.distributed.runs import DENSE, VALIDATION, records, run, run_patched, stage
-from tests.world import World
-
-Worlds = Callable[[int], World]
-WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-by_world = pytest.mark.parametrize("size", WORLDS)
+from tests.world import Worlds, by_world
 
 
 def losses(output: Path) -> list[float]:
