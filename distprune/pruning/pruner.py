@@ -18,17 +18,18 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from distprune.errors import UserError
+from distprune.pruning.masks import KEPT, PRUNED, apply_mask
 from distprune.pruning.select import CHUNK, Cut, magnitude_keys, select_smallest
 from distprune.shards import Shard, ShardedParameters
 
 
 class Pruner:
-    """The masks of this rank's slices, and what keeps the masked weights zero."""
+    """The masks of this rank's slices, a byte a weight, and what keeps the masked weights zero."""
 
     def __init__(self, parameters: ShardedParameters, optimizer: torch.optim.Optimizer):
         self.parameters = parameters
         self.optimizer = optimizer
-        self.masks = [torch.zeros_like(shard.master, dtype=torch.bool) for shard in self.shards]
+        self.masks = [torch.full_like(shard.master, KEPT, dtype=torch.int8) for shard in self.shards]
         ends = list(accumulate(parameters.numel.values(), initial=0))
         self.first_index = dict(zip(parameters.names, ends, strict=False))
         self.total = ends[-1]
@@ -65,7 +66,7 @@ class Pruner:
         cut = select_smallest(self._chunks, wanted, self._sum)
         for shard, mask in zip(self.shards, self.masks, strict=True):
             self._extend(mask, shard, cut)
-            shard.master.masked_fill_(mask, 0.0)
+            apply_mask(shard.master, mask)
         self._moments_to_zero = set(range(len(self.shards)))
         self.carried = False
         if wanted > self.masked:
@@ -84,7 +85,7 @@ class Pruner:
         for shard, mask in zip(self.shards, self.masks, strict=True):
             gradient = self.parameters.gradient(shard)
             if gradient is not None:
-                gradient.masked_fill_(mask, 0.0)
+                apply_mask(gradient, mask)
         self.parameters.gradients_changed(self.shards)
 
     def count(self) -> dict[str, int]:
@@ -92,7 +93,7 @@ class Pruner:
         place = {name: index for index, name in enumerate(self.parameters.names)}
         counts = torch.zeros(len(place), dtype=torch.int64)
         for shard, mask in zip(self.shards, self.masks, strict=True):
-            counts[place[shard.name]] += mask[shard.owned].sum().cpu()
+            counts[place[shard.name]] += (mask[shard.owned] == PRUNED).sum().cpu()
         return dict(zip(place, self._sum(counts).tolist(), strict=True))
 
     def layer_sparsity(self) -> dict[str, float]:
@@ -103,7 +104,7 @@ class Pruner:
         """Assert that every masked weight is +0.0 in the fp32 master and the low-precision copy, and its moments 0."""
         for shard, mask in zip(self.shards, self.masks, strict=True):
             for held in (shard.master, shard.low_precision, *shard.moments(self.optimizer)):
-                values = held[mask.to(held.device)]
+                values = held[(mask == PRUNED).to(held.device)]
                 assert not (values != 0).any(), f"a pruned weight of {shard.name} came back"
                 assert not torch.signbit(values).any(), f"a pruned weight of {shard.name} is -0.0"
 
@@ -120,10 +121,10 @@ class Pruner:
         for index, (shard, mask) in enumerate(zip(self.shards, self.masks, strict=True)):
             if id(shard.base) not in stepped:
                 continue
-            shard.master.masked_fill_(mask, 0.0)
+            apply_mask(shard.master, mask)
             if index in self._moments_to_zero:
                 for moment in shard.moments(optimizer):
-                    moment.masked_fill_(mask, 0.0)
+                    apply_mask(moment, mask)
                 self._moments_to_zero.remove(index)
 
     def _sum(self, counts: Tensor) -> Tensor:
@@ -135,19 +136,19 @@ class Pruner:
     def _chunks(self) -> Iterator[tuple[Tensor, int]]:
         """Yield the keys of the weights that this rank owns: 0 where masked before, else by magnitude."""
         for shard, mask in zip(self.shards, self.masks, strict=True):
-            weights, pruned = shard.master[shard.owned], mask[shard.owned]
+            weights, kept = shard.master[shard.owned], mask[shard.owned]
             first = self.first_index[shard.name] + shard.own_start
             for start in range(0, weights.numel(), CHUNK):
                 piece = slice(start, start + CHUNK)
-                keys = magnitude_keys(weights[piece]).masked_fill_(pruned[piece], 0)
+                keys = magnitude_keys(weights[piece]) & kept[piece]
                 yield keys, first + start
 
     def _extend(self, mask: Tensor, shard: Shard, cut: Cut) -> None:
         first = self.first_index[shard.name] + shard.start
         for start in range(0, mask.numel(), CHUNK):
             piece = slice(start, start + CHUNK)
-            keys = magnitude_keys(shard.master[piece]).masked_fill_(mask[piece], 0)
-            mask[piece] = cut.selects(keys, first + start)
+            keys = magnitude_keys(shard.master[piece]) & mask[piece]
+            mask[piece] = torch.where(cut.selects(keys, first + start), PRUNED, KEPT)
 
     def _refuse_nan(self) -> None:
         """Collective: every rank calls it."""

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from distprune.config import Config
 from distprune.engine import build_student
 from distprune.evaluate import forward
+from distprune.pruning.masks import PRUNED
 from distprune.pruning.pruner import Pruner
 from distprune.pruning.targets import find_targets
 from distprune.shards import Shard, shards_of
@@ -188,7 +189,7 @@ class Student:
         """Return whole masks, flat, on every rank. Collective."""
         return whole(
             self.names,
-            [(s, mask[s.owned]) for s, mask in zip(self.pruner.shards, self.pruner.masks, strict=True)],
+            [(s, mask[s.owned] == PRUNED) for s, mask in zip(self.pruner.shards, self.pruner.masks, strict=True)],
         )
 
     def masters(self) -> dict[str, Tensor]:
