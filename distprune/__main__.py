@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 from distprune import __version__
 from distprune.errors import UserError
 
+RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -109,7 +111,7 @@ def _configurable(parser: argparse.ArgumentParser, optional: bool = False) -> No
 
 def _is_main() -> bool:
     """Return whether this is global rank 0, as ``dist.detect`` does, without importing torch."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
 
 
 if __name__ == "__main__":

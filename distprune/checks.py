@@ -256,10 +256,10 @@ def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:
     def enabled(config: Config, name: str) -> bool:
         return bool(value_of(config, f"{root}.{name}.enabled", False))
 
-    def zero_wraps(config: Config) -> bool:
-        """Whether DeepSpeed uses a ZeRO optimizer; BF16_Optimizer is another one, with other slices."""
-        single = value_of(config, accumulated) in ("fp32", "float32", "float", "torch.float32")
-        return not (value_of(config, f"{zero}.stage", 0) == 1 and enabled(config, "bf16") and single)
+    def known_wrapper(config: Config) -> bool:
+        """Whether DeepSpeed uses an optimizer whose slices are known; at stage 1 it would be BF16_Optimizer."""
+        single = value_of(config, accumulated) == "fp32"
+        return not (value_of(config, f"{zero}.stage", 0) in (0, 1) and enabled(config, "bf16") and single)
 
     return (
         *(_unset(f"{root}.{name}", instead) for name, instead in OWNED.items()),
@@ -284,7 +284,15 @@ def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:
             "true for one of fp16 and bf16 only",
             lambda c: not (enabled(c, "fp16") and enabled(c, "bf16")),
         ),
-        Check(accumulated, "bf16 at ZeRO stage 1 with bf16 weights; use stage 2 for fp32", zero_wraps),
+        Check(
+            f"{root}.data_types",
+            "a section with grad_accum_dtype, fp32, fp16 or bf16",
+            lambda c: (
+                value_of(c, f"{root}.data_types", {}).keys() <= {"grad_accum_dtype"}
+                and value_of(c, accumulated) in (None, "fp32", "fp16", "bf16")
+            ),
+        ),
+        Check(accumulated, "bf16 at ZeRO stages 0 and 1 with bf16 weights; use stage 2 for fp32", known_wrapper),
     )
 
 

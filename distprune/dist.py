@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
+from safetensors import SafetensorError
 
 from distprune.errors import UserError
 
@@ -64,9 +66,16 @@ def detect() -> World:
 
 
 def init() -> World:
-    """Join the process group of the launcher that started this process. Collective: every rank calls it."""
+    """Join the process group of the launcher that started this process. Collective: every rank calls it.
+
+    Raises:
+        UserError: a launcher that is not known, or more ranks than GPUs on a node that has several.
+    """
+    _refuse_unknown_launchers()
     world = detect()
-    if not on_gpu():
+    if on_gpu():
+        _refuse_crowded_gpus(world)
+    else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ |= _rendezvous(world)
     os.environ |= {
@@ -103,24 +112,63 @@ def is_main() -> bool:
 
 
 def agree(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; where it is refused on any, refuse on all.
+    """Run ``action`` on every rank; where it fails on any, fail on all.
 
-    Collective: every rank calls it. ``action`` may hold no collective that a refusal would skip.
+    Collective: every rank calls it. ``action`` may hold no collective that a failure would skip.
 
     Raises:
-        UserError: on every rank, with the message of the lowest rank that refused.
+        UserError: on every rank, with the message of the lowest rank that failed.
+        Exception: anything else that ``action`` raised, on the rank where it did.
     """
-    message, result = None, None
+    message, result, unexpected = None, None, None
     try:
         result = action()
     except UserError as error:
         message = str(error)
+    except Exception as error:
+        message, unexpected = f"rank {torch_dist.get_rank()} failed: {error!r}", error
     messages: list[str | None] = [None] * torch_dist.get_world_size()
     torch_dist.all_gather_object(messages, message)
-    refused = [text for text in messages if text is not None]
-    if refused:
-        raise UserError(refused[0])
+    if unexpected is not None:
+        raise unexpected
+    failed = [text for text in messages if text is not None]
+    if failed:
+        raise UserError(failed[0])
     return result  # type: ignore[return-value]
+
+
+def agree_equal(value: T, what: str) -> None:
+    """Refuse where the ranks do not hold the same value. Collective: every rank calls it.
+
+    Args:
+        value: to be compared.
+        what: its name for the message.
+
+    Raises:
+        UserError: on every rank, with the values of rank 0 and of the first that differs.
+    """
+    values: list[T] = [value] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(values, value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(f"{what} on rank 0 are {values[0]}, and on rank {rank} {other}; allowed: the same on all")
+
+
+def write_on_main(action: Callable[[], object], target: Path) -> None:
+    """Let rank 0 write something; where it cannot, fail on all. Collective: every rank calls it.
+
+    Raises:
+        UserError: on every rank, where the target cannot be written (a full disk, missing rights).
+    """
+
+    def write() -> None:
+        if is_main():
+            try:
+                action()
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{target} cannot be written: {error}") from error
+
+    agree(write)
 
 
 @contextmanager
@@ -178,13 +226,32 @@ def _tasks_on_node(counts: str, node: int) -> int:
 def _rendezvous(world: World) -> dict[str, str]:
     """Return the address and port where the ranks meet, as far as the launcher has not set them."""
     env = os.environ
-    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+    set_already = {name: env[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in env}
+    if len(set_already) == 2:
         return {}
     if world.launcher == "srun":
         names = ["scontrol", "show", "hostnames", env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])]
         hosts = subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()
         port = 20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000
-        return {"MASTER_ADDR": hosts[0], "MASTER_PORT": str(port)}
+        return {"MASTER_ADDR": hosts[0], "MASTER_PORT": str(port)} | set_already
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])} | set_already
+
+
+def _refuse_unknown_launchers() -> None:
+    """Refuse to be one of several processes that each take themselves for the only one."""
+    env = os.environ
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"):
+        if int(env.get(name, 1)) > 1 and detect().launcher == "none":
+            raise UserError(
+                f"{name} is {env[name]}: mpirun is not known to distprune; allowed: the deepspeed launcher, torchrun, "
+                "srun, or RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set for each process"
+            )
+
+
+def _refuse_crowded_gpus(world: World) -> None:
+    """Refuse several ranks on one GPU, which NCCL does not do."""
+    gpus = torch.cuda.device_count()
+    if 1 < gpus < world.local_size:
+        raise UserError(f"there are {world.local_size} ranks on a node with {gpus} GPUs; allowed: a GPU for each rank")

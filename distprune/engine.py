@@ -132,8 +132,7 @@ def build_student(
         eps=config.optimizer.eps,
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
-    return engine, fresh
+    return _initialize("deepspeed.student", model, section, optimizer), fresh
 
 
 def build_frozen(
@@ -156,8 +155,17 @@ def build_frozen(
         new_weights_allowed=False,
     )
     model.requires_grad_(False)
-    engine, *_ = deepspeed.initialize(model=model, config=section)
+    engine = _initialize("deepspeed.teacher", model, section)
     engine.eval()
+    return engine
+
+
+def _initialize(key: str, model: PreTrainedModel, section: dict[str, Any], optimizer: Any = None) -> Any:
+    """Return DeepSpeed's engine; options that contradict each other show only here, on every rank alike."""
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
+    except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        raise UserError(f"DeepSpeed refuses the options of {key}: {' '.join(str(error).split())}") from error
     return engine
 
 

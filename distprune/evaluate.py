@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 from datasets import Dataset
 from torch import Tensor
 
@@ -46,4 +47,7 @@ def evaluate(engine: Any, task: Task, data: Dataset, batch_size: int) -> dict[st
     order, real = dist.gather_rows(torch.tensor(indices)), dist.gather_rows(torch.tensor(valid))
     every_logit = in_order(dist.gather_rows(torch.cat(logits)), order, real)
     every_label = in_order(dist.gather_rows(torch.cat(labels)), order, real)
-    return task.metrics(every_logit, every_label)
+    measured = [task.metrics(every_logit, every_label) if dist.is_main() else {}]
+    # Processors of other kinds may round otherwise, and ranks branch on the metrics.
+    torch_dist.broadcast_object_list(measured)
+    return measured[0]

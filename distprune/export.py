@@ -1,6 +1,7 @@
 """A model out of its engine, at any ZeRO stage, into a Hugging Face directory that needs no distprune to load."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def export(engine: Any, tokenizer: Any, directory: Path) -> None:
         engine: a student's engine.
         tokenizer: saved beside the weights.
         directory: made where it is missing; a model that is there is replaced.
+
+    Raises:
+        UserError: on every rank, where it cannot be written.
     """
     model = engine.module
     meta = {name: torch.empty(full_shape(parameter), device="meta") for name, parameter in model.named_parameters()}
@@ -37,16 +41,20 @@ def export(engine: Any, tokenizer: Any, directory: Path) -> None:
     plan = split_torch_state_dict_into_shards(
         meta, filename_pattern="model{suffix}.safetensors", max_shard_size=_FILE_SIZE
     )
-    if dist.is_main():
+
+    def clear() -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for stale in directory.glob("model*.safetensors*"):
             stale.unlink()
+
+    dist.write_on_main(clear, directory)
     full = FullParameters(engine)
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: buffers[name].cpu() if name in buffers else full.on_main(name) for name in names}
-        if dist.is_main():
-            save_file({name: _present(t) for name, t in tensors.items()}, directory / file, {"format": "pt"})
-    if dist.is_main():
+        save = partial(_save, tensors, directory / file)
+        dist.write_on_main(save, directory / file)
+
+    def describe() -> None:
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -54,6 +62,8 @@ def export(engine: Any, tokenizer: Any, directory: Path) -> None:
         model.config.dtype = "float32"
         model.config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+
+    dist.write_on_main(describe, directory)
 
 
 def count_zeros(directory: Path) -> dict[str, tuple[int, int]]:
@@ -65,6 +75,10 @@ def count_zeros(directory: Path) -> dict[str, tuple[int, int]]:
                 tensor = reader.get_tensor(name)
                 counts[name] = (int((tensor == 0).sum()), tensor.numel())
     return counts
+
+
+def _save(tensors: dict[str, Tensor | None], file: Path) -> None:
+    save_file({name: _present(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
 
 
 def _present(tensor: Tensor | None) -> Tensor:

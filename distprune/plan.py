@@ -32,7 +32,7 @@ def make_plan(config: Config, examples: int) -> Plan:
         UserError: where there is no whole batch, or the schedule does not fit the run.
     """
     steps_per_epoch = examples // config.train.batch_size
-    if steps_per_epoch == 0:
+    if steps_per_epoch < 1:
         raise UserError(
             f"train.batch_size is {config.train.batch_size}, but there are only {examples} training examples; "
             f"allowed: at most {examples}"

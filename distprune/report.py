@@ -124,7 +124,7 @@ def model_card(
     auto_class: str = "AutoModelForSequenceClassification",
     task_type: str = "text-classification",
 ) -> str:
-    """Return the README.md of a pruned model, for the hub or a directory.
+    """Return the README.md of a pruned or a dense model, for the hub or a directory.
 
     Local paths are named by their last two parts only.
 
@@ -140,26 +140,31 @@ def model_card(
     metric, sparsity = summary["metric_name"].replace("_", " "), summary["sparsity_masked"]
     dense = "" if summary["dense_metric"] is None else f" (dense: {summary['dense_metric']:.4f})"
     teacher = "" if summary["teacher"] is None else f" and distilled from `{_short(summary['teacher'])}`"
-    return f"""---
-{_front_matter(summary, f"{Path(base).name}-pruned", data, task_type)}
----
-
-# {base}, {sparsity:.0%} pruned
-
-`{base}` trained on `{data}`{teacher}, while its weights of least magnitude over all prunable matrices
-were removed step by step: gradual magnitude pruning ([arXiv 2312.13547](https://arxiv.org/abs/2312.13547))
-with distprune.
-
-| | |
-| --- | --- |
-| {metric} | {summary["final_metric"]:.4f}{dense} |
+    title, text, rows, stored = f"{base}, fine-tuned", f"`{base}` trained on `{data}`{teacher} with distprune.", "", ""
+    if summary["masked_weights"]:
+        title = f"{base}, {sparsity:.0%} pruned"
+        text = f"""`{base}` trained on `{data}`{teacher}, while its weights of least magnitude
+over all prunable matrices were removed step by step: gradual magnitude pruning
+([arXiv 2312.13547](https://arxiv.org/abs/2312.13547)) with distprune."""
+        rows = f"""
 | pruned weights | {summary["masked_weights"]:,} of {summary["prunable_weights"]:,} ({sparsity:.2%}) |
 | zeros in the prunable matrices, as written | {summary["zeros_in_file"]:,} |
 | sparsity of the encoder's matrices | {summary["encoder_sparsity"]:.2%} |
-| sparsity of the whole model | {summary["model_sparsity"]:.2%} |
+| sparsity of the whole model | {summary["model_sparsity"]:.2%} |"""
+        stored = "The pruned weights are stored as zeros: the file is as large as the dense one. "
+    return f"""---
+{_front_matter(summary, data, task_type)}
+---
 
-The weights are stored as usual, with the pruned ones exactly zero, so the file is as large as the dense one.
-transformers alone loads it:
+# {title}
+
+{text}
+
+| | |
+| --- | --- |
+| {metric} | {summary["final_metric"]:.4f}{dense} |{rows}
+
+{stored}transformers alone loads it:
 
 ```python
 from transformers import {auto_class}, AutoTokenizer
@@ -170,9 +175,9 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")
 """
 
 
-def _front_matter(summary: Mapping[str, Any], name: str, data: str, task_type: str) -> str:
+def _front_matter(summary: Mapping[str, Any], data: str, task_type: str) -> str:
     """Return the hub's metadata as YAML."""
-    metric = summary["metric_name"]
+    metric, pruned = summary["metric_name"], summary["masked_weights"] > 0
     result = EvalResult(
         task_type=task_type,
         dataset_type=data,
@@ -186,9 +191,9 @@ def _front_matter(summary: Mapping[str, Any], name: str, data: str, task_type: s
         datasets=[data] if _on_hub(summary["task"]) else None,
         library_name="transformers",
         pipeline_tag=task_type,
-        tags=["pruned", "distprune"],
+        tags=["pruned", "distprune"] if pruned else ["distprune"],
         metrics=[result.metric_type],
-        model_name=name,
+        model_name=f"{Path(_short(summary['base_model'])).name}-{'pruned' if pruned else 'fine-tuned'}",
         eval_results=[result],
     ).to_yaml()
 

@@ -1,10 +1,12 @@
 """From a configuration to everything a run is made of, every mistake of the user's found before the first step."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -54,7 +56,9 @@ def prepare(config: Config) -> Setup:
         return make_plan(config, len(task.train))
 
     plan = dist.agree(check)
-    dist.agree(lambda: _check_limits(directory, task))
+    dist.agree_equal((len(task.train), len(task.validation)), "the numbers of training and validation examples")
+    dist.agree_equal(fingerprint(task), "the fingerprints of the data")
+    dist.agree(lambda: check_limits(directory, task))
     teacher = None
     if config.distillation.hardness > 0:
         teacher = _teacher(config, task, micro_batch)
@@ -95,14 +99,30 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         UserError: where there is none.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(os.path.expanduser(path))
     except Exception as error:
-        raise UserError(f"{path!r} holds no tokenizer; allowed: a directory or hub id with tokenizer files") from error
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(
+            f"{path!r} gives no tokenizer: {reason}; allowed: a directory or hub id with tokenizer files"
+        ) from error
     return tokenizer
 
 
-def _check_limits(directory: Path, task: Task) -> None:
-    """Refuse examples that are longer than the model's positions, and tokens that it has no embedding for."""
+def fingerprint(task: Task) -> str:
+    """Return a hash of the tokenised data, to compare it between ranks and nodes."""
+    digest = hashlib.sha256()
+    for part in (task.train, task.validation):
+        for column in ("length", "label"):
+            digest.update(np.asarray(part[column][:]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_limits(directory: Path, task: Task) -> None:
+    """Refuse examples that are longer than the model's positions, and tokens that it has no embedding for.
+
+    Raises:
+        UserError: as said.
+    """
     model = read_config(directory)
     longest = max(max(part["length"][:]) for part in (task.train, task.validation))
     positions = getattr(model, "max_position_embeddings", None)
@@ -118,4 +138,5 @@ def _teacher(config: Config, task: Task, micro_batch: int) -> Any:
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
     dist.agree(lambda: task.check_teacher(read_config(directory), load_tokenizer(str(directory))))
+    dist.agree(lambda: check_limits(directory, task))
     return build_frozen(config.deepspeed.teacher, directory, task.auto_class, task.model_options(), micro_batch)

@@ -204,6 +204,9 @@ def shards_of(engine: Any, names: Iterable[str]) -> ShardedParameters:
     zero = engine._config.zero_config
     if zero.zero_hpz_partition_size > 1:
         raise UserError("zero_hpz_partition_size is not supported; allowed: leave it out")
+    if zero.round_robin_gradients and zero.stage in (1, 2):
+        # DeepSpeed stores the parameters in another order, and maps them as if it had not.
+        raise UserError("round_robin_gradients is not supported at ZeRO stages 1 and 2; allowed: leave it out")
     if zero.offload_optimizer is not None and zero.offload_optimizer.ratio != 1.0:
         raise UserError("offload_optimizer.ratio is not supported; allowed: 1.0, or leave it out")
     parameters = _LAYOUTS[wrapper](engine, names)

@@ -6,6 +6,7 @@ between the optimizer's update and DeepSpeed's copy to the low-precision weights
 """
 
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -191,7 +192,18 @@ class Trainer:
             self.dense_metrics = self.metrics
         improved = self.at_target and self.best.update(self.metrics, self.step)
         if improved and self.config.train.select == "best":
-            self.export(self.run_dir / "best")
+            self._keep(self.run_dir / "best")
+
+    def _keep(self, directory: Path) -> None:
+        """Export to a directory; what was there goes once the new one is complete. Collective: every rank calls it."""
+        partial = directory.with_name(directory.name + ".partial")
+        self.export(partial)
+
+        def replace() -> None:
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.rename(directory)
+
+        dist.write_on_main(replace, directory)
 
     @property
     def at_target(self) -> bool:
@@ -204,10 +216,11 @@ class Trainer:
     def write_final(self) -> None:
         """Write ``final/``: the last state or the best one, at the target sparsity. Collective: every rank calls it."""
         assert self.at_target, "the run ended before its target sparsity"
+        final, best = self.run_dir / "final", self.run_dir / "best"
         if self.config.train.select == "last":
-            self.export(self.run_dir / "final")
-        elif dist.is_main():
-            (self.run_dir / "best").rename(self.run_dir / "final")
+            self._keep(final)
+        else:
+            dist.write_on_main(lambda: best.rename(final), final)
 
     @property
     def final_metrics(self) -> dict[str, float]:

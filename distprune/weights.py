@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -171,15 +172,24 @@ def load_model(
         import deepspeed
 
         deepspeed.zero.Init(module=_StreamedParameters(_trimmed(stream)), config_dict_or_path=zero3)
-        # DeepSpeed moves the buffers of whole models only.
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(dist.detect().device)
     else:
         for _ in stream:
             pass
+    _place_buffers(model, sources)
     dist.agree(lambda: _raise_first(failures))
     return model, missing
+
+
+def _place_buffers(model: PreTrainedModel, sources: dict[str, str]) -> None:
+    """Move buffers to this rank's device, and give rank 0's stored ones to all: DeepSpeed does it for parameters only.
+
+    Collective: every rank calls it.
+    """
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = placed = buffer.to(dist.detect().device)
+            if (f"{path}.{name}" if path else name) in sources:
+                torch_dist.broadcast(placed, src=0)
 
 
 def _trimmed(stream: Iterator[nn.Parameter]) -> Iterator[nn.Parameter]:

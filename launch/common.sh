@@ -29,7 +29,7 @@ install() {
     check_prerequisites
     [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
     echo "installing distprune into $VENV (a few minutes the first time) ..."
-    # Without a GPU the CPU build of torch does, and saves gigabytes.
+    # The version that is tested. Where pip's index holds CPU builds, it saves gigabytes on a machine without a GPU.
     if ! command -v nvidia-smi >/dev/null; then
         "$VENV/bin/pip" install --quiet torch==2.13.0
     fi
@@ -43,11 +43,14 @@ count_gpus() {
         echo 0
         return
     fi
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[0-9]' || true
+    local present
+    present=$({ command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null; } | grep -c '^GPU' || true)
+    if [ "$present" -eq 0 ] || [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        echo "$present"
         return
     fi
-    { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null; } | grep -c '^GPU' || true
+    # As CUDA reads it: -1 ends the list.
+    echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | awk '/^$|^-/ { exit } { n++ } END { print n + 0 }'
 }
 
 activate() {

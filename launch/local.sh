@@ -21,6 +21,8 @@ gpus=$(count_gpus)
 if [ "$gpus" -gt 0 ]; then
     ranks=${ranks:-$gpus}
     [[ $ranks =~ ^[0-9]+$ && $ranks -ge 1 && $ranks -le $gpus ]] || die "-n is $ranks; allowed: 1 to the $gpus GPUs here"
+    [[ ${CUDA_VISIBLE_DEVICES:-0} =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+        die "CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES; allowed: numbers of GPUs, by which the deepspeed CLI knows them"
     # The deepspeed CLI keeps to CUDA_VISIBLE_DEVICES only where no number of ranks is given.
     devices=$(echo "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((ranks - 1)))}" | cut -d, -f "1-$ranks")
     unset CUDA_VISIBLE_DEVICES

@@ -7,8 +7,8 @@ from distprune.engine import build_frozen
 from distprune.evaluate import evaluate
 from distprune.export import count_zeros
 from distprune.pruning.targets import layer_matrices
-from distprune.setup import load_task, local_model
-from distprune.weights import match_names
+from distprune.setup import check_limits, load_task, local_model
+from distprune.weights import match_names, read_config
 
 
 def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
@@ -22,6 +22,8 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
     )
     directory = local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)
+    dist.agree(lambda: task.check_labels(read_config(directory), "the model"))
+    dist.agree(lambda: check_limits(directory, task))
     engine = build_frozen(
         config.deepspeed.teacher,
         directory,

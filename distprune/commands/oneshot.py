@@ -7,26 +7,30 @@ from fractions import Fraction
 from itertools import accumulate
 from math import floor
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from distprune.errors import UserError
 from distprune.pruning.select import CHUNK, Cut, magnitude_keys, select_smallest
 from distprune.pruning.targets import find_targets
-from distprune.weights import Checkpoint, match_names, resolve, skeleton
+from distprune.weights import Checkpoint, match_names, read_config, resolve, skeleton
+
+_OF_THE_DENSE_MODEL = ("*.safetensors", "*.bin", "README.md", "pruning.json", ".*")
 
 
 def run(model_dir: str, out: str, sparsity: float, include: list[str], exclude: list[str]) -> None:
     """Write a copy of a model whose smallest weights are zero, reading one tensor at a time."""
     if not 0 <= sparsity < 1:
         raise UserError(f"--sparsity is {sparsity}; allowed: [0, 1)")
-    source, target = resolve(model_dir, None), Path(out)
+    source, target = resolve(model_dir, None), Path(out).expanduser()
     if target.exists():
         raise UserError(f"{out!r} exists; allowed: a new directory")
-    model, checkpoint = skeleton(source, AutoModel, {})
+    model, checkpoint = skeleton(source, _auto_class(source), {})
     names = find_targets(model, include, exclude)
     stored = match_names(names, list(checkpoint.file_of), model.base_model_prefix)
     _refuse_unusable(model, checkpoint, names, stored)
@@ -41,16 +45,29 @@ def run(model_dir: str, out: str, sparsity: float, include: list[str], exclude: 
     total = sum(sizes.values())
     wanted = floor(Fraction(str(sparsity)) * total)
     cut = select_smallest(chunks, wanted, lambda counts: counts)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
-    _write(checkpoint, target, first, cut)
     record = {
         "method": "one-shot global magnitude",
         "sparsity": sparsity,
         "masked": wanted,
         "prunable": total,
+        "threshold": cut.threshold,
     }
-    (target / "pruning.json").write_text(json.dumps(record | {"threshold": cut.threshold}, indent=2))
+    partial = target.with_name(target.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_OF_THE_DENSE_MODEL))
+        _write(checkpoint, partial, first, cut)
+        (partial / "pruning.json").write_text(json.dumps(record, indent=2))
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out!r} cannot be written: {error}") from error
     print(f"masked {wanted} of {total} weights -> {target}")
+
+
+def _auto_class(directory: Path) -> Any:
+    """Return the class that a run would load the model with, so that regexes find the same names."""
+    classes = read_config(directory).architectures or []
+    return AutoModelForSequenceClassification if "SequenceClassification" in "".join(classes) else AutoModel
 
 
 def _refuse_unusable(model: nn.Module, checkpoint: Checkpoint, names: list[str], stored: dict[str, str]) -> None:

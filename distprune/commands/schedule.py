@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune import settings
+from distprune.errors import UserError
 from distprune.plan import Plan, make_plan
 from distprune.tasks.data import count_train
 
@@ -34,7 +35,10 @@ def run(config_path: str, overrides: list[str], examples: int | None, png: str) 
     plan = make_plan(config, examples)
     console = Console()
     console.print(table(plan))
-    draw(plan, Path(png), Path(config_path).stem)
+    try:
+        draw(plan, Path(png), Path(config_path).stem)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--png {png!r} cannot be written: {error}") from error
     console.print(f"{plan.steps_per_epoch} steps per epoch, {plan.total_steps} steps; {png}", soft_wrap=True)
 
 

@@ -33,20 +33,23 @@ def train(config: Config) -> dict[str, Any]:
     run_dir = Path(config.train.output).expanduser()
     dist.agree(lambda: _check_free(run_dir))
     setup = prepare(config)
-    dist.agree(lambda: _claim(run_dir, config))
+    dist.write_on_main(lambda: _claim(run_dir, config), run_dir)
     if setup.new_weights and dist.is_main():
         print(f"new weights, which {config.model.path} lacks: {', '.join(setup.new_weights)}")
-    with Monitor(run_dir, config, setup.plan.total_steps, enabled=dist.is_main()) as monitor:
-        dense = None
-        if setup.teacher is not None:
-            dense = evaluate(setup.teacher, setup.task, setup.task.validation, config.train.eval_batch_size)
-        trainer = Trainer(config, setup, monitor, run_dir)
-        trainer.run()
-        trainer.write_final()
+    dense = None
+    try:
+        with Monitor(run_dir, config, setup.plan.total_steps, enabled=dist.is_main()) as monitor:
+            if setup.teacher is not None:
+                dense = evaluate(setup.teacher, setup.task, setup.task.validation, config.train.eval_batch_size)
+            trainer = Trainer(config, setup, monitor, run_dir)
+            trainer.run()
+            trainer.write_final()
+    except UserError:
+        dist.barrier()  # all ranks are here; rank 0 may have had to wait for wandb, and has the sentence to say
+        raise
     summary = summarise(trainer, dense or trainer.dense_metrics, time.time() - started)
-    if dist.is_main():
-        _write_reports(trainer, summary)
-    dist.barrier()  # a launcher may end all ranks as soon as one has ended
+    # All ranks wait for rank 0: a launcher may end them as soon as one has ended.
+    dist.write_on_main(lambda: _write_reports(trainer, summary), run_dir)
     return summary
 
 
@@ -57,25 +60,23 @@ def _check_free(run_dir: Path) -> None:
 
 
 def _claim(run_dir: Path, config: Config) -> None:
-    """Make the run directory, on rank 0."""
-    if not dist.is_main():
-        return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(settings.to_yaml(config))
-    except OSError as error:
-        raise UserError(f"train.output {str(run_dir)!r} cannot be written: {error}") from error
+    """Make the run directory; of two runs that want the same one, the second is refused."""
+    _check_free(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "config.yaml").open("x") as file:
+        file.write(settings.to_yaml(config))
 
 
 def _write_reports(trainer: Trainer, summary: dict[str, Any]) -> None:
     run_dir = trainer.run_dir
-    write_json(run_dir / "final" / "pruning.json", pruning_record(trainer, summary))
+    write_json(run_dir / "summary.json", summary)
+    if summary["masked_weights"]:
+        write_json(run_dir / "final" / "pruning.json", pruning_record(trainer, summary))
     (run_dir / "final" / "README.md").write_text(model_card(summary))
     if layers := summary["layers"]:
         sparsities = {name: layer["masked"] / layer["weights"] for name, layer in layers.items()}
         plot_layers(sparsities, run_dir / "layers.png")
     plot_run(read_metrics(run_dir / "metrics.jsonl"), run_dir / "plot.png", summary["dense_metric"], run_dir.name)
-    write_json(run_dir / "summary.json", summary)
     print(
         f"{summary['metric_name']} {summary['final_metric']:.4f} at sparsity {summary['sparsity_masked']:.4f} "
         f"-> {run_dir / 'final'}, {run_dir / 'summary.json'}, {run_dir / 'plot.png'}"

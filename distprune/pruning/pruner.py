@@ -7,7 +7,7 @@ stepped, before DeepSpeed copies the fp32 weights to the low-precision ones: no 
 a weight is ever unpruned.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import accumulate
 from math import floor
@@ -90,23 +90,25 @@ class Pruner:
 
     def count(self) -> dict[str, int]:
         """Return the masked weights of each parameter, over all ranks. Collective: every rank calls it."""
-        place = {name: index for index, name in enumerate(self.parameters.names)}
-        counts = torch.zeros(len(place), dtype=torch.int64)
-        for shard, mask in zip(self.shards, self.masks, strict=True):
-            counts[place[shard.name]] += (mask[shard.owned] == PRUNED).sum().cpu()
-        return dict(zip(place, self._sum(counts).tolist(), strict=True))
+        return self._per_parameter(lambda shard, mask: (mask[shard.owned] == PRUNED).sum())
 
     def layer_sparsity(self) -> dict[str, float]:
         """Return masked over all weights of each parameter. Collective: every rank calls it."""
         return {name: masked / self.parameters.numel[name] for name, masked in self.count().items()}
 
     def verify(self) -> None:
-        """Assert that every masked weight is +0.0 in the fp32 master and the low-precision copy, and its moments 0."""
-        for shard, mask in zip(self.shards, self.masks, strict=True):
-            for held in (shard.master, shard.low_precision, *shard.moments(self.optimizer)):
-                values = held[(mask == PRUNED).to(held.device)]
-                assert not (values != 0).any(), f"a pruned weight of {shard.name} came back"
-                assert not torch.signbit(values).any(), f"a pruned weight of {shard.name} is -0.0"
+        """Assert that every masked weight is +0.0 in the fp32 master, in the low-precision copy and in the moments.
+
+        Collective: every rank calls it, and all of them stop.
+        """
+
+        def not_plus_zero(shard: Shard, mask: Tensor) -> Tensor:
+            every = (shard.master, shard.low_precision, *shard.moments(self.optimizer))
+            pruned = [held[(mask == PRUNED).to(held.device)] for held in every]
+            return torch.stack([((values != 0) | torch.signbit(values)).sum().cpu() for values in pruned]).sum()
+
+        back = [name for name, number in self._per_parameter(not_plus_zero).items() if number]
+        assert not back, f"pruned weights came back, or are -0.0, in {', '.join(back)}"
 
     @torch.no_grad()
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -126,6 +128,14 @@ class Pruner:
                 for moment in shard.moments(optimizer):
                     apply_mask(moment, mask)
                 self._moments_to_zero.remove(index)
+
+    def _per_parameter(self, count: Callable[[Shard, Tensor], Tensor]) -> dict[str, int]:
+        """Return a number of each parameter, summed over its slices. Collective: every rank calls it."""
+        place = {name: index for index, name in enumerate(self.parameters.names)}
+        counts = torch.zeros(len(place), dtype=torch.int64)
+        for shard, mask in zip(self.shards, self.masks, strict=True):
+            counts[place[shard.name]] += count(shard, mask).cpu()
+        return dict(zip(place, self._sum(counts).tolist(), strict=True))
 
     def _sum(self, counts: Tensor) -> Tensor:
         """Collective: every rank calls it."""
@@ -152,11 +162,7 @@ class Pruner:
 
     def _refuse_nan(self) -> None:
         """Collective: every rank calls it."""
-        place = {name: index for index, name in enumerate(self.parameters.names)}
-        flags = torch.zeros(len(place), dtype=torch.int64)
-        for shard in self.shards:
-            flags[place[shard.name]] = shard.master.isnan().any().cpu()
-        flags = self._sum(flags)
-        if flags.any():
-            name = self.parameters.names[int(flags.nonzero()[0])]
+        nans = self._per_parameter(lambda shard, _: shard.master.isnan().sum())
+        name = next((name for name, number in nans.items() if number), None)
+        if name is not None:
             raise UserError(f"{name} holds NaN, which has no magnitude to prune by; the learning rate may be too high")

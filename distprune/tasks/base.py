@@ -54,6 +54,10 @@ class Task(ABC):
     def metrics(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """Return the metrics of all evaluation examples, the main one first."""
 
+    @abstractmethod
+    def check_labels(self, model_config: PretrainedConfig, who: str) -> None:
+        """Check that a trained model predicts what the task asks for; ``who`` names it in the message."""
+
     def check_teacher(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the teacher reads the student's tokens and that its logits mean the same.
 

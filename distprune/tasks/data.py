@@ -149,7 +149,8 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, text: list[str],
         The other columns, ``input_ids``, ``token_type_ids`` where the tokenizer gives them, and ``length``.
 
     Raises:
-        UserError: ``max_length`` is more than the tokenizer allows, or leaves no place for the text.
+        UserError: ``max_length`` is more than the tokenizer allows, or leaves no place for the text; a cache that
+            cannot be written.
     """
     least = tokenizer.num_special_tokens_to_add(pair=len(text) == 2) + len(text)
     if not least <= max_length <= tokenizer.model_max_length:
@@ -158,7 +159,13 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, text: list[str],
             f"{tokenizer.model_max_length:g}"
         )
     options = {"tokenizer": tokenizer, "text": text, "max_length": max_length}
-    return rows.map(_encode, batched=True, remove_columns=text, fn_kwargs=options)
+    try:
+        return rows.map(_encode, batched=True, remove_columns=text, fn_kwargs=options)
+    except OSError as error:
+        raise UserError(
+            f"the tokenised data cannot be written to the cache of the datasets library: {error}; allowed: "
+            "HF_DATASETS_CACHE set to a folder that can be written"
+        ) from error
 
 
 def _encode(

@@ -81,28 +81,36 @@ class TextClassification(Task):
     def check_teacher(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the teacher reads the student's tokens and predicts the same labels in the same order.
 
-        Only names can show another order: it is not seen where either side has none (``LABEL_0``, ...), or
-        where the two name their classes differently.
-
         Raises:
             UserError: another vocabulary, number of labels, or order of labels; a teacher of pairs that tells the two
                 texts apart by token types, where the student's tokenizer gives none.
         """
         super().check_teacher(teacher_config, teacher_tokenizer)
+        self.check_labels(teacher_config, "the teacher")
         needs_types = self._pairs and getattr(teacher_config, "type_vocab_size", 0) > 1
         if needs_types and "token_type_ids" not in self.train.column_names:
             raise UserError(
                 "the teacher tells the two texts of a pair apart by token_type_ids, and the student's tokenizer gives "
                 "none; allowed: a teacher of the student's kind, or model.tokenizer set to the teacher's"
             )
+
+    def check_labels(self, model_config: PretrainedConfig, who: str) -> None:
+        """Check that a model predicts the task's labels in the task's order.
+
+        Only names can show another order: it is not seen where either side has none (``LABEL_0``, ...), or
+        where the two name their classes differently.
+
+        Raises:
+            UserError: another number of labels, or another order; ``who`` says whose.
+        """
         ours = self.classes.names if self.classes else ["LABEL_0"]
-        theirs = [str(name) for _, name in sorted(teacher_config.id2label.items())]
+        theirs = [str(name) for _, name in sorted(model_config.id2label.items())]
         if len(ours) != len(theirs):
-            raise UserError(f"the teacher has {len(theirs)} labels and the task {len(ours)}; they must be equally many")
+            raise UserError(f"{who} has {len(theirs)} labels and the task {len(ours)}; they must be equally many")
         ours_folded, theirs_folded = ([name.casefold() for name in names] for names in (ours, theirs))
         if ours_folded != theirs_folded and sorted(ours_folded) == sorted(theirs_folded):
             raise UserError(
-                f"the teacher's labels are in the order {', '.join(theirs)} and the task's in the order "
+                f"{who}'s labels are in the order {', '.join(theirs)} and the task's in the order "
                 f"{', '.join(ours)}; they must be in the same order (see task.labels)"
             )
 

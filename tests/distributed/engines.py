@@ -26,25 +26,33 @@ from distprune.synthetic import tokenizer
 GLOBAL_BATCH = 24  # divides by every world size up to 4, and by two accumulation steps of each
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "overlap": {"overlap_comm": True, "reduce_bucket_size": 300},
+    "sub-groups": {"sub_group_size": 300},
+    # Matrices of attention and what is smaller stay whole, the others are cut.
+    "persistent": {"stage3_param_persistence_threshold": 110},
+    "offload-parameters": {"offload_param": {"device": "cpu"}},
+}
+
+
 class Layout(NamedTuple):
     """How DeepSpeed holds a student."""
 
     stage: int
     dtype: str = "fp32"
     offload: bool = False
-    persistent: bool = False
+    variant: str = ""
 
     def __str__(self) -> str:
-        suffixes = "-offload" * self.offload + "-persistent" * self.persistent
+        suffixes = "-offload" * self.offload + f"-{self.variant}" * bool(self.variant)
         return f"zero{self.stage}-{self.dtype}{suffixes}"
 
     @property
     def section(self) -> dict[str, Any]:
         """DeepSpeed's options."""
-        # Every parameter is cut up, however small: with its defaults ZeRO-3 would keep all of these whole. Where that
-        # is wanted, matrices of attention and what is smaller stay whole, and the others are cut.
-        threshold = 110 if self.persistent else 0
-        zero: dict[str, Any] = {"stage": self.stage, "stage3_param_persistence_threshold": threshold}
+        # Every parameter is cut up, however small: with its defaults ZeRO-3 would keep all of these whole.
+        zero: dict[str, Any] = {"stage": self.stage, "stage3_param_persistence_threshold": 0}
+        zero |= VARIANTS.get(self.variant, {})
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
         kinds: dict[str, Any] = {
@@ -52,14 +60,24 @@ class Layout(NamedTuple):
             "bf16": {"bf16": {"enabled": True}},
             "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
         }
-        return {"zero_optimization": zero} | kinds[self.dtype]
+        accumulation = {"data_types": {"grad_accum_dtype": "fp32"}} if self.variant == "accumulate-fp32" else {}
+        return {"zero_optimization": zero} | kinds[self.dtype] | accumulation
 
 
 ALL_LAYOUTS = [
     Layout(*each) for each in product((0, 1, 2, 3), ("fp32", "bf16"), (False, True)) if each[0] or not each[2]
 ]
 """Offload moves ZeRO's partitions, so there is none at stage 0."""
-ALL_LAYOUTS += [Layout(3, dtype, persistent=True) for dtype in ("fp32", "bf16")]
+
+OTHER_LAYOUTS = [
+    Layout(1, variant="overlap"),
+    Layout(2, variant="overlap"),
+    Layout(2, "bf16", variant="accumulate-fp32"),
+    Layout(3, variant="sub-groups"),
+    Layout(3, "bf16", variant="persistent"),
+    Layout(3, "bf16", variant="offload-parameters"),
+]
+"""Options of DeepSpeed that cut or move the weights, or the gradients, in another way."""
 
 FP16_LAYOUTS = [layout._replace(dtype="fp16") for layout in ALL_LAYOUTS if layout.dtype == "bf16"]
 

@@ -223,6 +223,8 @@ def refused_wrapper(directory: Path) -> str:
 def test_layouts_of_deepspeed_that_are_not_known_are_refused(world: Worlds, directory: Path) -> None:
     (message,) = world(1).run(refused, directory, {"zero_hpz_partition_size": 2})
     assert "zero_hpz_partition_size is not supported" in message
+    (message,) = world(1).run(refused, directory, {"round_robin_gradients": True})
+    assert "round_robin_gradients is not supported" in message
     (message,) = world(1).run(refused_version, directory)
     assert "is not known to distprune; allowed: >=0.1,<0.2" in message
     (message,) = world(1).run(refused_wrapper, directory)

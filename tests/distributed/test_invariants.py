@@ -13,6 +13,7 @@ from distprune.errors import UserError
 from tests.distributed.engines import (
     ALL_LAYOUTS,
     FP16_LAYOUTS,
+    OTHER_LAYOUTS,
     Layout,
     Student,
     plain_model,
@@ -146,6 +147,13 @@ def test_pruned_weights_stay_zero_in_every_copy_and_masks_only_grow(
             world(size).run(train_pruned, models["tied"], layout, 1, False)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS, ids=str)
+def test_masks_hold_under_other_options_of_deepspeed(world: Worlds, models: dict[str, Path], layout: Layout) -> None:
+    for size in (2, 3):
+        world(size).run(train_pruned, models["tied"], layout, 2, False)
+
+
 @by_world
 def test_masks_hold_under_accumulation_and_activation_checkpointing(
     world: Worlds, models: dict[str, Path], size: int
@@ -214,7 +222,7 @@ def zero_a_survivor(directory: Path, layout: Layout) -> None:
 def test_a_pruned_weight_stays_pruned_where_a_survivor_is_zero_too(
     world: Worlds, models: dict[str, Path], size: int
 ) -> None:
-    for layout in (*map(Layout, range(4)), Layout(3, persistent=True)):
+    for layout in (*map(Layout, range(4)), Layout(3, variant="persistent")):
         world(size).run(zero_a_survivor, models["distinct"], layout)
 
 
@@ -256,7 +264,7 @@ def plain_clipped_step(model: nn.Module, dtype: str) -> tuple[float, float, dict
 def test_the_clipping_norm_is_that_of_the_masked_gradient(
     world: Worlds, models: dict[str, Path], accumulation: int, size: int
 ) -> None:
-    for layout in ALL_LAYOUTS:
+    for layout in ALL_LAYOUTS + OTHER_LAYOUTS * (size == 2):
         norm, whole_norm, moments = plain_clipped_step(plain_model(models["distinct"], layout.dtype), layout.dtype)
         assert norm < 0.95 * whole_norm, "the mask must matter"
         assert norm > 2 * CLIP, "clipping must be active"

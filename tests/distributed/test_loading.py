@@ -148,6 +148,31 @@ def test_tied_weights_stay_tied_and_are_read_once(world: Worlds, tmp_path: Path,
     assert torch.equal(found, plain.model.shared.weight)
 
 
+class WithBuffer:
+    """An auto class whose models carry a buffer that belongs to them."""
+
+    @staticmethod
+    def from_config(config: Any) -> Any:
+        model = AutoModelForSequenceClassification.from_config(config)
+        model.bert.encoder.register_buffer("steps", torch.zeros(3))
+        return model
+
+
+def stored_buffer(directory: Path, stage: int) -> Tensor:
+    zero3 = Layout(3).section | {"train_micro_batch_size_per_gpu": 1} if stage == 3 else None
+    options = {"dtype": torch.float32, "zero3": zero3, "seed": 0, "new_weights_allowed": False}
+    model, _ = load_model(directory, WithBuffer, {"num_labels": 2}, **options)
+    found: Tensor = model.bert.encoder.steps
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_every_rank_has_the_buffers_that_are_stored(world: Worlds, directory: Path, tmp_path: Path, stage: int) -> None:
+    steps = torch.tensor([3.0, 1.0, 4.0])
+    stored = edited(directory, tmp_path / "stored", lambda t: t.update({"bert.encoder.steps": steps}))
+    assert all(torch.equal(found, steps) for found in world(2).run(stored_buffer, stored, stage))
+
+
 def device_of_buffers(directory: Path) -> set[str]:
     """Load at ZeRO-3 where the rank's device is another than the CPU; return where the buffers are then."""
     real = dist.detect()

@@ -1,18 +1,23 @@
 """Mistakes and accidents: one sentence on every rank, before any step where it can be known, and nothing saved."""
 
 import math
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MPNetConfig, MPNetForSequenceClassification
 
 from distprune import dist
 from distprune.engine import set_learning_rate
 from distprune.errors import UserError
 from distprune.evaluate import forward
+from distprune.monitor import Monitor
 from distprune.pruning.pruner import Pruner
+from distprune.setup import prepare
 from distprune.shards import shards_of
 from tests.distributed.engines import write_model
 from tests.distributed.runs import DENSE, run, run_patched, stage
@@ -61,6 +66,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "tokenizer larger than the embeddings": ("model.tokenizer={root}/more-words", "up to the model's vocab_size"),
     "example longer than the positions": ("model.path={root}/few-positions", "up to the model's 8"),
+    "example longer than the teacher's positions": ("teacher.path={root}/few-positions", "up to the model's 8"),
+    "tokenizer": ("model.tokenizer={root}/gone", "gone' gives no tokenizer: "),
     "run directory that is a file": ("train.output={root}/range.jsonl", "is not empty"),
     "run directory in use": ("train.output={root}", "is not empty"),
 }
@@ -100,22 +107,132 @@ def test_a_mistake_is_one_sentence_on_every_rank_before_any_step(
     assert not (tmp_path / "run").exists(), "the corrected run may have its directory"
 
 
-def differing_mistake() -> str:
+def differing_mistake(kind: type[Exception]) -> str:
     """Make one mistake on the last rank alone."""
 
     def action() -> int:
         if dist.detect().rank == dist.detect().size - 1:
-            raise UserError("here")
+            raise kind("here")
         return 1
 
     try:
         return str(dist.agree(action))
     except UserError as error:
         return str(error)
+    except ZeroDivisionError:
+        return "its own"
 
 
 def test_a_mistake_that_one_rank_finds_stops_all(world: Worlds) -> None:
-    assert world(2).run(differing_mistake) == ["here", "here"]
+    assert world(2).run(differing_mistake, UserError) == ["here", "here"]
+    assert world(2).run(differing_mistake, ZeroDivisionError) == ["rank 1 failed: ZeroDivisionError('here')", "its own"]
+
+
+def run_on_other_data(task: Path, output: Path, other: Path) -> str:
+    """Run with other training data on the last rank, as on a node with an old copy."""
+    last = dist.detect().rank == dist.detect().size - 1
+    return str(run(task, output, *([f"task.train={other}"] if last else [])))
+
+
+@pytest.mark.parametrize(
+    ("kept", "part"), [(90, "examples on rank 0 are (96, 61), and on rank 1 (90, 61)"), (96, "fing")]
+)
+def test_ranks_that_read_other_data_are_refused(
+    world: Worlds, task: Path, tmp_path: Path, kept: int, part: str
+) -> None:
+    lines = (task / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(reversed(lines[:kept])))
+    said = world(2).run(run_on_other_data, task, tmp_path / "run", tmp_path / "other.jsonl")
+    assert len(set(said)) == 1
+    assert part in said[0]
+
+
+class TakenMeanwhile:
+    """Stands in for `prepare`: another run takes the directory while this one loads its model."""
+
+    def __init__(self, output: Path):
+        self.output = output
+
+    def __call__(self, config: Any) -> Any:
+        prepared = prepare(config)
+        if dist.is_main():
+            self.output.mkdir()
+            (self.output / "config.yaml").write_text("another run's")
+        return prepared
+
+
+def test_of_two_runs_with_one_directory_the_second_is_refused(world: Worlds, task: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    target = "distprune.commands.train.prepare"
+    said = world(2).run(run_patched, target, TakenMeanwhile(output), task, output)
+    assert len(set(said)) == 1
+    assert "is not empty" in said[0]
+    assert (output / "config.yaml").read_text() == "another run's"
+
+
+class FullDisk:
+    """Stands in for `save_file`: the disk is full from a call on."""
+
+    def __init__(self, good: int):
+        self.good = good
+
+    def __call__(self, *arguments: Any) -> None:
+        self.good -= 1
+        if self.good < 0:
+            raise OSError(28, "No space left on device")
+        save_file(*arguments)
+
+
+def test_a_model_that_cannot_be_written_stops_every_rank(world: Worlds, task: Path, tmp_path: Path) -> None:
+    said = world(2).run(run_patched, "distprune.export.save_file", FullDisk(0), task, tmp_path / "run")
+    assert len(set(said)) == 1
+    assert "model.safetensors cannot be written: [Errno 28] No space left on device" in said[0]
+
+
+class Rising:
+    """Stands in for an evaluation that is better at each call."""
+
+    calls = 0
+
+    def __call__(self, *_: Any) -> dict[str, float]:
+        self.calls += 1
+        return {"accuracy": self.calls / 100}
+
+
+def run_until_full(task: Path, output: Path, *options: str) -> str:
+    with patch("distprune.train.evaluate", Rising()):
+        return str(run_patched("distprune.export.save_file", FullDisk(1), task, output, *options))
+
+
+def test_the_best_state_stays_until_the_next_one_is_complete(world: Worlds, task: Path, tmp_path: Path) -> None:
+    output, options = tmp_path / "run", ("train.select=best", "train.eval_every=1 steps", "distillation.hardness=0")
+    said = world(1).run(run_until_full, task, output, *options)
+    assert "No space left" in said[0]
+    pruned = load_file(output / "best" / "model.safetensors")[f"{LAYER}.weight"]
+    assert (pruned == 0).any(), "the first state at the target"
+    assert (output / "best.partial").exists()
+
+
+class SlowMonitor(Monitor):
+    """A monitor that takes its time to close, as wandb may."""
+
+    def __exit__(self, *arguments: Any) -> None:
+        if dist.is_main():
+            time.sleep(2)
+        super().__exit__(*arguments)
+
+
+def refused_at(task: Path, output: Path) -> tuple[str, float]:
+    with patch("distprune.train.set_learning_rate", PoisonWeights()):
+        said = run_patched("distprune.commands.train.Monitor", SlowMonitor, task, output, *DENSE)
+    return said, time.monotonic()
+
+
+def test_no_rank_ends_before_rank_0_can_speak(world: Worlds, task: Path, tmp_path: Path) -> None:
+    """A launcher ends all ranks as soon as one has failed."""
+    (said, first), (_, second) = world(2).run(refused_at, task, tmp_path / "run")
+    assert "is not finite" in said
+    assert abs(first - second) < 1
 
 
 def step_without_masking(pruner: Pruner, *_: Any) -> None:

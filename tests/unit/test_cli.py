@@ -151,6 +151,19 @@ def test_config_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--png", "no/such/folder/x.png"], "--png 'no/such/folder/x.png' cannot be written"),
+        (["--png", "x.nonsense"], "--png 'x.nonsense' cannot be written"),
+        (["--examples", "-5"], "only -5 training examples"),
+    ],
+)
+def test_a_schedule_that_cannot_be_drawn_is_one_sentence(workplace, capsys, arguments: list[str], part: str) -> None:
+    assert main(["schedule", "run.yaml", *arguments]) == 2
+    assert part in capsys.readouterr().err
+
+
 def test_schedule_counts_the_data_prints_a_table_and_draws(workplace, capsys) -> None:
     assert main(["schedule", "run.yaml"]) == 0
     out = capsys.readouterr().out

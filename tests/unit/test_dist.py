@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from distprune import dist
 from distprune.dist import World, detect
+from distprune.errors import UserError
 
-LAUNCHED = re.compile("RANK|WORLD_SIZE|LOCAL_|TORCHELASTIC_|SLURM_|MASTER_")
+LAUNCHED = re.compile("RANK|WORLD_SIZE|LOCAL_|TORCHELASTIC_|SLURM_|MASTER_|OMPI_|PMI_|MPI_")
 
 TORCHRUN = {
     "RANK": "3",
@@ -129,6 +130,9 @@ def test_ranks_of_a_step_meet_on_its_first_node_at_a_port_of_their_own(
     assert asked == [["scontrol", "show", "hostnames", "n[2-4]"]]
     environment({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"})
     assert dist._rendezvous(detect()) == first, "every rank finds the same"
+    environment({"MASTER_PORT": "29511"})
+    assert dist._rendezvous(detect()) == first | {"MASTER_PORT": "29511"}, "what was set is kept"
+    monkeypatch.delenv("MASTER_PORT")
     environment({"SLURM_STEP_ID": "1"})
     assert dist._rendezvous(detect())["MASTER_PORT"] != first["MASTER_PORT"], "another step has another port"
 
@@ -137,3 +141,28 @@ def test_a_process_alone_meets_itself() -> None:
     meeting = dist._rendezvous(detect())
     assert meeting["MASTER_ADDR"] == "127.0.0.1"
     assert 1024 <= int(meeting["MASTER_PORT"]) < 2**16
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"])
+def test_a_launcher_that_is_not_known_is_refused(environment, name: str) -> None:
+    environment({name: "1"})
+    dist._refuse_unknown_launchers()
+    environment({name: "4"})
+    with pytest.raises(UserError, match=f"{name} is 4: mpirun is not known"):
+        dist._refuse_unknown_launchers()
+    environment(SRUN)  # srun may set PMI's variables beside its own
+    dist._refuse_unknown_launchers()
+
+
+@pytest.mark.parametrize(("gpus", "local_size", "crowded"), [(4, 4, False), (4, 8, True), (1, 8, False), (8, 2, False)])
+def test_ranks_that_would_share_a_gpu_are_refused(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, local_size: int, crowded: bool
+) -> None:
+    """One GPU in sight may be another one for each rank, as SLURM can show them."""
+    monkeypatch.setattr(dist.torch.cuda, "device_count", lambda: gpus)
+    world = World("srun", 0, local_size, 0, local_size)
+    if not crowded:
+        dist._refuse_crowded_gpus(world)
+        return
+    with pytest.raises(UserError, match="8 ranks on a node with 4 GPUs"):
+        dist._refuse_crowded_gpus(world)

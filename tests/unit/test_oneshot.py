@@ -1,5 +1,6 @@
 """Pruning a model directory without training."""
 
+import json
 from fractions import Fraction
 from math import floor
 from pathlib import Path
@@ -47,6 +48,39 @@ def test_stored_precision_is_kept(tmp_path: Path) -> None:
 def test_an_impossible_sparsity_is_refused(tmp_path: Path, sparsity: float) -> None:
     with pytest.raises(UserError, match="allowed"):
         oneshot.run(str(tmp_path), str(tmp_path / "out"), sparsity, [], [])
+
+
+def test_what_is_said_of_the_dense_model_is_left_behind(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "dense")
+    for name in ("README.md", "pruning.json", "pytorch_model.bin"):
+        (source / name).write_text("dense")
+    oneshot.run(str(source), str(tmp_path / "out"), 0.5, [], [])
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "pruning.json"} <= names
+    assert not {"README.md", "pytorch_model.bin"} & names
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["sparsity"] == 0.5
+
+
+def test_regexes_find_the_names_that_a_run_finds(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "dense")
+    oneshot.run(str(source), str(tmp_path / "out"), 0.5, [r"^bert\.encoder.*query\.weight$"], ["classifier"])
+    zeros = {name: int((each == 0).sum()) for name, each in load_file(tmp_path / "out" / "model.safetensors").items()}
+    assert sum(zeros.values()) == 100
+    assert all("query" in name for name, number in zeros.items() if number)
+
+
+def test_a_copy_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    source, out = write_model(tmp_path / "dense"), tmp_path / "out"
+    monkeypatch.setattr(oneshot, "save_file", full)
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
+        oneshot.run(str(source), str(out), 0.5, [], [])
+    assert not out.exists()
+    monkeypatch.undo()
+    oneshot.run(str(source), str(out), 0.5, [], [])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["dense", "out"]
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -209,6 +209,15 @@ def test_model_card_is_valid_for_the_hub() -> None:
         assert shown in card.text
 
 
+def test_model_card_of_a_dense_model_tells_of_no_pruning() -> None:
+    card = ModelCard(model_card(SUMMARY | {"masked_weights": 0, "prunable_weights": 0, "zeros_in_file": 0}))
+    assert card.data.tags == ["distprune"]
+    assert card.data.model_name == "bert-base-uncased-fine-tuned"
+    assert "0.5812" in card.text
+    for word in ("pruned", "sparsity", "magnitude"):
+        assert word not in card.text
+
+
 def test_model_card_of_local_files_names_no_machine(tmp_path: Path) -> None:
     for name in ("teacher/final", "sst2/train.jsonl"):
         (tmp_path / name).mkdir(parents=True)

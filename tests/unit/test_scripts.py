@@ -75,6 +75,9 @@ def test_a_missing_part_of_python_is_named(tmp_path: Path, test: str, install: s
         ("GPU 0: a\\nGPU 1: b", {"DS_ACCELERATOR": "cpu"}, "0"),
         ("GPU 0: a\\nGPU 1: b", {"CUDA_VISIBLE_DEVICES": "1"}, "1"),
         ("GPU 0: a\\nGPU 1: b", {"CUDA_VISIBLE_DEVICES": ""}, "0"),
+        ("GPU 0: a\\nGPU 1: b", {"CUDA_VISIBLE_DEVICES": "-1"}, "0"),
+        ("GPU 0: a\\nGPU 1: b", {"CUDA_VISIBLE_DEVICES": "1,-1,0"}, "1"),
+        ("", {"CUDA_VISIBLE_DEVICES": "0"}, "0"),
     ],
 )
 def test_gpus_are_counted(tmp_path: Path, listed: str, variables: dict[str, str], count: str) -> None:
@@ -88,8 +91,8 @@ def test_gpus_are_counted(tmp_path: Path, listed: str, variables: dict[str, str]
     assert (done.stdout.strip(), done.stderr) == (count, "")
 
 
-@pytest.mark.parametrize(("variables", "devices"), [("", "0,1"), ("export CUDA_VISIBLE_DEVICES=2,3,5; ", "2,3")])
-def test_ranks_run_on_the_gpus_that_were_given(tmp_path: Path, variables: str, devices: str) -> None:
+def on_three_gpus(tmp_path: Path, variables: str) -> subprocess.CompletedProcess[str]:
+    """Start two ranks where nvidia-smi tells of three GPUs and the deepspeed CLI prints its arguments."""
     for name, text in {
         "nvidia-smi": 'printf "GPU 0: a\\nGPU 1: b\\nGPU 2: c\\n"',
         "deepspeed": 'echo "$@" "[$CUDA_VISIBLE_DEVICES]"',
@@ -100,9 +103,20 @@ def test_ranks_run_on_the_gpus_that_were_given(tmp_path: Path, variables: str, d
     (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     script = f"unset DS_ACCELERATOR CUDA_VISIBLE_DEVICES; {variables}launch/local.sh -n 2 run.yaml"
-    done = bash(script, path, VENV=str(tmp_path / "venv"))
+    return bash(script, path, VENV=str(tmp_path / "venv"))
+
+
+@pytest.mark.parametrize(("variables", "devices"), [("", "0,1"), ("export CUDA_VISIBLE_DEVICES=2,3,5; ", "2,3")])
+def test_ranks_run_on_the_gpus_that_were_given(tmp_path: Path, variables: str, devices: str) -> None:
+    done = on_three_gpus(tmp_path, variables)
     assert f"--include localhost:{devices} " in done.stdout, done.stderr
     assert done.stdout.strip().endswith("train run.yaml []")
+
+
+def test_gpus_by_names_that_deepspeed_does_not_know_are_refused(tmp_path: Path) -> None:
+    done = on_three_gpus(tmp_path, "export CUDA_VISIBLE_DEVICES=GPU-8a56,GPU-77c1; ")
+    assert done.returncode == 2
+    assert "CUDA_VISIBLE_DEVICES is GPU-8a56,GPU-77c1; allowed: numbers" in done.stderr
 
 
 def test_an_environment_that_is_not_there_is_named(tmp_path: Path) -> None:

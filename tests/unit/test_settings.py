@@ -278,6 +278,12 @@ STAGE_1_FP32 = [
         (["deepspeed.teacher.fp16.enabled=true"], "deepspeed.teacher.fp16.enabled"),
         (STAGE_1_FP32, "deepspeed.student.data_types.grad_accum_dtype"),
         (
+            [*STAGE_1_FP32, "deepspeed.student.zero_optimization.stage=0"],
+            "deepspeed.student.data_types.grad_accum_dtype",
+        ),
+        (["deepspeed.student.data_types.grad_accum_dtype=fp23"], "deepspeed.student.data_types"),
+        (["deepspeed.student.data_types.grad_acum_dtype=fp32"], "deepspeed.student.data_types"),
+        (
             ["deepspeed.student.zero_optimization.offload_optimizer.device=nvme"],
             "deepspeed.student.zero_optimization.offload_optimizer.device",
         ),

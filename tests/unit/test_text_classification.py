@@ -134,6 +134,15 @@ def test_a_teacher_that_does_not_fit_is_refused(build):
             task.check_teacher(config, make_tokenizer(words))
 
 
+def test_a_model_whose_labels_are_not_the_tasks_is_refused(build):
+    task = build(labelled("neg", "pos"), labelled("pos"))
+    task.check_labels(teacher("neg", "pos"), "the model")
+    with pytest.raises(UserError, match="the model has 3 labels and the task 2"):
+        task.check_labels(teacher("a", "b", "c"), "the model")
+    with pytest.raises(UserError, match="the model's labels are in the order pos, neg and the task's"):
+        task.check_labels(teacher("pos", "neg"), "the model")
+
+
 def test_a_teacher_of_pairs_that_needs_token_types_is_refused_where_there_are_none(build):
     pairs = [{"first": "a", "second": "b c", "label": label} for label in ("neg", "pos")]
     without = make_tokenizer(model_input_names=["input_ids", "attention_mask"])
