@@ -18,7 +18,9 @@ from distprune.train import Trainer
 
 def run(config_path: str, overrides: list[str]) -> None:
     """Train as configured, and write the run directory. Collective: every rank calls it."""
-    dist.init()
+    world = dist.init()
+    if dist.is_main():
+        print(f"{world.size} ranks on {world.device.type}, started by {world.launcher.replace('none', 'no launcher')}")
     train(dist.agree(lambda: settings.load_valid(config_path, overrides)))
     dist.shutdown()
 
