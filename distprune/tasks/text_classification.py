@@ -87,8 +87,9 @@ class TextClassification(Task):
         """
         super().check_teacher(teacher_config, teacher_tokenizer)
         self.check_labels(teacher_config, "the teacher")
-        needs_types = self._pairs and getattr(teacher_config, "type_vocab_size", 0) > 1
-        if needs_types and "token_type_ids" not in self.train.column_names:
+        has_types = getattr(teacher_config, "type_vocab_size", 0) > 1
+        reads_types = has_types and "token_type_ids" in teacher_tokenizer.model_input_names
+        if self._pairs and reads_types and "token_type_ids" not in self.train.column_names:
             raise UserError(
                 "the teacher tells the two texts of a pair apart by token_type_ids, and the student's tokenizer gives "
                 "none; allowed: a teacher of the student's kind, or model.tokenizer set to the teacher's"
