@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
@@ -145,13 +146,23 @@ def agree_equal(value: T, what: str) -> None:
         what: its name for the message.
 
     Raises:
-        UserError: on every rank, with the values of rank 0 and of the first that differs.
+        UserError: on every rank, with the values of rank 0 and of the first that differs, shortened.
     """
     values: list[T] = [value] * torch_dist.get_world_size()
     torch_dist.all_gather_object(values, value)
     for rank, other in enumerate(values):
         if other != values[0]:
-            raise UserError(f"{what} on rank 0 are {values[0]}, and on rank {rank} {other}; allowed: the same on all")
+            first, second = _differing_parts(str(values[0]), str(other))
+            raise UserError(f"{what} on rank 0 are {first}, and on rank {rank} {second}; allowed: the same on all")
+
+
+def _differing_parts(first: str, second: str, shown: int = 80) -> tuple[str, str]:
+    """Return two texts whole where they are short, else from a little before they begin to differ."""
+    if max(len(first), len(second)) <= shown:
+        return first, second
+    differing = next(place for place, (a, b) in enumerate(zip_longest(first, second)) if a != b)
+    start = max(0, differing - shown // 2)
+    return f"...{first[start : start + shown]}...", f"...{second[start : start + shown]}..."
 
 
 def write_on_main(action: Callable[[], object], target: Path) -> None:

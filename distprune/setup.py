@@ -56,8 +56,10 @@ def prepare(config: Config) -> Setup:
         return make_plan(config, len(task.train))
 
     plan = dist.agree(check)
+    sections = (config.train, config.optimizer, config.lr, config.pruning, config.distillation, config.deepspeed)
+    dist.agree_equal(sections, "the settings")  # paths may differ from node to node
     dist.agree_equal((len(task.train), len(task.validation)), "the numbers of training and validation examples")
-    dist.agree_equal(fingerprint(task), "the fingerprints of the data")
+    dist.agree_equal(_fingerprint(task), "the fingerprints of the data")
     dist.agree(lambda: check_limits(directory, task))
     teacher = None
     if config.distillation.hardness > 0:
@@ -108,7 +110,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def fingerprint(task: Task) -> str:
+def _fingerprint(task: Task) -> str:
     """Return a hash of the tokenised data, to compare it between ranks and nodes."""
     digest = hashlib.sha256()
     for part in (task.train, task.validation):

@@ -147,6 +147,22 @@ def test_ranks_that_read_other_data_are_refused(
     assert part in said[0]
 
 
+def run_with_another_seed(task: Path, output: Path) -> str:
+    """Run with a configuration that was edited while the ranks started."""
+    last = dist.detect().rank == dist.detect().size - 1
+    return str(run(task, output, *(["train.seed=7"] if last else [])))
+
+
+def test_ranks_with_other_configurations_are_refused(world: Worlds, task: Path, tmp_path: Path) -> None:
+    said = world(2).run(run_with_another_seed, task, tmp_path / "run")
+    assert len(set(said)) == 1
+    first, second = said[0].split("and on rank 1")
+    assert first.startswith("the settings on rank 0 are ...")
+    assert "seed=42" in first
+    assert "seed=7" in second
+    assert len(said[0]) < 300
+
+
 class TakenMeanwhile:
     """Stands in for `prepare`: another run takes the directory while this one loads its model."""
 
