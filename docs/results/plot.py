@@ -62,7 +62,7 @@ def draw_epochs(axes: Axes, runs: Runs) -> None:
     ends = {float(str(run["end"]).split()[0]) for run in runs}
     for end in ends:
         axes.axvline(end, color=GREY, linestyle=":", linewidth=1)
-        axes.text(end, axes.get_ylim()[0], " last pruning", color=GREY, va="bottom")
+        axes.text(end, axes.get_ylim()[1], " last pruning", color=GREY, va="top")
     axes.set_xlabel("epoch")
 
 
