@@ -187,7 +187,7 @@ def test_memory_stays_flat_with_two_engines(world: Worlds, tmp_path: Path, stude
     size = (model / "model.safetensors").stat().st_size
     for (first, _), (second, resident), (third, last) in world(2).run(grow, model, student, teacher):
         assert first == second == third, "a tensor is kept at every step"
-        assert last - resident < 2 * size, f"20 steps kept {(last - resident) / size:.2f} models"
+        assert last - resident < 5 * size, f"20 steps kept {(last - resident) / size:.2f} models"
 
 
 # ------------------------------------------------------------------------------ what is not known
