@@ -164,7 +164,7 @@ def _initialize(key: str, model: PreTrainedModel, section: dict[str, Any], optim
     """Return DeepSpeed's engine; options that contradict each other show only here, on every rank alike."""
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
-    except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
+    except (AssertionError, NotImplementedError, ValueError) as error:
         raise UserError(f"DeepSpeed refuses the options of {key}: {' '.join(str(error).split())}") from error
     return engine
 
