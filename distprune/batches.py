@@ -44,11 +44,8 @@ def train_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     Returns:
         Batches of indices into ``lengths``, in random order; within a batch from short to long.
 
-    Raises:
-        UserError: fewer examples than one batch.
     """
-    if len(lengths) < batch_size:
-        raise UserError(f"train.batch_size is {batch_size}, and there are only {len(lengths)} training examples for it")
+    assert len(lengths) >= batch_size, "make_plan lets no such run begin"
     size = np.asarray(lengths[:])  # [:] reads a column of a data set at once
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(size))[: len(size) // batch_size * batch_size]

@@ -60,11 +60,6 @@ def test_equal_lengths_are_shuffled_over_the_whole_epoch():
     assert np.mean([np.ptp(batch) for batch in first]) > POOL
 
 
-def test_too_few_examples_for_a_batch_are_refused():
-    with pytest.raises(UserError, match=r"train\.batch_size is 8.*only 7"):
-        train_batches([1] * 7, 8, 0, 0)
-
-
 @given(world=worlds, accumulation=st.integers(1, 4), size=st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_ranks_and_micro_batches_partition_the_batch_evenly(world, accumulation, size):
