@@ -90,12 +90,44 @@ def _parser() -> argparse.ArgumentParser:
     schedule.add_argument("--png", default="schedule.png", metavar="PATH", help="where to draw it [%(default)s]")
     _configurable(schedule)
 
-    oneshot = commands.add_parser("oneshot", help="prune a model directory by global magnitude, without training")
+    oneshot = commands.add_parser("oneshot", help="prune a model directory without training")
     oneshot.add_argument("model_dir", metavar="MODEL_DIR", help="Hugging Face model directory or hub id")
     oneshot.add_argument("out", metavar="OUT", help="new directory for the pruned copy")
     oneshot.add_argument("--sparsity", type=float, required=True, metavar="S", help="part that is zero, [0, 1)")
     oneshot.add_argument("--include", action="append", default=[], metavar="REGEX", help="as pruning.include")
     oneshot.add_argument("--exclude", action="append", default=[], metavar="REGEX", help="as pruning.exclude")
+    oneshot.add_argument(
+        "--structure", default="unstructured", metavar="NAME", help="as pruning.structure [%(default)s]"
+    )
+    oneshot.add_argument("--scope", default="global", metavar="NAME", help="as pruning.scope [%(default)s]")
+    oneshot.add_argument("--groups", action="append", default=[], metavar="REGEX", help="as pruning.groups")
+    oneshot.add_argument("--score", default="magnitude", metavar="NAME", help="as pruning.score [%(default)s]")
+    oneshot.add_argument("--start-sparse", action="store_true", help="as pruning.start_sparse")
+    oneshot.add_argument("--seed", type=int, default=42, metavar="N", help="of data and random scores [%(default)s]")
+    oneshot.add_argument("--config", metavar="FILE", help="whose data give the gradients that a score needs")
+
+    export = commands.add_parser("export", help="pack a sparse model (a bit a weight, and the values), or unpack it")
+    export.add_argument("source", metavar="DIR", help="model directory, or one that is packed")
+    export.add_argument("out", metavar="OUT", help="new directory")
+    export.add_argument("--shrink", action="store_true", dest="shrinking", help="take out zero heads and neurons")
+
+    bench = commands.add_parser("bench", help="measure what pruning costs on this machine")
+    kinds = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    select = kinds.add_parser("select", help="a pruning: time, memory and wire, beside torch's own ways")
+    select.add_argument(
+        "--sizes", type=float, nargs="+", default=[85e6, 302e6], metavar="N", help="weights [85e6 302e6]"
+    )
+    select.add_argument("--alone", action="store_true", help="leave out kthvalue and topk, which take long")
+    step = kinds.add_parser("step", help="a training step with masks, without, and with a teacher")
+    step.add_argument("--model", default="bert-base", choices=["bert-base", "minilm", "tiny"], help="[%(default)s]")
+    step.add_argument("--stage", type=int, default=2, choices=range(4), help="ZeRO stage of the student [%(default)s]")
+    step.add_argument("--batch-size", type=int, default=32, metavar="N", help="over all ranks [%(default)s]")
+    step.add_argument("--length", type=int, default=128, metavar="N", help="tokens of an example [%(default)s]")
+    for kind, dtype, repeat in ((select, "fp32", 5), (step, "bf16", 10)):
+        kind.add_argument("--dtype", default=dtype, choices=["fp32", "bf16"], help="of the weights [%(default)s]")
+        kind.add_argument("--repeat", type=int, default=repeat, metavar="N", help="measurements [%(default)s]")
+        kind.add_argument("--threads", type=int, default=1, metavar="N", help="of each rank [%(default)s]")
+        kind.add_argument("--json", dest="json_path", metavar="PATH", help="where to write all numbers")
 
     config = commands.add_parser("config", help="print every key with its value and meaning, as YAML")
     _configurable(config, optional=True)

@@ -197,6 +197,27 @@ PRUNING = (
     Check("pruning.every", "more than 0", lambda c: _dense(c) or _time(c, "pruning.every").amount > 0),
     _regexes("pruning.include"),
     _regexes("pruning.exclude"),
+    _regexes("pruning.groups"),
+    Check(
+        "pruning.structure",
+        "unstructured, N:M, RxC, heads or neurons",
+        lambda c: re.fullmatch(r"unstructured|heads|neurons|\d+[:x]\d+", c.pruning.structure) is not None,
+    ),
+    Check(
+        "pruning.scope",
+        "global, layer, tensor or groups",
+        lambda c: c.pruning.scope in ("global", "layer", "tensor", "groups"),
+    ),
+    Check(
+        "pruning.scope",
+        "global where pruning.structure is not unstructured",
+        lambda c: c.pruning.scope == "global" or c.pruning.structure == "unstructured",
+    ),
+    Check(
+        "pruning.groups",
+        "regexes where pruning.scope is groups, and none elsewhere",
+        lambda c: (c.pruning.scope == "groups") == bool(c.pruning.groups),
+    ),
 )
 
 WANDB = (

@@ -108,6 +108,17 @@ class PruningConfig:
     every: str = key("0.1 epochs", "time between prunings")
     include: list[str] = key([], "regexes of weights to prune; empty: every linear weight of the encoder's layers")
     exclude: list[str] = key([], "regexes of weights to leave out of those")
+    structure: str = key(
+        "unstructured",
+        "what goes together: unstructured, N:M (N kept of each M), RxC (blocks), heads or neurons",
+    )
+    scope: str = key("global", "what unstructured weights compete with: global, layer, tensor, or groups")
+    groups: list[str] = key([], "regexes, each the weights of a group, where scope is groups")
+    score: str = key(
+        "magnitude",
+        "what goes first has the smallest: magnitude, normalized_magnitude, taylor, movement, random, or module:Class",
+    )
+    start_sparse: bool = key(False, "zeros of the model are its first mask, which stays")
 
 
 @dataclass

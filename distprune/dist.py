@@ -113,7 +113,7 @@ def is_main() -> bool:
 
 
 def agree(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; where it fails on any, fail on all.
+    """Run ``action`` on every rank; where it fails on any, fail on all. A process without a group is the only rank.
 
     Collective: every rank calls it. ``action`` may hold no collective that a failure would skip.
 
@@ -121,6 +121,8 @@ def agree(action: Callable[[], T]) -> T:
         UserError: on every rank, with the message of the lowest rank that failed.
         Exception: anything else that ``action`` raised, on the rank where it did.
     """
+    if not torch_dist.is_initialized():
+        return action()
     message, result, unexpected = None, None, None
     try:
         result = action()
@@ -196,8 +198,9 @@ def local_first() -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait for all ranks. Collective: every rank calls it."""
-    torch_dist.barrier()
+    """Wait for all ranks, where there are others. Collective: every rank calls it."""
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
 
 
 def all_sum(values: list[float]) -> list[float]:
@@ -205,6 +208,13 @@ def all_sum(values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=detect().device)
     torch_dist.all_reduce(tensor)
     return [float(value) for value in tensor.tolist()]
+
+
+def gather(items: list[T]) -> list[T]:
+    """Return the small items of all ranks, rank after rank. Collective: every rank calls it."""
+    every: list[list[T]] = [items] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(every, items)
+    return [item for rank in every for item in rank]
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

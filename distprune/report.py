@@ -130,7 +130,7 @@ def model_card(
 
     Args:
         summary: the run's: ``base_model``, ``teacher`` (or null), ``task`` (hub id or path of the data),
-            ``metric_name``, ``final_metric``, ``dense_metric`` (or null), ``sparsity_masked``,
+            ``metric_name``, ``final_metric``, ``dense_metric`` (or null), ``method``, ``sparsity_masked``,
             ``masked_weights``, ``prunable_weights``, ``zeros_in_file``, ``encoder_sparsity``,
             ``model_sparsity``.
         auto_class: the class of transformers that loads the model.
@@ -143,9 +143,8 @@ def model_card(
     title, text, rows, stored = f"{base}, fine-tuned", f"`{base}` trained on `{data}`{teacher} with distprune.", "", ""
     if summary["masked_weights"]:
         title = f"{base}, {sparsity:.0%} pruned"
-        text = f"""`{base}` trained on `{data}`{teacher}, while its weights of least magnitude
-over all prunable matrices were removed step by step: gradual magnitude pruning
-([arXiv 2312.13547](https://arxiv.org/abs/2312.13547)) with distprune."""
+        text = f"""`{base}` trained on `{data}`{teacher}, while weights were removed step by step:
+{summary["method"]}, with distprune after [arXiv 2312.13547](https://arxiv.org/abs/2312.13547)."""
         rows = f"""
 | pruned weights | {summary["masked_weights"]:,} of {summary["prunable_weights"]:,} ({sparsity:.2%}) |
 | zeros in the prunable matrices, as written | {summary["zeros_in_file"]:,} |

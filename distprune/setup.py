@@ -17,8 +17,10 @@ from distprune.engine import build_frozen, build_student
 from distprune.errors import UserError
 from distprune.plan import Plan, make_plan
 from distprune.pruning.pruner import Pruner
+from distprune.pruning.scores import build_score
+from distprune.pruning.structures import build_structure
 from distprune.pruning.targets import find_targets
-from distprune.shards import shards_of, trained_shards
+from distprune.shards import ShardedParameters, shards_of, trained_shards
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
 from distprune.weights import read_config, resolve
@@ -66,12 +68,43 @@ def prepare(config: Config) -> Setup:
         teacher = _teacher(config, task, micro_batch)
     student, fresh = build_student(config, directory, task.auto_class, task.model_options(), micro_batch)
     dist.agree(lambda: trained_shards(student))  # a layout that is not known is refused now, not at the export
-    pruner = None
-    if plan.ladder:
-        names = dist.agree(lambda: find_targets(student.module, config.pruning.include, config.pruning.exclude))
-        pruner = Pruner(dist.agree(lambda: shards_of(student, names)), student.basic_optimizer)
+    pruner = build_pruner(config, student) if plan.ladder or config.pruning.start_sparse else None
     torch.manual_seed(config.train.seed * 1_000_003 + world.rank)
     return Setup(world, task, student, teacher, pruner, plan, fresh)
+
+
+def build_pruner(config: Config, student: Any) -> Pruner:
+    """Return the pruner of a student's engine. Collective: every rank calls it.
+
+    Raises:
+        UserError: on every rank, where what is to be pruned, the structure or the score do not fit the model.
+    """
+    pruning = config.pruning
+    names = dist.agree(lambda: find_targets(student.module, pruning.include, pruning.exclude, pruning.structure))
+    parameters = dist.agree(lambda: shards_of(student, names))
+    heads = getattr(student.module.config, "num_attention_heads", None)
+    shapes = {name: tuple(parameters.shape(name)) for name in names}
+    cuts = _cuts(parameters)
+    structure = dist.agree(lambda: build_structure(pruning, shapes, cuts, heads))
+    score = dist.agree(lambda: build_score(pruning.score, config.train.seed))
+    if score.needs_gradient and student.fp16_enabled():
+        raise UserError(
+            f"pruning.score is {pruning.score!r}, whose gradients fp16 scales; allowed: bf16 or fp32 with it"
+        )
+    pruner = Pruner(parameters, student.basic_optimizer, structure, score)
+    if pruning.start_sparse:
+        pruner.adopt_zeros()
+        if pruner.masked == 0:
+            raise UserError(f"pruning.start_sparse is true, and no weight to prune of {config.model.path!r} is zero")
+    return pruner
+
+
+def _cuts(parameters: ShardedParameters) -> dict[str, list[int]]:
+    """Return where in each flattened parameter a rank's slice begins or ends. Collective: every rank calls it."""
+    places: dict[str, set[int]] = {name: set() for name in parameters.names}
+    for name, start, end in dist.gather([(shard.name, shard.start, shard.end) for shard in parameters.shards]):
+        places[name] |= {start, end}
+    return {name: sorted(places[name] - {0, parameters.numel[name]}) for name in places}
 
 
 def local_model(path: str, revision: str | None) -> Path:

@@ -68,8 +68,12 @@ class ShardedParameters(ABC):
         self.engine = engine
         self.parameters: dict[str, Any] = dict(engine.module.named_parameters())
         self.names = list(names)
-        self.numel = {name: full_shape(self.parameters[name]).numel() for name in self.names}
+        self.numel = {name: self.shape(name).numel() for name in self.names}
         self.shards = [shard for name in self.names if (shard := self._shard(name)) is not None]
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape of a whole parameter."""
+        return full_shape(self.parameters[name])
 
     @abstractmethod
     def _shard(self, name: str) -> Shard | None:

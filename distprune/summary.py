@@ -5,7 +5,7 @@ from typing import Any
 import torch.distributed as torch_dist
 
 from distprune import dist
-from distprune.config import Config
+from distprune.config import Config, PruningConfig
 from distprune.engine import stage_of
 from distprune.export import count_zeros
 from distprune.pruning.targets import layer_matrices
@@ -25,7 +25,7 @@ def summarise(trainer: Trainer, dense: dict[str, float] | None, wall_time_s: flo
         wall_time_s: seconds from start to end.
     """
     config, setup = trainer.config, trainer.setup
-    layers = {} if setup.pruner is None else setup.pruner.count()
+    layers = {} if setup.pruner is None else setup.pruner.masked_of
     sizes = {"student": _bytes_per_rank(setup.student)}
     if setup.teacher is not None:
         sizes["teacher"] = _bytes_per_rank(setup.teacher)
@@ -60,15 +60,21 @@ def summarise(trainer: Trainer, dense: dict[str, float] | None, wall_time_s: flo
 
 def pruning_record(trainer: Trainer, summary: dict[str, Any]) -> dict[str, Any]:
     """Return what ``final/pruning.json`` says: how the weights were chosen, and how many went in each matrix."""
-    keys = ("sparsity_masked", "prunable_weights", "masked_weights", "encoder_sparsity", "model_sparsity")
+    keys = ("method", "sparsity_masked", "prunable_weights", "masked_weights", "encoder_sparsity", "model_sparsity")
     config: Config = trainer.config
     return {
-        "method": "gradual global magnitude pruning (arXiv 2312.13547)",
         **{key: summary[key] for key in keys},
         "layers": summary["layers"],
         "pruning": vars(config.pruning),
         "distillation": vars(config.distillation),
     }
+
+
+def _method(pruning: PruningConfig) -> str:
+    """Return in words how the weights were chosen."""
+    what = {"unstructured": "single weights", "heads": "attention heads", "neurons": "feed-forward neurons"}
+    where = {"global": "", "groups": " within groups"}.get(pruning.scope, f" within each {pruning.scope}")
+    return f"gradual pruning of {what.get(pruning.structure, pruning.structure)}{where} by {pruning.score}"
 
 
 def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:
@@ -80,6 +86,7 @@ def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:
     in_file = _total(zeros, layers)[0]
     assert in_file >= masked, f"{in_file} zeros were written, {masked} weights are masked"
     return {
+        "method": _method(trainer.config.pruning),
         "sparsity_target": trainer.config.pruning.sparsity,
         "sparsity_masked": masked / prunable if prunable else 0.0,
         "masked_weights": masked,

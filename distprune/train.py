@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -109,17 +108,15 @@ class Trainer:
             losses = self._backward(micro_batch)
             sums = [total + float(loss) / len(parts) for total, loss in zip(sums, losses, strict=True)]
             if pruner is not None and number == len(parts):
-                if self.step in plan.ladder:
-                    self._prune(pruner, plan.ladder[self.step])
-                pruner.mask_gradients()
+                self._prune(pruner, plan.ladder.get(self.step))
             if number == len(parts):
                 self._agree_on_losses(sums, suspect)
             student.step()
         self.step += 1
 
-    def _prune(self, pruner: Pruner, sparsity: Fraction) -> None:
+    def _prune(self, pruner: Pruner, sparsity: Fraction | None) -> None:
         try:
-            pruner.prune(sparsity)
+            pruner.after_backward(sparsity)
         except UserError as error:
             raise UserError(f"at step {self.step} {error}") from error
 
@@ -177,7 +174,7 @@ class Trainer:
         started = time.perf_counter()
         self.metrics = evaluate(self.setup.student, task, task.validation, self.config.train.eval_batch_size)
         self._logged_at += time.perf_counter() - started  # examples/s are those of training
-        layers = {} if pruner is None else pruner.layer_sparsity()
+        layers = {} if pruner is None else pruner.layer_sparsity
         self.monitor.log(
             {
                 "step": self.step,
@@ -211,7 +208,7 @@ class Trainer:
         pruner = self.setup.pruner
         if pruner is None:
             return True
-        return pruner.carried and pruner.masked == floor(max(self.setup.plan.ladder.values()) * pruner.total)
+        return pruner.carried and pruner.sparsity_asked == max(self.setup.plan.ladder.values(), default=0)
 
     def write_final(self) -> None:
         """Write ``final/``: the last state or the best one, at the target sparsity. Collective: every rank calls it."""

@@ -18,7 +18,13 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from distprune import dist
@@ -72,6 +78,12 @@ class Checkpoint:
             self._open = (file, self._opening(file))
         tensor: Tensor = self._open[1].get_tensor(name)
         return tensor
+
+    def shape(self, name: str) -> list[int]:
+        """Return the shape of one tensor, without reading it."""
+        with self._opening(self.file_of[name]) as reader:
+            shape: list[int] = reader.get_slice(name).get_shape()
+        return shape
 
     def _files(self) -> list[Path]:
         """Return the files that there must be: those of the index, or the only one."""
@@ -220,6 +232,12 @@ def read_config(directory: Path, options: dict[str, Any] | None = None) -> Pretr
         reason = " ".join(str(error).split())
         raise UserError(f"{directory / 'config.json'} is not a model's configuration: {reason}") from error
     return config
+
+
+def auto_class_of(directory: Path) -> Any:
+    """Return the transformers auto class that a run would load a directory's model with."""
+    classes = read_config(directory).architectures or []
+    return AutoModelForSequenceClassification if "SequenceClassification" in "".join(classes) else AutoModel
 
 
 def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, Checkpoint]:

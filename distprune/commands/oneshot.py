@@ -1,97 +1,255 @@
-"""``distprune oneshot``: prune a model directory by global magnitude, without training."""
+"""``distprune oneshot``: prune a model directory without training, reading one file after the other.
+
+Under a launcher each rank reads, scores and writes its files, so that a model larger than the memory of one machine
+can be pruned by several, and one larger than theirs by reading it once a pass. A score that needs gradients trains
+nothing either: it takes them from one batch of a configuration's data, by the engine that a run would use.
+"""
 
 import json
 import shutil
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import accumulate
-from math import floor
+from functools import lru_cache, partial
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from distprune import dist, settings
+from distprune.checks import PRUNING
+from distprune.config import Config, PruningConfig
 from distprune.errors import UserError
-from distprune.pruning.select import CHUNK, Cut, magnitude_keys, select_smallest
+from distprune.lr import LrSchedule
+from distprune.monitor import Monitor
+from distprune.pruning.exchange import over_ranks, summed
+from distprune.pruning.masks import KEPT, PRUNED, count_pruned
+from distprune.pruning.scores import Score, build_score
+from distprune.pruning.slices import Slice
+from distprune.pruning.structures import Choice, build_structure
 from distprune.pruning.targets import find_targets
-from distprune.weights import Checkpoint, match_names, read_config, resolve, skeleton
+from distprune.setup import local_model, prepare
+from distprune.train import Trainer
+from distprune.weights import Checkpoint, auto_class_of, match_names, skeleton
 
 _OF_THE_DENSE_MODEL = ("*.safetensors", "*.bin", "README.md", "pruning.json", ".*")
 
 
-def run(model_dir: str, out: str, sparsity: float, include: list[str], exclude: list[str]) -> None:
-    """Write a copy of a model whose smallest weights are zero, reading one tensor at a time."""
-    if not 0 <= sparsity < 1:
-        raise UserError(f"--sparsity is {sparsity}; allowed: [0, 1)")
-    source, target = resolve(model_dir, None), Path(out).expanduser()
+def run(
+    model_dir: str,
+    out: str,
+    sparsity: float,
+    include: list[str],
+    exclude: list[str],
+    structure: str = "unstructured",
+    scope: str = "global",
+    groups: list[str] | None = None,
+    score: str = "magnitude",
+    seed: int = 42,
+    start_sparse: bool = False,
+    config: str | None = None,
+) -> None:
+    """Write a copy of a model whose smallest weights are zero. Collective: every rank calls it."""
+    pruning = PruningConfig(
+        sparsity,
+        sparsity,
+        "0 steps",
+        "0 steps",
+        "1 steps",
+        include=include,
+        exclude=exclude,
+        structure=structure,
+        scope=scope,
+        groups=groups or [],
+        score=score,
+        start_sparse=start_sparse,
+    )
+    _check(pruning, Path(out).expanduser())
+    chosen = build_score(score, seed)
+    launched = dist.detect().size > 1
+    if launched or chosen.needs_gradient:
+        dist.init()
+    if chosen.needs_gradient:
+        _prune_by_gradients(model_dir, out, pruning, seed, config)
+    else:
+        _prune_files(model_dir, out, pruning, chosen)
+    dist.shutdown()
+
+
+def _check(pruning: PruningConfig, target: Path) -> None:
+    config = Config()
+    config.pruning = pruning
+    for check in PRUNING:
+        if not check.holds(config):
+            value = getattr(pruning, check.key.removeprefix("pruning."))
+            raise UserError(f"--{check.key.removeprefix('pruning.')} is {value}; allowed: {check.allowed}")
     if target.exists():
-        raise UserError(f"{out!r} exists; allowed: a new directory")
-    model, checkpoint = skeleton(source, _auto_class(source), {})
-    names = find_targets(model, include, exclude)
+        raise UserError(f"{str(target)!r} exists; allowed: a new directory")
+
+
+# ------------------------------------------------------------------------------ from files
+
+
+@dataclass
+class Files:
+    """The part of a model's files that this rank reads and writes."""
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    stored: dict[str, str]
+    """The name in the files of each parameter to prune."""
+    mine: list[Path]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters to prune, by their names in the files."""
+        return {stored: tuple(self.model.get_parameter(name).shape) for name, stored in self.stored.items()}
+
+    def slices(self, start_sparse: bool) -> list[Slice]:
+        """Return the tensors to prune that this rank has, whole; each is read when a pass comes to it.
+
+        Nothing is masked, for which one byte is enough; or what is zero, which takes a byte a weight.
+        """
+        read = lru_cache(maxsize=1)(lambda name: self.checkpoint.read(name).float().view(-1))
+        kept = torch.tensor([KEPT], dtype=torch.int8)
+        first, slices = 0, []
+        for name, shape in self.shapes.items():
+            size = prod(shape)
+            if self.checkpoint.file_of[name] in self.mine:
+                mask = torch.where(read(name) == 0, PRUNED, KEPT).to(torch.int8) if start_sparse else kept.expand(size)
+                slices.append(Slice(name, shape, 0, size, 0, size, first, mask, partial(read, name)))
+            first += size
+        return slices
+
+
+def _prune_files(model_dir: str, out: str, pruning: PruningConfig, score: Score) -> None:
+    """Prune by a score of the weights themselves. Collective: every rank calls it."""
+    source, target = local_model(model_dir, None), Path(out).expanduser()
+    files = dist.agree(lambda: _open(source, pruning))
+    slices = files.slices(pruning.start_sparse)
+    sizes = {name: prod(shape) for name, shape in files.shapes.items()}
+    heads = getattr(files.model.config, "num_attention_heads", None)
+    structure = dist.agree(lambda: build_structure(pruning, files.shapes, {name: [] for name in sizes}, heads))
+    device = dist.detect().device
+    over_ranks(score.prepare(slices, sizes), device)
+    sparsity = Fraction(str(pruning.sparsity))
+    before = over_ranks(summed(torch.tensor([_masked(slices, name) for name in sizes])), device).tolist()
+    choosing = structure.choose(slices, score, sparsity, dict(zip(sizes, before, strict=True)))
+    choice = over_ranks(choosing, device)
+    partial_dir = target.with_name(target.name + ".partial")
+
+    def copy() -> None:
+        shutil.rmtree(partial_dir, ignore_errors=True)
+        shutil.copytree(source, partial_dir, ignore=shutil.ignore_patterns(*_OF_THE_DENSE_MODEL))
+
+    dist.write_on_main(copy, target)
+    masked = dist.agree(lambda: _write(files, slices, choice, partial_dir))
+    (total,) = over_ranks(summed(torch.tensor([masked])), device).tolist()
+    wanted = structure.masked_at(sparsity)
+    assert total == wanted or (sum(before) and total > wanted), f"{total} weights were masked, and not {wanted}"
+    _finish(partial_dir, target, pruning, {"masked": total, "prunable": sum(sizes.values())}, choice.threshold)
+
+
+def _masked(slices: list[Slice], name: str) -> int:
+    return sum(int((each.mask == PRUNED).sum()) for each in slices if each.name == name)
+
+
+def _open(source: Path, pruning: PruningConfig) -> Files:
+    """Find the weights to prune, and deal the files out to the ranks.
+
+    Raises:
+        UserError: where a weight is missing, or of another shape than the model's.
+    """
+    model, checkpoint = skeleton(source, auto_class_of(source), {})
+    names = find_targets(model, pruning.include, pruning.exclude, pruning.structure)
     stored = match_names(names, list(checkpoint.file_of), model.base_model_prefix)
-    _refuse_unusable(model, checkpoint, names, stored)
-    sizes = {stored[name]: model.get_parameter(name).numel() for name in names}
-    first = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
-
-    def chunks() -> Iterator[tuple[Tensor, int]]:
-        for name in sizes:
-            keys = magnitude_keys(checkpoint.read(name).float().view(-1))
-            yield from ((piece, first[name] + CHUNK * n) for n, piece in enumerate(torch.split(keys, CHUNK)))
-
-    total = sum(sizes.values())
-    wanted = floor(Fraction(str(sparsity)) * total)
-    cut = select_smallest(chunks, wanted, lambda counts: counts)
-    record = {
-        "method": "one-shot global magnitude",
-        "sparsity": sparsity,
-        "masked": wanted,
-        "prunable": total,
-        "threshold": cut.threshold,
-    }
-    partial = target.with_name(target.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_OF_THE_DENSE_MODEL))
-        _write(checkpoint, partial, first, cut)
-        (partial / "pruning.json").write_text(json.dumps(record, indent=2))
-        partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out!r} cannot be written: {error}") from error
-    print(f"masked {wanted} of {total} weights -> {target}")
-
-
-def _auto_class(directory: Path) -> Any:
-    """Return the class that a run would load the model with, so that regexes find the same names."""
-    classes = read_config(directory).architectures or []
-    return AutoModelForSequenceClassification if "SequenceClassification" in "".join(classes) else AutoModel
-
-
-def _refuse_unusable(model: nn.Module, checkpoint: Checkpoint, names: list[str], stored: dict[str, str]) -> None:
-    """Refuse a checkpoint whose weights to prune are missing, of another shape than the model's, or NaN."""
     for name in names:
         if name not in stored:
             raise UserError(f"{checkpoint.directory} lacks {name}, which is to be pruned")
-        tensor, shape = checkpoint.read(stored[name]), model.get_parameter(name).shape
-        if tensor.shape != shape:
-            raise UserError(
-                f"{name} has shape {list(tensor.shape)} in {checkpoint.directory}, and {list(shape)} in the model"
-            )
-        if tensor.isnan().any():
-            raise UserError(f"{name} in {checkpoint.directory} holds NaN, which has no magnitude to prune by")
+        found, wanted = checkpoint.shape(stored[name]), list(model.get_parameter(name).shape)
+        if found != wanted:
+            raise UserError(f"{name} has shape {found} in {checkpoint.directory}, and {wanted} in the model")
+    world = dist.detect()
+    every = sorted(set(checkpoint.file_of.values()), key=lambda file: (-file.stat().st_size, file))
+    return Files(model, checkpoint, {name: stored[name] for name in names}, every[world.rank :: world.size])
 
 
-def _write(checkpoint: Checkpoint, target: Path, first: dict[str, int], cut: Cut) -> None:
-    """Write the files again, one at a time, with the selected weights zero."""
-    for file in sorted(set(checkpoint.file_of.values())):
+def _write(files: Files, slices: list[Slice], choice: Choice, target: Path) -> int:
+    """Write this rank's files again, one at a time, with the chosen weights zero; return how many those are.
+
+    Raises:
+        UserError: where a weight is NaN, or a file cannot be written.
+    """
+    by_name = {each.name: each for each in slices}
+    masked = 0
+    for file in files.mine:
         tensors: dict[str, Tensor] = {}
-        for name in (name for name, place in checkpoint.file_of.items() if place == file):
-            tensor = checkpoint.read(name)
-            if name in first:
-                pruned = cut.selects(magnitude_keys(tensor.float().view(-1)), first[name])
-                tensor = torch.masked_fill(tensor, pruned.view_as(tensor), 0.0)
+        for name in (name for name, place in files.checkpoint.file_of.items() if place == file):
+            tensor = files.checkpoint.read(name)
+            if name in by_name:
+                mask = by_name[name].mask.clone(memory_format=torch.contiguous_format)
+                values = tensor.float().flatten().clone()
+                if choice.mark(replace(by_name[name], mask=mask, weights=partial(_same, values))):
+                    raise UserError(f"{name} in {files.checkpoint.directory} holds NaN, which has no place in an order")
+                tensor = tensor.masked_fill((mask == PRUNED).view_as(tensor), 0.0)
+                masked += count_pruned(mask)
             tensors[name] = tensor
-        save_file(tensors, target / file.name, {"format": "pt"})
+        try:
+            save_file(tensors, target / file.name, {"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{target / file.name} cannot be written: {error}") from error
+    return masked
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+def _finish(partial_dir: Path, target: Path, pruning: PruningConfig, counts: dict[str, int], threshold: float) -> None:
+    """Say in ``pruning.json`` what was done, and give the directory its name. Collective: every rank calls it."""
+    keys = ("structure", "scope", "groups", "score", "start_sparse", "include", "exclude", "sparsity")
+    record = {"method": "one-shot", **{key: getattr(pruning, key) for key in keys}, **counts, "threshold": threshold}
+
+    def finish() -> None:
+        (partial_dir / "pruning.json").write_text(json.dumps(record, indent=2))
+        partial_dir.rename(target)
+
+    dist.write_on_main(finish, target)
+    if dist.is_main():
+        print(f"masked {counts['masked']} of {counts['prunable']} weights -> {target}")
+
+
+# ------------------------------------------------------------------------------ with gradients
+
+
+def _prune_by_gradients(model_dir: str, out: str, pruning: PruningConfig, seed: int, path: str | None) -> None:
+    """Take one optimizer step at a learning rate of 0, pruning in it. Collective: every rank calls it."""
+    if path is None:
+        raise UserError(f"--score {pruning.score} needs gradients; allowed: with --config FILE, whose data give them")
+    config = dist.agree(
+        lambda: settings.load_valid(
+            path,
+            [
+                f"model.path={model_dir}",
+                f"train.output={out}",
+                f"train.seed={seed}",
+                "model.dropout=0",
+                "distillation.hardness=0",
+                "pruning.sparsity=0",
+            ],
+        )
+    )
+    config.pruning = pruning
+    setup = prepare(config)
+    assert setup.pruner is not None
+    setup.plan = replace(setup.plan, total_steps=1, lr=LrSchedule(0.0, 0.0, 0, (0, 1)))
+    trainer = Trainer(config, setup, Monitor(Path(out), config, 1, enabled=False), Path(out))
+    trainer.run()
+    target = Path(out).expanduser()
+    partial_dir = target.with_name(target.name + ".partial")
+    trainer.export(partial_dir)
+    counts = {"masked": setup.pruner.masked, "prunable": setup.pruner.total}
+    _finish(partial_dir, target, pruning, counts, setup.pruner.threshold)

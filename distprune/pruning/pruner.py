@@ -1,42 +1,68 @@
-"""Global magnitude pruning on the slices that each rank owns (paper, guideline 1; GMP with one global threshold).
+"""Pruning on the slices that each rank owns (paper, guideline 1; GMP with one global threshold).
 
 Where an optimizer step falls on the sparsity ladder, each rank scores its slices of the fp32 weights, all ranks agree
-on one exact cut (`select`), and each marks its own slices. From then on, in every step, the marked weights' gradients
-are zeroed before DeepSpeed takes the clipping norm, and weights and moments are zeroed right after the optimizer
-stepped, before DeepSpeed copies the fp32 weights to the low-precision ones: no weight leaves its rank, and no copy of
-a weight is ever unpruned.
+on what goes (`structure`, `select`), and each marks its own slices. From then on, in every step, the marked weights'
+gradients are zeroed before DeepSpeed takes the clipping norm, and weights and moments are zeroed right after the
+optimizer stepped, before DeepSpeed copies the fp32 weights to the low-precision ones: no weight leaves its rank, and no
+copy of a weight is ever unpruned.
 """
 
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
-from math import floor
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor
 
 from distprune.errors import UserError
-from distprune.pruning.masks import KEPT, PRUNED, apply_mask
-from distprune.pruning.select import CHUNK, Cut, magnitude_keys, select_smallest
+from distprune.pruning.exchange import over_ranks, summed
+from distprune.pruning.masks import KEPT, PRUNED, apply_mask, count_pruned
+from distprune.pruning.scores import Score
+from distprune.pruning.slices import Slice
+from distprune.pruning.structures import Structure
 from distprune.shards import Shard, ShardedParameters
+
+
+@dataclass(frozen=True)
+class FlatMask:
+    """The mask of the part of a tensor that the optimizer steps which holds the prunable weights, others kept."""
+
+    base: Tensor
+    start: int
+    mask: Tensor
+
+    @property
+    def master(self) -> Tensor:
+        """The fp32 weights under the mask."""
+        return self.base.data.view(-1)[self.start : self.start + self.mask.numel()]
+
+    def of(self, shard: Shard) -> Tensor:
+        """Return a shard's piece of the mask."""
+        first = shard.offset - self.start
+        return self.mask[first : first + shard.end - shard.start]
 
 
 class Pruner:
     """The masks of this rank's slices, a byte a weight, and what keeps the masked weights zero."""
 
-    def __init__(self, parameters: ShardedParameters, optimizer: torch.optim.Optimizer):
-        self.parameters = parameters
-        self.optimizer = optimizer
-        self.masks = [torch.full_like(shard.master, KEPT, dtype=torch.int8) for shard in self.shards]
-        ends = list(accumulate(parameters.numel.values(), initial=0))
-        self.first_index = dict(zip(parameters.names, ends, strict=False))
-        self.total = ends[-1]
-        self.masked = 0
+    def __init__(
+        self, parameters: ShardedParameters, optimizer: torch.optim.Optimizer, structure: Structure, score: Score
+    ):
+        self.parameters, self.optimizer = parameters, optimizer
+        self.structure, self.score = structure, score
+        self.flat_masks = _flat_masks(parameters.shards)
+        by_base = {id(flat.base): flat for flat in self.flat_masks}
+        self.masks = [by_base[id(shard.base)].of(shard) for shard in self.shards]
+        self.slices = self._slices()
+        self.total = sum(parameters.numel.values())
+        self.masked_of = dict.fromkeys(parameters.names, 0)
+        """How many weights of each parameter are masked, over all ranks."""
+        self.sparsity_asked = Fraction(0)
         self.threshold = 0.0
         self.carried = True
         """Whether a step has carried the newest masks into the low-precision weights: DeepSpeed may skip one."""
+        self._started_sparse = False
         self._moments_to_zero: set[int] = set()
         optimizer.register_step_post_hook(self._after_optimizer_step)
 
@@ -46,55 +72,80 @@ class Pruner:
         return self.parameters.shards
 
     @property
+    def masked(self) -> int:
+        """Masked weights of the whole model."""
+        return sum(self.masked_of.values())
+
+    @property
     def sparsity(self) -> float:
         """Masked over prunable weights, of the whole model."""
         return self.masked / self.total
 
-    @torch.no_grad()
-    def prune(self, sparsity: Fraction) -> None:
-        """Mask exactly ``floor(sparsity * prunable)`` weights: those masked before, then the smallest.
+    @property
+    def layer_sparsity(self) -> dict[str, float]:
+        """Masked over all weights of each parameter."""
+        return {name: masked / self.parameters.numel[name] for name, masked in self.masked_of.items()}
 
-        Collective: every rank calls it, with the same sparsity. To be called before ``mask_gradients`` and the
-        optimizer step that carries the zeros into the low-precision weights.
+    @torch.no_grad()
+    def adopt_zeros(self) -> None:
+        """Take the weights that are zero for pruned: a model that is sparse already stays so.
+
+        Collective: every rank calls it, before the first step.
+        """
+        for each in self.slices:
+            for part in each.held():
+                part.mask.copy_(torch.where(part.weights == 0, PRUNED, KEPT))
+                apply_mask(part.weights, part.mask)
+        self._count()
+        self._started_sparse = self.masked > 0
+
+    @torch.no_grad()
+    def after_backward(self, sparsity: Fraction | None = None) -> None:
+        """Score, prune where a sparsity is due, and keep masked gradients out of the step and of its clipping norm.
+
+        Collective: every rank calls it, with the same sparsity, between the backward pass of an accumulation boundary
+        and ``engine.step()``, which carries new zeros into the low-precision weights.
 
         Raises:
-            UserError: on every rank, where a weight is NaN.
+            UserError: on every rank, where a score is NaN.
         """
-        self._refuse_nan()
-        wanted = floor(sparsity * self.total)
-        assert wanted >= self.masked, f"the mask may only grow: {wanted} < {self.masked}"
-        cut = select_smallest(self._chunks, wanted, self._sum)
-        for shard, mask in zip(self.shards, self.masks, strict=True):
-            self._extend(mask, shard, cut)
-            apply_mask(shard.master, mask)
-        self._moments_to_zero = set(range(len(self.shards)))
-        self.carried = False
-        if wanted > self.masked:
-            self.threshold = cut.threshold
-        self.masked = wanted
-        assert sum(self.count().values()) == wanted, "the mask's count is not the exact one"
+        if self.score.accumulates:
+            for part in (part for each in self.slices for part in each.held()):
+                self.score.observe(part)
+        if sparsity is not None:
+            self.prune(sparsity)
+        if self.masked:
+            self._mask_gradients()
 
     @torch.no_grad()
-    def mask_gradients(self) -> None:
-        """Zero the gradients of masked weights, so that they do not count in the clipping norm.
+    def prune(self, sparsity: Fraction) -> None:
+        """Mask what the structure has at a sparsity: unstructured exactly ``floor(sparsity * prunable)`` weights.
 
-        To be called between the backward pass of an accumulation boundary and ``engine.step()``.
+        Those masked before stay so. Collective: every rank calls it, with the same sparsity.
+
+        Raises:
+            UserError: on every rank, where a score is NaN.
         """
-        if self.masked == 0:
-            return
-        for shard, mask in zip(self.shards, self.masks, strict=True):
-            gradient = self.parameters.gradient(shard)
-            if gradient is not None:
-                apply_mask(gradient, mask)
-        self.parameters.gradients_changed(self.shards)
-
-    def count(self) -> dict[str, int]:
-        """Return the masked weights of each parameter, over all ranks. Collective: every rank calls it."""
-        return self._per_parameter(lambda shard, mask: (mask[shard.owned] == PRUNED).sum())
-
-    def layer_sparsity(self) -> dict[str, float]:
-        """Return masked over all weights of each parameter. Collective: every rank calls it."""
-        return {name: masked / self.parameters.numel[name] for name, masked in self.count().items()}
+        assert sparsity >= self.sparsity_asked, f"the mask may only grow: {sparsity} < {self.sparsity_asked}"
+        over_ranks(self.score.prepare(self.slices, self.parameters.numel), self._device)
+        choosing = self.structure.choose(self.slices, self.score, sparsity, self.masked_of)
+        choice = over_ranks(choosing, self._device)
+        before = self.masked
+        nans = self._per_parameter([choice.mark(each) for each in self.slices])
+        for name in (name for name, number in nans.items() if number):
+            raise UserError(
+                f"the score of {name} is NaN, which has no place in an order; the learning rate may be too high"
+            )
+        self._count()
+        wanted = self.structure.masked_at(sparsity)
+        assert self.masked == wanted or (self._started_sparse and self.masked > wanted), (
+            "not the exact number is masked"
+        )
+        self.sparsity_asked = sparsity
+        self._moments_to_zero = set(range(len(self.flat_masks)))
+        self.carried = False
+        if self.masked > before:
+            self.threshold = choice.threshold
 
     def verify(self) -> None:
         """Assert that every masked weight is +0.0 in the fp32 master, in the low-precision copy and in the moments.
@@ -102,13 +153,21 @@ class Pruner:
         Collective: every rank calls it, and all of them stop.
         """
 
-        def not_plus_zero(shard: Shard, mask: Tensor) -> Tensor:
+        def not_plus_zero(shard: Shard, mask: Tensor) -> int:
             every = (shard.master, shard.low_precision, *shard.moments(self.optimizer))
             pruned = [held[(mask == PRUNED).to(held.device)] for held in every]
-            return torch.stack([((values != 0) | torch.signbit(values)).sum().cpu() for values in pruned]).sum()
+            return sum(int(((values != 0) | torch.signbit(values)).sum()) for values in pruned)
 
-        back = [name for name, number in self._per_parameter(not_plus_zero).items() if number]
+        numbers = [not_plus_zero(*each) for each in zip(self.shards, self.masks, strict=True)]
+        back = [name for name, number in self._per_parameter(numbers).items() if number]
         assert not back, f"pruned weights came back, or are -0.0, in {', '.join(back)}"
+
+    def _mask_gradients(self) -> None:
+        for shard, mask in zip(self.shards, self.masks, strict=True):
+            gradient = self.parameters.gradient(shard)
+            if gradient is not None:
+                apply_mask(gradient, mask)
+        self.parameters.gradients_changed(self.shards)
 
     @torch.no_grad()
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -117,52 +176,68 @@ class Pruner:
         Masked gradients are zero, so moments that were zeroed once after a pruning stay so.
         """
         self.carried = True
-        if self.masked == 0:
+        if not self.masked:
             return
         stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-        for index, (shard, mask) in enumerate(zip(self.shards, self.masks, strict=True)):
-            if id(shard.base) not in stepped:
+        for index, flat in enumerate(self.flat_masks):
+            if id(flat.base) not in stepped:
                 continue
-            apply_mask(shard.master, mask)
+            apply_mask(flat.master, flat.mask)
             if index in self._moments_to_zero:
-                for moment in shard.moments(optimizer):
-                    apply_mask(moment, mask)
+                for shard, mask in zip(self.shards, self.masks, strict=True):
+                    for moment in shard.moments(optimizer) if shard.base is flat.base else ():
+                        apply_mask(moment, mask)
                 self._moments_to_zero.remove(index)
 
-    def _per_parameter(self, count: Callable[[Shard, Tensor], Tensor]) -> dict[str, int]:
-        """Return a number of each parameter, summed over its slices. Collective: every rank calls it."""
+    def _count(self) -> None:
+        """Count the masked weights. Collective: every rank calls it."""
+        owned = [mask[shard.owned] for shard, mask in zip(self.shards, self.masks, strict=True)]
+        self.masked_of = self._per_parameter([count_pruned(mask) for mask in owned])
+
+    def _per_parameter(self, numbers: list[int]) -> dict[str, int]:
+        """Return the sums, over all ranks, of a number of each slice. Collective: every rank calls it."""
         place = {name: index for index, name in enumerate(self.parameters.names)}
-        counts = torch.zeros(len(place), dtype=torch.int64)
-        for shard, mask in zip(self.shards, self.masks, strict=True):
-            counts[place[shard.name]] += count(shard, mask).cpu()
-        return dict(zip(place, self._sum(counts).tolist(), strict=True))
+        sums = torch.zeros(len(place), dtype=torch.int64)
+        for shard, number in zip(self.shards, numbers, strict=True):
+            sums[place[shard.name]] += number
+        return dict(zip(place, over_ranks(summed(sums), self._device).tolist(), strict=True))
 
-    def _sum(self, counts: Tensor) -> Tensor:
-        """Collective: every rank calls it."""
-        summed = counts.to(self.parameters.engine.device)
-        torch_dist.all_reduce(summed)
-        return summed.to(counts.device)
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.parameters.engine.device
+        return device
 
-    def _chunks(self) -> Iterator[tuple[Tensor, int]]:
-        """Yield the keys of the weights that this rank owns: 0 where masked before, else by magnitude."""
-        for shard, mask in zip(self.shards, self.masks, strict=True):
-            weights, kept = shard.master[shard.owned], mask[shard.owned]
-            first = self.first_index[shard.name] + shard.own_start
-            for start in range(0, weights.numel(), CHUNK):
-                piece = slice(start, start + CHUNK)
-                keys = magnitude_keys(weights[piece]) & kept[piece]
-                yield keys, first + start
+    def _slices(self) -> list[Slice]:
+        names, numel = self.parameters.names, self.parameters.numel
+        first_index = dict(zip(names, accumulate((numel[name] for name in names), initial=0), strict=False))
 
-    def _extend(self, mask: Tensor, shard: Shard, cut: Cut) -> None:
-        first = self.first_index[shard.name] + shard.start
-        for start in range(0, mask.numel(), CHUNK):
-            piece = slice(start, start + CHUNK)
-            keys = magnitude_keys(shard.master[piece]) & mask[piece]
-            mask[piece] = torch.where(cut.selects(keys, first + start), PRUNED, KEPT)
+        def of(shard: Shard, mask: Tensor) -> Slice:
+            return Slice(
+                shard.name,
+                tuple(self.parameters.shape(shard.name)),
+                shard.start,
+                shard.end,
+                shard.own_start,
+                shard.own_end,
+                first_index[shard.name],
+                mask,
+                lambda: shard.master,
+                lambda: self.parameters.gradient(shard) if self.score.needs_gradient else None,
+                torch.zeros_like(shard.master) if self.score.accumulates else None,
+            )
 
-    def _refuse_nan(self) -> None:
-        """Collective: every rank calls it."""
-        nans = self._per_parameter(lambda shard, _: shard.master.isnan().sum())
-        name = next((name for name, number in nans.items() if number), None)
-        if name is not None:
-            raise UserError(f"{name} holds NaN, which has no magnitude to prune by; the learning rate may be too high")
+        return [of(*each) for each in zip(self.shards, self.masks, strict=True)]
+
+
+def _flat_masks(shards: list[Shard]) -> list[FlatMask]:
+    """Return masks that keep everything, one for each tensor that the optimizer steps."""
+    of_base: dict[int, list[Shard]] = {}
+    for shard in shards:
+        of_base.setdefault(id(shard.base), []).append(shard)
+    flat = []
+    for each in of_base.values():
+        start = min(shard.offset for shard in each)
+        length = max(shard.offset + shard.end - shard.start for shard in each) - start
+        base = each[0].base
+        flat.append(FlatMask(base, start, torch.full((length,), KEPT, dtype=torch.int8, device=base.device)))
+    return flat

@@ -10,21 +10,28 @@ import re
 from torch import nn
 
 from distprune.errors import UserError
+from distprune.pruning.structures.attention import members
 
 
-def find_targets(model: nn.Module, include: list[str], exclude: list[str]) -> list[str]:
+def find_targets(
+    model: nn.Module, include: list[str], exclude: list[str], structure: str = "unstructured"
+) -> list[str]:
     """Return the names of the parameters to prune, in the model's order, tied ones once.
 
     Args:
         model: the student; its parameters may be partitioned.
-        include: regexes (searched) of parameter names; empty: every linear weight inside a stack of layers.
+        include: regexes (searched) of parameter names; empty: every linear weight inside a stack of layers, of which
+            heads and neurons are parts of their own matrices only.
         exclude: regexes of names to leave out.
+        structure: as pruning.structure.
 
     Raises:
         UserError: where a regex is malformed or matches nothing, a frozen parameter is asked for, or none is left.
     """
     parameters = dict(model.named_parameters())
     chosen = _matching(include, list(parameters), "pruning.include") if include else layer_matrices(model)
+    if structure in ("heads", "neurons") and not include:
+        chosen = set(members(sorted(chosen), structure))
     left_out = _matching(exclude, list(parameters), "pruning.exclude") if exclude else set()
     names = [name for name in parameters if name in chosen and name not in left_out]
     if not names:

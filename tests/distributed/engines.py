@@ -14,13 +14,12 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from distprune.config import Config
+from distprune.config import Config, PruningConfig
 from distprune.engine import build_student
 from distprune.evaluate import forward
 from distprune.pruning.masks import PRUNED
-from distprune.pruning.pruner import Pruner
-from distprune.pruning.targets import find_targets
-from distprune.shards import Shard, shards_of
+from distprune.setup import build_pruner
+from distprune.shards import Shard
 from distprune.synthetic import tokenizer
 
 GLOBAL_BATCH = 24  # divides by every world size up to 4, and by two accumulation steps of each
@@ -178,6 +177,7 @@ class Student:
         config.optimizer.weight_decay = options.pop("weight_decay", 0.0)
         config.model.freeze = options.pop("freeze", [])
         config.model.activation_checkpointing = options.pop("checkpointing", False)
+        config.pruning = PruningConfig(**options.pop("pruning", {}))
         assert not options, f"unknown options: {options}"
         if layout.dtype == "fp16":
             _allow_fp16()
@@ -187,8 +187,8 @@ class Student:
         self.engine, _ = build_student(
             config, directory, AutoModelForSequenceClassification, {"num_labels": 2}, micro_batch
         )
-        self.names = find_targets(self.engine.module, [], [])
-        self.pruner = Pruner(shards_of(self.engine, self.names), self.engine.basic_optimizer)
+        self.pruner = build_pruner(config, self.engine)
+        self.names = self.pruner.parameters.names
 
     def step(self, step: int, sparsity: Fraction | None = None, loss_factor: float = 1.0) -> None:
         """Take an optimizer step as the trainer does, on the batch of that number."""
@@ -198,9 +198,7 @@ class Student:
             self.engine.backward(loss * loss_factor)
             if part + 1 < self.accumulation:
                 self.engine.step()
-        if sparsity is not None:
-            self.pruner.prune(sparsity)
-        self.pruner.mask_gradients()
+        self.pruner.after_backward(sparsity)
         self.engine.step()
 
     def masks(self) -> dict[str, Tensor]:

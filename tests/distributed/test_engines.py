@@ -168,9 +168,7 @@ def grow(directory: Path, student_stage: int, teacher_stage: int) -> list[tuple[
         with torch.no_grad():
             target = forward(teacher, batch)
         student.engine.backward(distillation_loss(forward(student.engine, batch), target, 5.5))
-        if step % 10 == 0:
-            student.pruner.prune(Fraction(step, 100))
-        student.pruner.mask_gradients()
+        student.pruner.after_backward(Fraction(step, 100) if step % 10 == 0 else None)
         student.engine.step()
         if step % 20 == 19:
             gc.collect()

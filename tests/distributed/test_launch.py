@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForSequenceClassification
+
+from tests.distributed.engines import write_model
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.prefix) / "bin"
@@ -122,3 +125,39 @@ def test_eval_gives_the_same_number_alone_and_under_a_launcher(task: Path) -> No
     first, second = (json.loads(done.stdout.strip().splitlines()[-1]) for done in (alone, several))
     assert first == second
     assert first["encoder_zeros"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", ["unstructured", "2:4", "heads"])
+def test_oneshot_is_the_same_alone_and_under_a_launcher(tmp_path: Path, structure: str) -> None:
+    """The files of a sharded model are dealt out to the ranks; heads lie in several of them."""
+    model = write_model(tmp_path / "model", hidden_size=16, intermediate_size=24, num_attention_heads=4)
+    sharded = AutoModelForSequenceClassification.from_pretrained(model)
+    sharded.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
+    arguments: Command = ["oneshot", tmp_path / "sharded", "--sparsity", "0.4", "--structure", structure]
+    alone = start([BIN / "distprune", *arguments, tmp_path / "alone"])
+    three = [BIN / "torchrun", "--standalone", "--nproc-per-node", "3", "-m", "distprune"]
+    several = start([*three, *arguments, tmp_path / "several"])
+    assert (alone.returncode, several.returncode) == (0, 0), alone.stderr + several.stderr
+    files = sorted(path.name for path in (tmp_path / "alone").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files == sorted(path.name for path in (tmp_path / "several").glob("*.safetensors"))
+    for name in files:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "several" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["taylor", "movement"])
+def test_oneshot_takes_gradients_from_data(task: Path, tmp_path: Path, score: str) -> None:
+    arguments: Command = ["oneshot", task / "model", tmp_path / "pruned", "--sparsity", "0.4", "--score", score]
+    refused = start([BIN / "distprune", *arguments])
+    assert refused.returncode == 2
+    assert f"--score {score} needs gradients; allowed: with --config FILE" in refused.stderr
+    done = start([BIN / "distprune", *arguments, "--config", task / "run.yaml"])
+    assert done.returncode == 0, done.stderr
+    dense = AutoModelForSequenceClassification.from_pretrained(task / "model").state_dict()
+    pruned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned").state_dict()
+    changed = {name: (pruned[name] != dense[name]) for name in dense}
+    record = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
+    assert sum(int(each.sum()) for each in changed.values()) == record["masked"] == int(0.4 * record["prunable"])
+    assert all(not pruned[name][each].any() for name, each in changed.items()), "what is not pruned is as it was"

@@ -18,6 +18,25 @@ pytestmark = [
 ]
 
 
+def on_gpu(*arguments: str) -> str:
+    """Run a module with the GPU in sight; return what it printed."""
+    environment = {name: v for name, v in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_masks_are_those_of_the_cpu() -> None:
+    assert "the same" in on_gpu("tests.gpu.masks", "cuda")
+
+
+def test_the_benchmark_of_selection_runs_on_a_gpu(tmp_path: Path) -> None:
+    on_gpu("distprune", "bench", "select", "--sizes", "3e6", "--repeat", "1", "--json", str(tmp_path / "select.json"))
+    (result,) = json.loads((tmp_path / "select.json").read_text())["results"]
+    assert result["device"] == "cuda"
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("stage", "offload"), [(0, False), (2, False), (2, True), (3, False), (3, True)])
 def test_a_run_on_a_gpu_ends_at_the_exact_sparsity(tmp_path: Path, dtype: str, stage: int, offload: bool) -> None:
@@ -27,10 +46,7 @@ def test_a_run_on_a_gpu_ends_at_the_exact_sparsity(tmp_path: Path, dtype: str, s
         overrides.append(f"deepspeed.student.{dtype}.enabled=true")
     if offload:
         overrides.append("deepspeed.student.zero_optimization.offload_optimizer.device=cpu")
-    environment = {name: v for name, v in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")}
-    command = [sys.executable, "-m", "distprune", "train", str(task / "run.yaml"), *overrides]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
+    on_gpu("distprune", "train", str(task / "run.yaml"), *overrides)
     summary = json.loads((output / "summary.json").read_text())
     assert not summary["environment"]["device"].startswith("CPU")
     assert summary["zeros_in_file"] == summary["masked_weights"] == math.floor(0.9 * summary["prunable_weights"])

@@ -1,8 +1,11 @@
 """Fixtures that several files of unit tests share."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from distprune.config import Config
+from distprune.pruning import native
 from distprune.tasks import Task, build_task
 from tests.unit.task_files import TRAIN, VALIDATION, make_tokenizer, write
 
@@ -27,3 +30,14 @@ def build(tmp_path, monkeypatch):
         return build_task(config, tokenizer or make_tokenizer(), tmp_path / "cache")
 
     return run
+
+
+@pytest.fixture(scope="module", params=["native", "numpy"])
+def route(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Pass over weights by machine code, and by NumPy. Of a module: hypothesis tests may use it."""
+    if request.param == "native" and native.library() is None:
+        pytest.skip("no C compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(native, "library", lambda: None)
+        yield request.param

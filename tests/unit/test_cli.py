@@ -34,11 +34,24 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+ONESHOT = {
+    "include": [],
+    "structure": "unstructured",
+    "scope": "global",
+    "groups": [],
+    "score": "magnitude",
+    "start_sparse": False,
+    "seed": 42,
+    "config": None,
+}
+BENCH = {"threads": 1, "json_path": None}
+
+
 @pytest.fixture
 def calls(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """What the commands that need an engine were called with."""
     seen: list[dict] = []
-    for name in ("train", "eval", "oneshot", "schedule"):
+    for name in ("train", "eval", "oneshot", "schedule", "export", "bench"):
         command = SimpleNamespace(run=lambda **options: seen.append(options))
         monkeypatch.setitem(sys.modules, f"distprune.commands.{name}", command)
     return seen
@@ -62,7 +75,19 @@ def calls(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         ),
         (
             ["oneshot", "m", "out", "--sparsity", "0.5", "--exclude", "a", "--exclude", "b"],
-            {"model_dir": "m", "out": "out", "sparsity": 0.5, "include": [], "exclude": ["a", "b"]},
+            {"model_dir": "m", "out": "out", "sparsity": 0.5, "exclude": ["a", "b"]} | ONESHOT,
+        ),
+        (["export", "m", "out"], {"source": "m", "out": "out", "shrinking": False}),
+        (["export", "m", "out", "--shrink"], {"source": "m", "out": "out", "shrinking": True}),
+        (
+            ["bench", "select", "--sizes", "1e3", "2e3", "--alone"],
+            {"benchmark": "select", "sizes": [1e3, 2e3], "alone": True, "dtype": "fp32", "repeat": 5} | BENCH,
+        ),
+        (
+            ["bench", "step", "--stage", "3", "--repeat", "2"],
+            {"benchmark": "step", "model": "bert-base", "stage": 3, "batch_size": 32, "length": 128}
+            | {"dtype": "bf16", "repeat": 2}
+            | BENCH,
         ),
     ],
 )

@@ -87,3 +87,19 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     source = write_model(tmp_path / "dense")
     with pytest.raises(UserError, match="exists"):
         oneshot.run(str(source), str(source), 0.5, [], [])
+
+
+@pytest.mark.parametrize("start_sparse", [False, True])
+def test_zeros_of_a_sparse_model_stay_where_that_is_asked_for(tmp_path: Path, start_sparse: bool) -> None:
+    source = write_model(tmp_path / "dense")
+    oneshot.run(str(source), str(tmp_path / "first"), 0.3, [], [])
+    again = {"score": "random", "start_sparse": start_sparse}
+    oneshot.run(str(tmp_path / "first"), str(tmp_path / "second"), 0.5, [], [], **again)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    names = [name for name in first if "encoder.layer" in name and first[name].dim() == 2]
+    zeros = sum(int((second[name] == 0).sum()) for name in names)
+    wanted = sum(second[name].numel() for name in names) // 2
+    assert zeros == wanted if start_sparse else zeros > wanted, "a random mask falls on other weights"
+    oneshot.run(str(tmp_path / "first"), str(tmp_path / "third"), 0.1, [], [], **again)
+    third = load_file(tmp_path / "third" / "model.safetensors")
+    assert all(torch.equal(third[name], first[name]) for name in names) == start_sparse

@@ -177,6 +177,7 @@ SUMMARY = {
     "metric_name": "matthews",
     "final_metric": 0.5812,
     "dense_metric": 0.6021,
+    "method": "gradual pruning of single weights by magnitude",
     "sparsity_masked": 0.9,
     "masked_weights": 9_000,
     "prunable_weights": 10_000,

@@ -1,14 +1,12 @@
-"""The selection against a plain sort, on one rank and on simulated ones: threads that share a summing barrier."""
+"""The selection against a plain sort, on one rank and on simulated ones."""
 
 import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from threading import Barrier
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distprune.pruning.select import CHUNK, Cut, key_magnitude, magnitude_keys, select_smallest
+from distprune.pruning.keys import CHUNK, magnitude_keys, ranked
+from distprune.pruning.select import Cut, Source, select_smallest
+from tests.unit.simulated import answer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "select.json"
 SMALLEST = 2.0**-149
@@ -26,55 +26,35 @@ TIES = [0.0, -0.0, SMALLEST, -SMALLEST, 2.0**-126, 0.5, -0.5, 1.0, LARGEST, math
 
 
 class Piece(NamedTuple):
-    """Consecutive weights that one rank owns."""
+    """Consecutive keys that one rank owns."""
 
     keys: Tensor
     first: int
 
 
-# ------------------------------------------------------------------------------------------ simulated ranks
+class Given(Source):
+    """Keys by themselves."""
+
+    def __init__(self, pieces: list[Piece], index_end: int, bits: int = 31):
+        self.pieces, self.index_end, self.bits = pieces, index_end, bits
+        self.total = 0  # no sample is asked for
+
+    def chunks(self) -> Iterator[tuple[Tensor, int]]:
+        yield from self.pieces
 
 
-class Ranks:
-    """Threads that sum int64 tensors, as ranks do; a rank that calls more or less often than others fails."""
-
-    def __init__(self, size: int):
-        self.size = size
-        self.barrier = Barrier(size, timeout=20)
-        self.given: list[Tensor] = [torch.empty(0)] * size
-        self.bytes_sent: list[list[int]] = [[] for _ in range(size)]
-
-    def all_sum(self, rank: int) -> Callable[[Tensor], Tensor]:
-        def sum_over_ranks(counts: Tensor) -> Tensor:
-            assert counts.dtype == torch.int64
-            self.given[rank] = counts.clone()
-            self.bytes_sent[rank].append(counts.numel() * 8)
-            self.barrier.wait()
-            total = torch.stack(self.given).sum(0)
-            self.barrier.wait()
-            return total
-
-        return sum_over_ranks
-
-    def select(self, pieces: list[list[Piece]], k: int) -> Cut:
-        """Return the cut that every rank found."""
-
-        def on_rank(rank: int) -> Cut:
-            try:
-                return select_smallest(lambda: iter(pieces[rank]), k, self.all_sum(rank))
-            except BaseException:
-                self.barrier.abort()
-                raise
-
-        with ThreadPoolExecutor(self.size) as pool:
-            cuts = list(pool.map(on_rank, range(self.size)))
-        assert len(set(cuts)) == 1, "the ranks disagree"
-        assert len({tuple(sent) for sent in self.bytes_sent}) == 1, "the ranks called all_sum differently"
-        return cuts[0]
+def over(dealt: list[list[Piece]], k: int) -> tuple[Cut, int]:
+    """Return the cut that all ranks found, and the bytes that each handed over."""
+    every = [piece for pieces in dealt for piece in pieces]
+    index_end = max(first + len(keys) for keys, first in every)
+    bits = 62 if every[0].keys.dtype == torch.int64 else 31
+    cuts, sent = answer([select_smallest(Given(pieces, index_end, bits), k) for pieces in dealt])
+    assert len(set(cuts)) == 1, "the ranks disagree"
+    return cuts[0], sent
 
 
 def alone(pieces: list[Piece], k: int) -> Cut:
-    return select_smallest(lambda: iter(pieces), k, lambda counts: counts)
+    return over([pieces], k)[0]
 
 
 def selected(cut: Cut, pieces: list[Piece]) -> Tensor:
@@ -82,7 +62,11 @@ def selected(cut: Cut, pieces: list[Piece]) -> Tensor:
     return torch.cat([cut.selects(*piece) for piece in pieces])
 
 
-# ----------------------------------------------------------------------------------------------- the problem
+def key(weight: float) -> int:
+    return int(magnitude_keys(torch.tensor([abs(weight)]))) + 1
+
+
+# ------------------------------------------------------------------------------ the problem
 
 
 class Problem(NamedTuple):
@@ -92,16 +76,19 @@ class Problem(NamedTuple):
     pruned: list[bool]
     indices: list[int]
     k: int
+    wide: bool = False
+    """Whether the keys have 62 bits, those of equal weights equal."""
 
     @property
     def keys(self) -> Tensor:
         keys = magnitude_keys(torch.tensor(self.weights, dtype=torch.float32))
-        return keys.masked_fill(torch.tensor(self.pruned, dtype=torch.bool), 0)
+        keys = ranked(keys, torch.tensor(self.pruned, dtype=torch.bool).to(torch.int8) - 1)
+        return keys.long() * (2**31 - 1) if self.wide else keys
 
     def pieces(self, cuts: list[int]) -> list[Piece]:
         """Return the weights cut up at places, and wherever the global index jumps."""
         jumps = [i for i in range(1, len(self.indices)) if self.indices[i] != self.indices[i - 1] + 1]
-        bounds = sorted({0, len(self.weights), *cuts, *jumps})
+        bounds = sorted({0, len(self.weights), *(cut for cut in cuts if cut < len(self.weights)), *jumps})
         return [Piece(self.keys[a:b], self.indices[a]) for a, b in pairwise(bounds)]
 
     def expected(self) -> list[bool]:
@@ -131,10 +118,10 @@ def problems(draw: st.DrawFn) -> Problem:
     )
     weights = draw(st.lists(values, min_size=size, max_size=size))
     pruned = draw(st.lists(st.booleans(), min_size=size, max_size=size) | st.just([False] * size))
-    start = draw(st.sampled_from([0, 1, 2**14 - 2, 2**28 - 2, 2**31 - 2, 2**32 - 2, 2**40]))
+    start = draw(st.sampled_from([0, 1, 2**10 - 2, 2**20 - 2, 2**31 - 2, 2**32 - 2, 2**40]))
     jump, place = draw(st.sampled_from([0, 1, 2**14, 2**31, 2**33])), draw(st.integers(0, size))
     indices = [start + i + (jump if i >= place else 0) for i in range(size)]
-    return Problem(weights, pruned, indices, draw(st.integers(0, size)))
+    return Problem(weights, pruned, indices, draw(st.integers(0, size)), draw(st.booleans()))
 
 
 cut_places = st.lists(st.integers(1, 39), max_size=8)
@@ -143,7 +130,7 @@ cut_places = st.lists(st.integers(1, 39), max_size=8)
 def deal(problem: Problem, cuts: list[int], ranks: int, seed: int) -> list[list[Piece]]:
     """Deal the pieces to ranks at random, out of order; some ranks may get none."""
     rng = random.Random(seed)
-    pieces = problem.pieces([place for place in cuts if place < len(problem.weights)])
+    pieces = problem.pieces(cuts)
     rng.shuffle(pieces)
     dealt: list[list[Piece]] = [[] for _ in range(ranks)]
     for piece in pieces:
@@ -151,7 +138,7 @@ def deal(problem: Problem, cuts: list[int], ranks: int, seed: int) -> list[list[
     return dealt
 
 
-# --------------------------------------------------------------------------------------------- against a sort
+# ------------------------------------------------------------------------------ against a sort
 
 
 @given(problems(), cut_places)
@@ -162,19 +149,21 @@ def deal(problem: Problem, cuts: list[int], ranks: int, seed: int) -> list[list[
 @example(Problem([0.0] * 4, [True, False, True, False], [0, 1, 2, 3], 3), [])
 @example(Problem([0.0] * 4, [True] * 4, [0, 1, 2, 3], 0), [])
 @settings(max_examples=300, deadline=None)
+@pytest.mark.usefixtures("route")
 def test_the_smallest_are_those_of_a_plain_sort(problem: Problem, cuts: list[int]) -> None:
-    cut = alone(problem.pieces([place for place in cuts if place < len(problem.weights)]), problem.k)
+    cut = alone(problem.pieces(cuts), problem.k)
     chosen = selected(cut, problem.pieces([]))
     assert int(chosen.sum()) == problem.k
     assert chosen.tolist() == problem.expected()
+    if problem.k and not any(problem.pruned):
+        assert cut.highest == problem.keys.sort().values[problem.k - 1]
 
 
 @given(problems(), cut_places, st.integers(1, 5), st.integers(0, 2**20))
 @settings(max_examples=150, deadline=None)
 def test_any_split_over_ranks_gives_the_same_cut(problem: Problem, cuts: list[int], ranks: int, seed: int) -> None:
     dealt = deal(problem, cuts, ranks, seed)
-    group = Ranks(ranks)
-    cut = group.select(dealt, problem.k)
+    cut, _ = over(dealt, problem.k)
     assert cut == alone(problem.pieces([]), problem.k)
     mine = [piece for rank in dealt for piece in rank]
     assert selected(cut, mine).tolist() == expected_on(problem, mine)
@@ -184,9 +173,7 @@ def test_any_split_over_ranks_gives_the_same_cut(problem: Problem, cuts: list[in
 def test_ranks_that_own_nothing_take_part(owner: int) -> None:
     problem = Problem([0.5] * 9, [False] * 9, list(range(9)), 4)
     dealt = [problem.pieces([5]) if rank == owner else [] for rank in range(4)]
-    group = Ranks(4)
-    assert group.select(dealt, problem.k) == Cut(int(magnitude_keys(torch.tensor([0.5]))), 4)
-    assert len(group.bytes_sent[0]) == 6
+    assert over(dealt, problem.k)[0] == Cut(key(0.5), 4)
 
 
 def test_empty_pieces_change_nothing() -> None:
@@ -195,15 +182,14 @@ def test_empty_pieces_change_nothing() -> None:
     assert alone([empty, *pieces, empty], 1) == alone(pieces, 1)
 
 
-def test_only_small_histograms_travel() -> None:
-    """16 KiB a round for the keys; 128 KiB a round for the indices, only where the cut falls among ties."""
+@pytest.mark.parametrize("first", [0, 2**20, 2**33])
+def test_only_small_histograms_travel(first: int) -> None:
+    """7 KiB for the keys; 8 KiB for each 10 bits of the indices, only where the cut falls among ties."""
     keys = magnitude_keys(torch.tensor([2.0, 1.0, 1.0, 3.0]))
-    for k, most in ((0, []), (2, [16] * 3), (1, [16] * 3 + [128] * 3)):
-        group = Ranks(2)
-        group.select([[Piece(keys[:2], 0)], [Piece(keys[2:], 2)]], k)
-        sent = [size / 1024 for size in group.bytes_sent[0]]
-        assert len(sent) == len(most)
-        assert all(kib <= limit for kib, limit in zip(sent, most, strict=True))
+    for k, most in ((0, 0), (2, 7), (3, 7), (4, 7), (1, 7 + 8 * math.ceil((first + 4).bit_length() / 10))):
+        _, sent = over([[Piece(keys[:2], first)], [Piece(keys[2:], first + 2)]], k)
+        assert (sent > 0) == (k > 0)
+        assert sent <= most * 1024
 
 
 def test_more_than_there_are_is_an_assertion() -> None:
@@ -225,7 +211,7 @@ def test_the_selection_grows_with_k(problem: Problem, data: st.DataObject) -> No
     assert not (less & ~more).any()
 
 
-# ------------------------------------------------------------------------------------------------------ large
+# ------------------------------------------------------------------------------ large
 
 
 def levels(size: int, count: int, seed: int) -> Tensor:
@@ -236,46 +222,47 @@ def levels(size: int, count: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("count", [1, 50, 10_000_000])
 @pytest.mark.parametrize("whole", [True, False])
-def test_more_than_a_chunk(count: int, whole: bool) -> None:
-    weights = levels(3 * CHUNK + 7, count, seed=count)
-    keys = magnitude_keys(weights)
+def test_more_than_a_chunk(route: str, count: int, whole: bool) -> None:
+    magnitudes = levels(2 * CHUNK + 7, count, seed=count).abs()
+    keys = magnitude_keys(magnitudes)
     pieces = [Piece(part, n * CHUNK) for n, part in enumerate(torch.split(keys, CHUNK))]
-    order = weights.abs().sort(stable=True).indices
-    for k in (1, CHUNK, len(weights) // 2, len(weights) - 1, len(weights)):
+    order = magnitudes.sort(stable=True).indices
+    for k in (1, CHUNK, len(keys) // 2, len(keys) - 1, len(keys)):
         cut = alone([Piece(keys, 0)] if whole else pieces, k)
-        expected = torch.zeros(len(weights), dtype=torch.bool)
+        expected = torch.zeros(len(keys), dtype=torch.bool)
         expected[order[:k]] = True
         assert torch.equal(selected(cut, pieces), expected)
-        kth = float(weights.abs().kthvalue(k).values)
-        assert cut.key == int(magnitude_keys(torch.tensor([kth]))) + (cut.index == 0)
+        assert cut.highest == int(magnitude_keys(magnitudes.kthvalue(k).values))
 
 
 def test_many_ranks_cut_large_parameters_unevenly() -> None:
-    keys = magnitude_keys(levels(2 * CHUNK + 3, 20, seed=5))
+    keys = magnitude_keys(levels(2 * CHUNK + 3, 20, seed=5).abs())
     bounds = [0, 1, CHUNK - 1, CHUNK - 1, CHUNK + 17, len(keys)]
     dealt = [[Piece(keys[a:b], a)] for a, b in pairwise(bounds)]
     for k in (1, 4321, CHUNK, len(keys)):
-        cut = Ranks(5).select(dealt, k)
+        cut, _ = over(dealt, k)
         assert cut == alone([Piece(keys, 0)], k)
         assert int(cut.selects(keys, 0).sum()) == k
+
+
+def test_ties_that_are_too_many_to_be_held_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem([0.5, 1.0, 0.5, 0.5, 0.5], [False] * 5, [3, 4, 5, 6, 2**21], 3)
+    expected = alone(problem.pieces([]), 3)
+    monkeypatch.setattr("distprune.pruning.select._INSIDE_AT_MOST", 4)
+    assert alone(problem.pieces([]), 3) == expected == Cut(key(0.5), 7)
 
 
 @pytest.mark.parametrize("first", [2**31 - 3, 2**31, 2**33 + 5, 2**41])
 def test_global_indices_beyond_32_bits(first: int) -> None:
     """Three parameters of one value, the second and third far beyond 2**31 weights."""
     keys = magnitude_keys(torch.full((6,), 0.25))
-
-    def chunks() -> Iterator[tuple[Tensor, int]]:
-        yield keys, first + 2**30
-        yield keys, 0
-        yield keys, first
-
-    cut = select_smallest(chunks, 9, lambda counts: counts)
+    pieces = [Piece(keys, first + 2**30), Piece(keys, 0), Piece(keys, first)]
+    cut = alone(pieces, 9)
     assert cut == Cut(int(keys[0]), first + 3)
-    assert [cut.selects(part, at).sum().item() for part, at in chunks()] == [0, 6, 3]
+    assert [cut.selects(*piece).sum().item() for piece in pieces] == [0, 6, 3]
 
 
-# -------------------------------------------------------------------------------------------------------- Cut
+# ------------------------------------------------------------------------------ Cut
 
 
 @given(problems(), st.integers(-1, 50), st.data())
@@ -292,6 +279,19 @@ def test_a_cut_selects_the_same_in_pieces_as_in_one(problem: Problem, offset: in
     assert torch.equal(torch.cat(parts), whole)
 
 
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
+def test_the_bounds_of_a_cut_are_of_parts_that_are_not_empty(index: int, first: int, length: int) -> None:
+    bounds = list(Cut(7, index).bounds(first, length))
+    of_each = [bound for part, bound in bounds for _ in range(part.start, part.stop)]
+    assert of_each == [8 if first + i < index else 7 for i in range(length)]
+    assert all(part.start < part.stop for part, _ in bounds)
+
+
+def test_a_cut_of_nothing_selects_nothing() -> None:
+    assert not Cut(0, 0).selects(torch.tensor([0, 1]), 0).any()
+    assert Cut(5, 5).selects(torch.empty(0, dtype=torch.int32), 0).shape == (0,)
+
+
 def test_selecting_leaves_the_keys_as_they_are() -> None:
     keys = magnitude_keys(torch.tensor([1.0, 2.0]))
     before = keys.clone()
@@ -299,37 +299,7 @@ def test_selecting_leaves_the_keys_as_they_are() -> None:
     assert torch.equal(keys, before)
 
 
-# ------------------------------------------------------------------------------------------------------- keys
-
-
-@given(finite_or_not, finite_or_not)
-def test_keys_are_ordered_as_magnitudes_are(a: float, b: float) -> None:
-    first, second = magnitude_keys(torch.tensor([a, b])).tolist()
-    assert (first < second) == (abs(a) < abs(b))
-    assert (first == second) == (abs(a) == abs(b))
-    assert 0 < first < 2**31 - 1
-
-
-@given(finite_or_not)
-def test_a_key_gives_its_magnitude_back(value: float) -> None:
-    assert key_magnitude(int(magnitude_keys(torch.tensor([value])))) == abs(value)
-
-
-def test_keys_at_the_ends() -> None:
-    keys = magnitude_keys(torch.tensor([0.0, -0.0, SMALLEST, -SMALLEST, LARGEST, math.inf, -math.inf]))
-    top = 2**31 - 2**23 + 1
-    assert keys.dtype == torch.int32
-    assert keys.tolist() == [1, 1, 2, 2, top - 1, top, top]
-    assert key_magnitude(0) == 0.0
-    assert key_magnitude(2) == SMALLEST
-
-
-def test_keys_of_a_strided_view() -> None:
-    weights = torch.tensor([[3.0, 1.0], [2.0, -4.0]])
-    assert torch.equal(magnitude_keys(weights[:, 1]), magnitude_keys(torch.tensor([1.0, 4.0])))
-
-
-# ----------------------------------------------------------------------------------------------------- golden
+# ------------------------------------------------------------------------------ golden
 
 
 def golden() -> dict[str, dict[str, str]]:
@@ -339,7 +309,7 @@ def golden() -> dict[str, dict[str, str]]:
         rng = random.Random(seed)
         weights = torch.tensor([rng.choice(TIES) if rng.random() < 0.5 else rng.random() for _ in range(5000)])
         pruned = torch.tensor([rng.random() < 0.1 for _ in range(5000)])
-        piece = Piece(magnitude_keys(weights).masked_fill(pruned, 0), 0)
+        piece = Piece(ranked(magnitude_keys(weights), pruned.to(torch.int8) - 1), 0)
         masks = {k: alone([piece], k).selects(*piece) for k in (0, 1, 450, 1450, 2500, 4500, 4999, 5000)}
         digests[str(seed)] = {str(k): hashlib.sha256(mask.numpy().tobytes()).hexdigest() for k, mask in masks.items()}
     return digests

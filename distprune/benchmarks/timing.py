@@ -1,0 +1,46 @@
+"""Times of work on any device, and the memory that it took beyond what was there."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return how long one call takes, the device's queue emptied before and after."""
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def fastest(work: Callable[[], object], device: torch.device, repeat: int) -> float:
+    """Return the shortest time of several calls, after one that warms up."""
+    work()
+    return min(seconds(work, device) for _ in range(repeat))
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """Return by how much a call raised the memory in use at its peak; None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far (Linux)
+        before = psutil.Process().memory_info().rss
+        work()
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    (peak,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    return max(0, int(peak.split()[1]) * 1024 - before)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,83 @@
+"""``distprune bench``: what pruning costs on this machine, as a table and as JSON."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from distprune import dist
+from distprune.benchmarks import selection, steps
+from distprune.errors import UserError
+from distprune.report import environment, write_json
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def run(benchmark: str, threads: int, repeat: int, json_path: str | None, **options: Any) -> None:
+    """Measure, print a table and write JSON on rank 0. Collective: every rank calls it."""
+    dist.init()
+    if repeat < 1 or threads < 1:
+        raise UserError(f"--repeat is {repeat} and --threads {threads}; allowed: at least 1")
+    torch.set_num_threads(threads)
+    measure = _select if benchmark == "select" else _step
+    table, records = measure(repeat, **options)
+    if dist.is_main():
+        Console(width=140).print(table)
+        if json_path is not None:
+            write_json(Path(json_path), {"environment": environment(), "results": records})
+    dist.shutdown()
+
+
+def _select(repeat: int, sizes: Sequence[float], dtype: str, alone: bool) -> tuple[Table, list[dict[str, Any]]]:
+    device = dist.detect().device
+    measured = [selection.measure(int(size), _DTYPES[dtype], device, repeat, not alone) for size in sizes]
+    table = Table(title=f"a pruning to 80 %, and on to 85 %: times over one read ({dtype}, {device.type})")
+    columns = ("weights", "ranks", "threads", "one read", "to 80 %", "to 85 %", "kthvalue", "topk")
+    for name in (*columns, "reads", "collectives", "KiB sent", "MiB extra"):
+        table.add_column(name, justify="right")
+    for each in measured:
+        ratios = {name: f"{ratio:.1f}" for name, ratio in each.ratios.items()}
+        table.add_row(
+            f"{each.weights:,}",
+            str(each.ranks),
+            str(each.threads),
+            f"{each.read * 1e3:.2f} ms",
+            *(ratios.get(name, "") for name in ("first", "next", "kthvalue", "topk")),
+            str(each.passes),
+            str(each.collectives),
+            f"{each.wire_bytes / 1024:.1f}",
+            "" if each.extra_bytes is None else f"{each.extra_bytes / 2**20:.1f}",
+        )
+    return table, [each.record() for each in measured]
+
+
+def _step(
+    repeat: int, model: str, dtype: str, stage: int, batch_size: int, length: int
+) -> tuple[Table, list[dict[str, Any]]]:
+    world = dist.detect()
+    if batch_size % world.size:
+        raise UserError(f"--batch-size is {batch_size}; allowed: a multiple of the {world.size} ranks")
+    section: dict[str, Any] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": dtype == "bf16"}}
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(dist.gather([own])[0])  # that of rank 0
+        each = steps.measure(folder, model, section, batch_size, length, repeat)
+        dist.barrier()
+    table = Table(
+        title=f"{model}, {dtype}, ZeRO-{stage}, {world.size} ranks, batches of {batch_size} x {length} tokens"
+    )
+    for name in ("", "median s", "ratio", "95 % interval"):
+        table.add_column(name, justify="right")
+    middle = {name: sorted(times)[len(times) // 2] for name, times in vars(each).items() if isinstance(times, list)}
+    table.add_row("without masks", f"{middle['dense']:.3f}")
+    for name, label, ratio in (
+        ("masked", "with masks, over without", each.masked_ratio),
+        ("taught", "and a teacher, over none", each.taught_ratio),
+    ):
+        interval = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
+        table.add_row(label, f"{middle[name]:.3f}", f"{ratio['median']:.3f}", interval)
+    table.add_row("masks by themselves", f"{each.masking:.4f}", f"{each.masking / middle['dense']:.4f}")
+    return table, [each.record()]

@@ -1,0 +1,73 @@
+"""``distprune export``: a sparse model in packed form, a packed one as it was, or without zero heads and neurons."""
+
+import copy
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distprune.benchmarks.timing import seconds
+from distprune.errors import UserError
+from distprune.packed import is_packed, pack_directory, unpack_directory
+from distprune.setup import load_tokenizer
+from distprune.shrunk import Removed, load_shrunk, save_shrunk, shrink
+from distprune.weights import auto_class_of, read_config, resolve
+
+_BATCH, _LENGTH, _REPEAT = 8, 128, 7
+_TOLERANCE = 1e-5
+
+
+def run(source: str, out: str, shrinking: bool) -> None:
+    """Write a directory in another form, and print the bytes of its weights before and after."""
+    directory, target = Path(source).expanduser(), Path(out).expanduser()
+    if shrinking:
+        _shrink(resolve(source, None), target)
+        return
+    packed = is_packed(directory)
+    before, after = (unpack_directory if packed else pack_directory)(directory, target)
+    done = "unpacked" if packed else "packed"
+    print(f"{done} {before:,} bytes into {after:,} ({after / before:.3f} of them) -> {target}")
+
+
+def _shrink(directory: Path, target: Path) -> None:
+    """Take out zero heads and neurons, prove that the outputs are the same, and compare bytes and latency."""
+    if target.exists():
+        raise UserError(f"{str(target)!r} exists; allowed: a new directory")
+    auto_class, config = auto_class_of(directory), read_config(directory)
+    number = getattr(config, "num_attention_heads", None)
+    if number is None:
+        raise UserError(f"{directory / 'config.json'} tells no num_attention_heads, which --shrink needs")
+    whole: PreTrainedModel = auto_class.from_pretrained(directory).eval()
+    small = copy.deepcopy(whole)
+    removed = shrink(small, number)
+    save_shrunk(small, load_tokenizer(str(directory)), target)
+    small = load_shrunk(target, auto_class)
+    _report(whole, small, removed, target)
+
+
+@torch.no_grad()
+def _report(whole: PreTrainedModel, small: PreTrainedModel, removed: Removed, target: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # RoBERTa's positions begin at 2.
+    length = min(_LENGTH, getattr(whole.config, "max_position_embeddings", _LENGTH) - 2)
+    ids = torch.randint(2, whole.config.vocab_size, (_BATCH, length), generator=generator)
+
+    def output(model: PreTrainedModel) -> Tensor:
+        first: Tensor = model(input_ids=ids)[0]
+        return first
+
+    expected, found = output(whole), output(small)
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    assert difference < _TOLERANCE, f"the outputs differ by {difference:.2g} of the largest"
+    cpu = torch.device("cpu")
+    pairs = [[seconds(partial(output, model), cpu) for model in (whole, small)] for _ in range(_REPEAT)]
+    before, after = (1e3 * median(pair[column] for pair in pairs) for column in (0, 1))
+    first, second = (sum(parameter.nbytes for parameter in model.parameters()) for model in (whole, small))
+    print(f"took out {removed.heads} of {removed.all_heads} heads, {removed.neurons} of {removed.all_neurons} neurons")
+    print(f"the same outputs, to {difference:.1g} of the largest")
+    print(f"{first:,} bytes of weights before, {second:,} after ({second / first:.3f})")
+    print(f"{before:.1f} ms for {_BATCH} x {length} tokens before, {after:.1f} ms after ({after / before:.3f})")
+    print(f"-> {target}; distprune.shrunk.load_shrunk loads it")

@@ -1,0 +1,210 @@
+"""How much a weight matters: the smallest scores go first. A new score is one small class (docs/extending.md)."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from distprune.errors import UserError
+from distprune.pruning.exchange import Exchange, Request
+from distprune.pruning.fixed import exponent_for, to_fixed
+from distprune.pruning.keys import (
+    FLOAT_BITS,
+    HIGHEST_FLOAT,
+    HIGHEST_MAGNITUDE,
+    MAGNITUDE_BITS,
+    float_keys,
+    key_float,
+    key_magnitude,
+    magnitude_keys,
+)
+from distprune.pruning.masks import MAGNITUDE
+from distprune.pruning.slices import Part, Slice
+
+
+class Score(ABC):
+    """A score of each weight."""
+
+    needs_gradient = False
+    """Whether it reads the gradient, as it is before it is masked."""
+    accumulates = False
+    """Whether it has a state that every optimizer step adds to."""
+    samples = False
+    """Whether its keys are int32 and depend on each weight alone, with key 0 for a weight of zero."""
+    bits = FLOAT_BITS
+    """Keys are less than 2**bits - 1."""
+    highest = HIGHEST_FLOAT
+    """The highest key that is a number's."""
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    @abstractmethod
+    def scores(self, part: Part) -> Tensor:
+        """Return the scores of consecutive weights, fp32 of shape [n], as a function of each element alone."""
+
+    def prepare(self, slices: Sequence[Slice], sizes: dict[str, int]) -> Exchange[None]:
+        """Find out, over all ranks, what the scores of a pruning need to know of whole parameters.
+
+        Args:
+            slices: of this rank.
+            sizes: elements of every parameter to prune, by name.
+        """
+        yield from ()
+
+    def observe(self, part: Part) -> None:  # noqa: B027 - most scores keep no state
+        """Add a step's weights and gradient to ``part.state``, in place."""
+
+    def keys(self, part: Part) -> Tensor:
+        """Return integers of the scores' order, int32 or int64 of shape [n], at least 0."""
+        return float_keys(self.scores(part))
+
+    def value(self, key: int) -> float:
+        """Return the score that has this key."""
+        return key_float(key)
+
+
+class PositiveScore(Score):
+    """A score that is never negative: its own bits, read as integers, are its order."""
+
+    bits = MAGNITUDE_BITS
+    highest = HIGHEST_MAGNITUDE
+
+    def keys(self, part: Part) -> Tensor:  # noqa: D102 - as in the base class
+        return magnitude_keys(self.scores(part))
+
+    def value(self, key: int) -> float:  # noqa: D102
+        return key_magnitude(key)
+
+
+class Magnitude(PositiveScore):
+    """|w|, the paper's score."""
+
+    samples = True
+
+    def scores(self, part: Part) -> Tensor:  # noqa: D102 - as in the base class
+        return part.weights.abs()
+
+    def keys(self, part: Part) -> Tensor:  # noqa: D102
+        return magnitude_keys(part.weights)
+
+
+class NormalizedMagnitude(PositiveScore):
+    """|w| over the root mean square of its matrix, so that a matrix of small weights is not pruned away."""
+
+    samples = True
+
+    def __init__(self, seed: int = 0):
+        super().__init__(seed)
+        self._norms: dict[str, float] = {}
+
+    def prepare(self, slices: Sequence[Slice], sizes: dict[str, int]) -> Exchange[None]:  # noqa: D102
+        place = {name: index for index, name in enumerate(sizes)}
+        largest = torch.zeros(len(place), dtype=torch.int64)
+        for part in (part for each in slices for part in each.owned()):
+            largest[place[part.name]] = max(
+                int(largest[place[part.name]]), int((magnitude_keys(part.weights) & MAGNITUDE).max())
+            )
+        magnitudes = [key_magnitude(key) for key in (yield Request(largest, "max")).tolist()]
+        exponents = {
+            name: exponent_for(magnitude**2, size) if math.isfinite(magnitude) else 0
+            for (name, size), magnitude in zip(sizes.items(), magnitudes, strict=True)
+        }
+        sums = torch.zeros(len(place), dtype=torch.int64)
+        for part in (part for each in slices for part in each.owned()):
+            squares = part.weights.double().square()
+            sums[place[part.name]] += to_fixed(squares, exponents[part.name]).sum().cpu()
+        totals = (yield Request(sums)).tolist()
+        self._norms = {
+            name: math.sqrt(math.ldexp(total, -exponents[name]) / size) if math.isfinite(magnitude) else math.inf
+            for (name, size), magnitude, total in zip(sizes.items(), magnitudes, totals, strict=True)
+        }
+
+    def scores(self, part: Part) -> Tensor:  # noqa: D102
+        return part.weights.abs() / (self._norms[part.name] or 1.0)
+
+
+class Taylor(PositiveScore):
+    """|w * dL/dw|, what the loss changes by to first order, at the pruning step (arXiv 1906.10771, equation 8)."""
+
+    needs_gradient = True
+
+    def scores(self, part: Part) -> Tensor:  # noqa: D102
+        if part.gradient is None:
+            return torch.zeros_like(part.weights)
+        return (part.weights * part.gradient.to(part.weights)).abs()
+
+
+class Movement(Score):
+    """The sum over all steps of -w * dL/dw: weights that move away from zero stay (arXiv 2005.07683, equation 4)."""
+
+    needs_gradient = True
+    accumulates = True
+
+    def observe(self, part: Part) -> None:  # noqa: D102
+        assert part.state is not None
+        if part.gradient is not None:
+            part.state.addcmul_(part.weights, part.gradient.to(part.weights), value=-1)
+
+    def scores(self, part: Part) -> Tensor:  # noqa: D102
+        assert part.state is not None
+        return part.state
+
+
+class Random(Score):
+    """A hash of the seed and the weight's global index: what pruning without a criterion is worth."""
+
+    bits = MAGNITUDE_BITS
+    highest = HIGHEST_MAGNITUDE
+
+    def keys(self, part: Part) -> Tensor:  # noqa: D102
+        numbers = torch.arange(part.weights.numel(), device=part.weights.device) + part.first_index
+        step = (self.seed + 1) * 0x9E3779B97F4A7C15  # SplitMix64's steps and mixing
+        mixed = numbers + ((step + 2**63) % 2**64 - 2**63)
+        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+            mixed = (mixed ^ _shifted(mixed, shift)) * factor
+        return _shifted(mixed ^ _shifted(mixed, 31), 34).int()
+
+    def scores(self, part: Part) -> Tensor:  # noqa: D102
+        return self.keys(part).float() / 2**30
+
+    def value(self, key: int) -> float:  # noqa: D102
+        return key / 2**30
+
+
+def _shifted(numbers: Tensor, bits: int) -> Tensor:
+    """Shift int64 to the right as if it were unsigned."""
+    return (numbers >> bits) & ((1 << (64 - bits)) - 1)
+
+
+SCORES: dict[str, type[Score]] = {
+    "magnitude": Magnitude,
+    "normalized_magnitude": NormalizedMagnitude,
+    "taylor": Taylor,
+    "movement": Movement,
+    "random": Random,
+}
+
+
+def build_score(name: str, seed: int) -> Score:
+    """Return a score by its name, or by ``module:Class`` where it is of another package.
+
+    Raises:
+        UserError: where there is none of this name.
+    """
+    if name in SCORES:
+        return SCORES[name](seed)
+    module, colon, attribute = name.partition(":")
+    try:
+        kind = getattr(import_module(module), attribute) if colon and module[:1] not in ("", ".") else None
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"score {name!r} cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Score)):
+        raise UserError(
+            f"score {name!r} is unknown; allowed: {', '.join(SCORES)}, or module:Class of a subclass of "
+            "distprune.pruning.scores.Score"
+        )
+    return kind(seed)

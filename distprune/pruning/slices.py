@@ -1,0 +1,69 @@
+"""What a rank holds of the weights to prune, without a word of who holds it: an engine's shard, or a file's tensor."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from distprune.pruning.keys import CHUNK
+
+
+class Part(NamedTuple):
+    """Consecutive weights of one parameter, and what a score may want to know of them."""
+
+    name: str
+    first_index: int
+    """Global index of the first one: parameter order, then flat offset."""
+    weights: Tensor
+    """fp32, shape [n]."""
+    gradient: Tensor | None
+    """Averaged over the ranks, shape [n]; None where there is none."""
+    state: Tensor | None
+    """What the score has accumulated, fp32, shape [n]; None where it accumulates nothing."""
+    mask: Tensor
+    """int8, shape [n]."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The elements ``[start, end)`` of a flattened parameter, which this rank holds.
+
+    ``own_start`` and ``own_end`` bound those that it counts: over all ranks, each element once. Weights and gradient
+    are called for in every pass, so that they may come from a file. A mask's piece is written to in place.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    own_start: int
+    own_end: int
+    first_index: int
+    """Global index of the parameter's first element."""
+    mask: Tensor
+    weights: Callable[[], Tensor]
+    gradient: Callable[[], Tensor | None] = lambda: None
+    state: Tensor | None = None
+
+    def parts(self, start: int, end: int, size: int = CHUNK) -> Iterator[Part]:
+        """Yield the elements ``[start, end)`` of the parameter, ``size`` at a time."""
+        weights, gradient = self.weights(), self.gradient()
+        for first in range(start, end, size):
+            piece = slice(first - self.start, min(first + size, end) - self.start)
+            yield Part(
+                self.name,
+                self.first_index + first,
+                weights[piece],
+                None if gradient is None else gradient[piece],
+                None if self.state is None else self.state[piece],
+                self.mask[piece],
+            )
+
+    def owned(self, size: int = CHUNK) -> Iterator[Part]:
+        """Yield the elements that this rank counts."""
+        return self.parts(self.own_start, self.own_end, size)
+
+    def held(self, size: int = CHUNK) -> Iterator[Part]:
+        """Yield the elements that this rank holds."""
+        return self.parts(self.start, self.end, size)

@@ -1,0 +1,50 @@
+"""The benchmarks measure what they say, on one rank and on several; nothing is asserted of time."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_launch import BIN, Command, start
+
+TORCHRUN: Command = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "distprune"]
+
+
+@pytest.mark.parametrize("launch", [[BIN / "distprune"], pytest.param(TORCHRUN, marks=pytest.mark.slow)])
+def test_select_prints_a_table_and_writes_json(tmp_path: Path, launch: Command) -> None:
+    out = tmp_path / "select.json"
+    done = start([*launch, "bench", "select", "--sizes", "2e5", "3e6", "--repeat", "1", "--json", out])
+    assert done.returncode == 0, done.stderr
+    assert "3,000,000" in done.stdout
+    written = json.loads(out.read_text())
+    small, large = written["results"]
+    assert written["environment"]["torch"]
+    assert [small["weights"], large["weights"]] == [200_000, 3_000_000]
+    assert small["ranks"] == (1 if launch[0] == BIN / "distprune" else 2)
+    assert large["passes"] < small["passes"], "an interval saves passes"
+    for each in (small, large):
+        assert 0 < each["wire_bytes"] <= 64 * 1024
+        assert each["collectives"] <= 12
+        assert {"first", "next", "kthvalue", "topk"} == each["ratios"].keys()
+        assert all(each[name] > 0 for name in ("read", "first", "next", "kthvalue", "topk"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_step_compares_pairs(tmp_path: Path, stage: int) -> None:
+    out = tmp_path / "step.json"
+    options = ["--model", "tiny", "--stage", str(stage), "--batch-size", "4", "--length", "8", "--repeat", "3"]
+    done = start([*TORCHRUN, "bench", "step", *options, "--json", out])
+    assert done.returncode == 0, done.stderr
+    (each,) = json.loads(out.read_text())["results"]
+    assert (each["ranks"], each["stage"], each["dtype"]) == (2, stage, "bfloat16")
+    assert [len(each[name]) for name in ("dense", "masked", "taught")] == [3, 3, 3]
+    for ratio in (each["masked_ratio"], each["taught_ratio"]):
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert each["masking"] > 0
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    done = start([BIN / "distprune", "bench", "select", "--repeat", "0"])
+    assert done.returncode == 2
+    assert "--repeat is 0" in done.stderr

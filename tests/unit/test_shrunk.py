@@ -1,0 +1,93 @@
+"""Models without their zero heads and neurons give the same outputs, and are as small as they should be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    PreTrainedModel,
+)
+
+from distprune.commands import export, oneshot
+from distprune.errors import UserError
+from distprune.shrunk import load_shrunk, shrink
+from tests.distributed.engines import write_model
+
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+IDS = torch.arange(4, 40).view(2, 18)
+
+
+def outputs(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return logits
+
+
+def test_heads_and_neurons_that_were_pruned_are_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = write_model(tmp_path / "dense", **SHAPE)
+    oneshot.run(str(dense), str(tmp_path / "heads"), 0.5, [], [], structure="heads")
+    oneshot.run(str(tmp_path / "heads"), str(tmp_path / "both"), 0.75, [], [], structure="neurons")
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "both")
+    export.run(str(tmp_path / "both"), str(tmp_path / "small"), True)
+    said = capsys.readouterr().out
+    assert "took out 4 of 8 heads, 36 of 48 neurons" in said
+    small = load_shrunk(tmp_path / "small", AutoModelForSequenceClassification)
+    torch.testing.assert_close(outputs(small), outputs(whole), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(outputs(whole), outputs(AutoModelForSequenceClassification.from_pretrained(dense)))
+    rows = [small.get_parameter(f"bert.encoder.layer.{n}.attention.self.query.weight").shape[0] for n in (0, 1)]
+    assert sum(rows) == 4 * 4
+    columns = [small.get_parameter(f"bert.encoder.layer.{n}.output.dense.weight").shape[1] for n in (0, 1)]
+    assert sum(columns) == 12
+    before, after = (sum(each.nbytes for each in model.parameters()) for model in (whole, small))
+    assert f"{before:,} bytes of weights before, {after:,} after" in said
+    # What went: 4 rows of 16 with a bias in each of three matrices and 4 columns of 16, a head; 16 + 1 + 16, a neuron.
+    assert before - after == 4 * (4 * (3 * 4 * 17 + 4 * 16) + 36 * 33)
+
+
+def test_a_dense_model_stays_whole_and_an_empty_layer_keeps_one(tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(write_model(tmp_path / "dense", **SHAPE))
+    before = outputs(model)
+    assert shrink(model, 4).heads == 0
+    assert torch.equal(outputs(model), before)
+    layer = model.bert.encoder.layer[0]
+    with torch.no_grad():
+        layer.attention.output.dense.weight.zero_()
+        layer.output.dense.weight.zero_()
+    before = outputs(model)
+    removed = shrink(model, 4)
+    assert (removed.heads, removed.neurons) == (3, 23)
+    torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "mpnet"])
+def test_other_architectures(kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "distilbert":
+        config = DistilBertConfig(vocab_size=50, dim=16, hidden_dim=24, n_layers=2, n_heads=4)
+        model: PreTrainedModel = DistilBertForSequenceClassification(config)
+        head, neuron = "attention.out_lin", "ffn.lin2"
+        layer = model.distilbert.transformer.layer[0]
+    else:
+        model = MPNetForSequenceClassification(MPNetConfig(vocab_size=50, num_hidden_layers=2, **SHAPE))
+        head, neuron = "attention.attn.o", "output.dense"
+        layer = model.mpnet.encoder.layer[0]
+    with torch.no_grad():
+        layer.get_submodule(head).weight[:, 4:8] = 0.0
+        layer.get_submodule(neuron).weight[:, 3] = 0.0
+    before = outputs(model)
+    removed = shrink(model, 4)
+    assert (removed.heads, removed.neurons) == (1 if kind == "distilbert" else 0, 1)
+    torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-6)
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+    dense = write_model(tmp_path / "dense", **SHAPE)
+    with pytest.raises(UserError, match="exists"):
+        export.run(str(dense), str(dense), True)
+    with pytest.raises(UserError, match=r"holds no shrunk\.json"):
+        load_shrunk(dense, AutoModelForSequenceClassification)
