@@ -1,5 +1,6 @@
 """Times of work on any device, and the memory that it took beyond what was there."""
 
+import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # what the C library has kept must not serve again
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far (Linux)
         before = psutil.Process().memory_info().rss

@@ -11,10 +11,10 @@ added, and the result does not depend on how the weights were cut up. What a ran
 the size: 24 KiB for the sample, 10 KiB for the keys, and where there are ties 8 KiB for each 10 bits of the number of
 weights.
 
-Measured (docs/performance.md), on one thread: two reads of the weights, one counting and one masking, cost 7 times a plain
-sum of them; radix refinement alone, with its three to six histograms at 0.9 ns a weight, 25 times and more. An interval
-remembered from the pruning before would have to be as wide as the weights drift; the sample is a tenth of the whole, and
-needs no memory of the past.
+Measured (docs/performance.md), on one thread: two reads of the weights, one counting and one masking, cost 7 times a
+plain sum of them; radix refinement alone, with its three to six histograms at 0.9 ns a weight, 25 times and more. An
+interval remembered from the pruning before would have to be as wide as the weights drift; the sample is a tenth of the
+whole, and needs no memory of the past.
 """
 
 from abc import ABC, abstractmethod
@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from distprune.pruning.exchange import Exchange, Request
-from distprune.pruning.keys import CHUNK, Interval, histogram
+from distprune.pruning.keys import Interval, histogram
 
 _KEY_DIGIT, _SAMPLE_DIGIT, _INDEX_DIGIT = 8, 10, 10
 _SAMPLED_FROM = 1 << 20
 _INSIDE_AT_MOST = 900_000
-_SAMPLE_HELD = 2_500_000
+_SAMPLE_HELD = 1_000_000
+_PIECE = 1 << 16
 _DEVIATIONS = 3
 
 Keyed = Iterable[tuple[Tensor, Tensor]]
@@ -133,7 +134,7 @@ def _select_in_sampled_interval(source: Source, k: int) -> Exchange[Cut | None]:
     key, rank, equal = yield from _find(lambda: [inside.keys], k - below, low, bits, _KEY_DIGIT)
 
     def entries() -> Keyed:
-        return zip(inside.keys.split(CHUNK), inside.indices.split(CHUNK), strict=True)  # type: ignore[no-untyped-call]
+        return zip(inside.keys.split(_PIECE), inside.indices.split(_PIECE), strict=True)  # type: ignore[no-untyped-call]
 
     return (yield from _cut_ties(entries, key, rank, equal, source.index_end))
 

@@ -1,5 +1,6 @@
 """Selection by a sampled interval: where it hits, where it misses and is exact all the same, and on 1,024 ranks."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -105,11 +106,20 @@ def test_sampled_or_not_the_cut_is_the_same(half_pruned: Weights, monkeypatch: p
     assert sampled == [on_ranks(half_pruned, k)[0] for k in ends] == [half_pruned.expected(k) for k in ends]
 
 
-def test_a_sample_that_is_read_twice_gives_the_same(fresh: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So large a sample is not held; where there is little room, every sixteenth weight is sampled."""
-    monkeypatch.setattr(select, "_INSIDE_AT_MOST", N // 60)
-    assert N // (N // select._sample_size(N)) > select._INSIDE_AT_MOST * 2
-    assert by_interval(fresh, N // 2) == fresh.expected(N // 2)
+def test_a_sample_too_large_to_be_held_is_read_twice(fresh: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    sample = Elements.sample
+
+    def watched(source: Elements, every: int) -> Iterator[Tensor] | None:
+        reads.append(every)
+        return sample(source, every)
+
+    monkeypatch.setattr(Elements, "sample", watched)
+    for held, times in ((N, 1), (1, 3)):  # asked for, and read, and read again
+        reads.clear()
+        monkeypatch.setattr(select, "_SAMPLE_HELD", held)
+        assert by_interval(fresh, N // 2, [0, N]) == fresh.expected(N // 2)
+        assert len(reads) == times
 
 
 # ------------------------------------------------------------------------------ no hits

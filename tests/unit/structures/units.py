@@ -18,17 +18,17 @@ HIDDEN, INTERMEDIATE, HEADS = 12, 20, 3
 HEAD_MATRICES = [f"attention.self.{each}" for each in ("query", "key", "value")] + ["attention.output.dense"]
 
 
-def bert_heads(layers: int = 2) -> Shapes:
-    """Return the shapes of the matrices that heads are made of."""
-    names = [f"bert.encoder.layer.{n}.{each}.weight" for n in range(layers) for each in HEAD_MATRICES]
-    return dict.fromkeys(names, (HIDDEN, HIDDEN))
+def bert_heads(hidden: int = HIDDEN) -> Shapes:
+    """Return the shapes of the matrices that the heads of two layers are made of."""
+    names = [f"bert.encoder.layer.{n}.{each}.weight" for n in range(2) for each in HEAD_MATRICES]
+    return dict.fromkeys(names, (hidden, hidden))
 
 
-def bert_neurons(layers: int = 2) -> Shapes:
+def bert_neurons(hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) -> Shapes:
     shapes: dict[str, tuple[int, ...]] = {}
-    for n in range(layers):
-        shapes[f"bert.encoder.layer.{n}.intermediate.dense.weight"] = (INTERMEDIATE, HIDDEN)
-        shapes[f"bert.encoder.layer.{n}.output.dense.weight"] = (HIDDEN, INTERMEDIATE)
+    for n in range(2):
+        shapes[f"bert.encoder.layer.{n}.intermediate.dense.weight"] = (intermediate, hidden)
+        shapes[f"bert.encoder.layer.{n}.output.dense.weight"] = (hidden, intermediate)
     return shapes
 
 
