@@ -134,7 +134,7 @@ class Pruner:
         nans = self._per_parameter([choice.mark(each) for each in self.slices])
         for name in (name for name, number in nans.items() if number):
             raise UserError(
-                f"the score of {name} is NaN, which has no place in an order; the learning rate may be too high"
+                f"{name} has scores that are NaN, which have no place in an order; the learning rate may be too high"
             )
         self._count()
         wanted = self.structure.masked_at(sparsity)

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import isabstract
 
 import torch
 from torch import Tensor
@@ -124,7 +125,8 @@ class NormalizedMagnitude(PositiveScore):
         }
 
     def scores(self, part: Part) -> Tensor:  # noqa: D102
-        return part.weights.abs() / (self._norms[part.name] or 1.0)
+        # A tensor divides; a number's reciprocal might be multiplied by, which rounds differently on some devices.
+        return part.weights.abs() / torch.tensor(self._norms[part.name] or 1.0, device=part.weights.device)
 
 
 class Taylor(PositiveScore):
@@ -202,7 +204,7 @@ def build_score(name: str, seed: int) -> Score:
         kind = getattr(import_module(module), attribute) if colon and module[:1] not in ("", ".") else None
     except (ImportError, AttributeError) as error:
         raise UserError(f"score {name!r} cannot be imported: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, Score)):
+    if not (isinstance(kind, type) and issubclass(kind, Score)) or isabstract(kind):
         raise UserError(
             f"score {name!r} is unknown; allowed: {', '.join(SCORES)}, or module:Class of a subclass of "
             "distprune.pruning.scores.Score"

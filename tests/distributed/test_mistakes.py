@@ -331,4 +331,4 @@ def test_a_nan_weight_is_not_pruned(world: Worlds, task: Path, tmp_path: Path) -
         run_patched, "distprune.train.set_learning_rate", PoisonWeights(), task, tmp_path / "run", *options
     )
     assert len(set(said)) == 1
-    assert said[0].startswith(f"at step 6 {LAYER}.weight holds NaN")
+    assert said[0].startswith(f"at step 6 {LAYER}.weight has scores that are NaN")

@@ -37,12 +37,6 @@ def answer(exchanges: Sequence[Exchange[T]]) -> tuple[list[T], int]:
         replies = [combined.clone() for _ in exchanges]
 
 
-def answer_alone(exchange: Exchange[T]) -> T:
-    """Carry out the exchange of an only rank."""
-    (result,), _ = answer([exchange])
-    return result
-
-
 def _advance(exchange: Exchange[T], reply: Tensor | None) -> Request | _End:
     try:
         return next(exchange) if reply is None else exchange.send(reply)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from distprune.pruning import native
 
@@ -100,3 +101,12 @@ def test_ranks_that_compile_at_once_leave_one_good_file(
     assert len(list(tmp_path.glob("begun.*"))) == 2
     assert list(cache.iterdir()) == [paths[0]] == [paths[1]]
     assert load() is not None
+
+
+@needs_a_compiler
+def test_a_histogram_writes_to_nothing_but_its_bins() -> None:
+    library = native.library()
+    assert library is not None
+    counts, keys = torch.zeros(9, dtype=torch.int64), torch.arange(20, dtype=torch.int32)
+    library.histogram(native.address(keys), 20, 5, 0, 4, native.address(counts[2:]))
+    assert counts.tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 0]

@@ -87,6 +87,11 @@ def test_the_interval_holds_the_cut_of_a_plain_sort(route: str, fresh: Weights, 
     assert by_interval(fresh, k, [0, N]) == fresh.expected(k)
 
 
+@pytest.mark.parametrize("k", [1, 2, N - 1, N])
+def test_at_either_end_the_interval_is_open(fresh: Weights, k: int) -> None:
+    assert by_interval(fresh, k) == fresh.expected(k)
+
+
 @pytest.mark.parametrize("share", [0.62, 0.7, 0.9])
 def test_beside_pruned_weights_and_zeros_the_interval_holds_the_cut(
     route: str, half_pruned: Weights, share: float
@@ -120,6 +125,18 @@ def test_a_sample_too_large_to_be_held_is_read_twice(fresh: Weights, monkeypatch
         monkeypatch.setattr(select, "_SAMPLE_HELD", held)
         assert by_interval(fresh, N // 2, [0, N]) == fresh.expected(N // 2)
         assert len(reads) == times
+
+
+def test_what_is_inside_are_the_keys_of_kept_weights_and_their_places(route: str) -> None:
+    weights = Weights(torch.arange(-9.0, 9.0), torch.arange(18) % 5 == 0)
+    low, high = (int(magnitude_keys(torch.tensor([each]))) + 1 for each in (2.0, 6.0))
+    parts = [source.split(low, high, 100) for source in weights.sources([0, 7, 18])]
+    found = [
+        (key, place) for part in parts for key, place in zip(part.keys.tolist(), part.indices.tolist(), strict=True)
+    ]
+    keys = ranked(magnitude_keys(weights.weights), weights.mask).tolist()
+    assert found == [(key, place) for place, key in enumerate(keys) if low <= key < high]
+    assert sum(part.below for part in parts) == sum(key < low for key in keys)
 
 
 # ------------------------------------------------------------------------------ no hits
@@ -190,5 +207,5 @@ def test_a_thousand_ranks_find_the_cut_of_one_and_hand_over_little(kind: str) ->
     expected = weights.expected(k)
     assert (expected.index > 0) == (kind != "distinct")
     cut, sent = on_ranks(weights, k, bounds)
-    assert cut == expected == on_ranks(weights, k, [0, MANY])[0]
+    assert cut == expected == on_ranks(weights, k, [0, MANY])[0] == by_interval(weights, k, bounds)
     assert 0 < sent <= 64 * 1024

@@ -236,6 +236,7 @@ def test_a_score_of_another_package_is_built_by_its_path() -> None:
         (":Score", "is unknown"),
         (".scores:Score", "is unknown"),
         ("math:pi", "is unknown"),
+        ("distprune.pruning.scores:Score", "is unknown"),
         ("builtins:int", "is unknown; .* of a subclass of distprune.pruning.scores.Score"),
         (f"{__name__}:Missing", "cannot be imported: .*Missing"),
         ("no_such_module:Score", "cannot be imported: No module named 'no_such_module'"),

@@ -107,10 +107,18 @@ class Blocks(Structure):
         Args:
             grids: of the parameters to prune, by name.
             cuts: where in each flattened parameter a rank's slice begins or ends.
+
+        Raises:
+            UserError: where units are not all of one size.
         """
         self.grids = grids
         self.units = sum(grid.count for grid in grids.values() if grid.leads)
-        self.unit_size = sum(grid.shape[0] * grid.shape[1] for grid in grids.values()) // self.units
+        sizes = {name: _unit_size(grids, grid) for name, grid in grids.items()}
+        self.unit_size, *others = set(sizes.values())
+        if others:
+            raise UserError(
+                f"heads or neurons differ in their number of weights: {sizes}; allowed: pruning.include of some"
+            )
         spread = [name for name in grids if sum(g.first_unit == grids[name].first_unit for g in grids.values()) > 1]
         shared = [torch.arange(grids[name].count) + grids[name].first_unit for name in spread]
         shared += [grids[name].cut_at(cut) for name in grids if name not in spread for cut in cuts[name]]
@@ -193,6 +201,11 @@ class Blocks(Structure):
             mask = each.mask[start - each.start : end - each.start]
             mask &= marked[start - first * columns :][: end - start].to(torch.int8) - 1
         apply_mask(each.weights(), each.mask)
+
+
+def _unit_size(grids: dict[str, Grid], grid: Grid) -> int:
+    """Return the weights of a unit in all matrices that it lies in."""
+    return sum(each.block[0] * each.block[1] for each in grids.values() if each.first_unit == grid.first_unit)
 
 
 def _bounds(numbers: range) -> tuple[int, int]:

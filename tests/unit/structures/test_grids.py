@@ -154,6 +154,8 @@ def test_a_parameters_layer_is_the_first_number_in_its_name(name: str, layer: st
 QUERY, _, VALUE, OUTPUT = list(SHAPES["heads"])[:4]
 FIRST, SECOND = list(SHAPES["neurons"])[:2]
 MATRICES = {"a.weight": (4, 8), "b.weight": (8, 4)}
+# Another layer, of a smaller hidden size.
+SMALLER = {name.replace("layer.0", "layer.7"): shape for name, shape in {FIRST: (6, 8), SECOND: (8, 6)}.items()}
 
 
 def without(structure: str, name: str) -> dict[str, tuple[int, ...]]:
@@ -172,6 +174,7 @@ def without(structure: str, name: str) -> dict[str, tuple[int, ...]]:
         ("heads", {**SHAPES["heads"], VALUE: (15, 12)}, r"layer\.0\. has matrices of heads of .*sizes: \[12, 15\]"),
         ("neurons", {**SHAPES["neurons"], SECOND: (12, 18)}, r"layer\.0\. has matrices of neurons .*: \[18, 20\]"),
         ("heads", dict.fromkeys(SHAPES["heads"], (10, 10)), r"query\.weight has shape \[10, 10\], whose rows 3 heads"),
+        ("neurons", SHAPES["neurons"] | SMALLER, r"neurons differ in their number of weights: .*: 24.*: 16"),
         ("3x4", MATRICES, r"a\.weight has shape \[4, 8\]; blocks of 3x4 need a matrix whose rows 3 divides"),
         ("4x8", MATRICES, r"b\.weight has shape \[8, 4\]; blocks of 4x8 .* whose columns 8"),
         ("1x4", {"a.weight": (4, 8), "a.bias": (8,)}, r"a\.bias has shape \[8\]; blocks of 1x4 need a matrix"),

@@ -134,7 +134,10 @@ def test_scores_below_zero_count_as_what_they_are() -> None:
     parameters = drawn(shapes, 10)
     for name, each in drawn(shapes, 11, 3).items():
         parameters[name].state = each.weights
-    for sparsity in (Fraction("0.05"), Fraction("0.3"), Fraction("0.5")):
+    for places in (slice(4, 6), slice(9, 11), slice(13, 16)):  # converted, whatever it has lost by that
+        parameters["c"].mask[places] = PRUNED
+    parameters = changed(parameters, 12)
+    for sparsity in (Fraction("0.2"), Fraction("0.3"), Fraction("0.5")):
         expected = reference(parameters, 2, 4, sparsity, by_state=True)
         assert (expected.threshold < 0) == (sparsity < Fraction("0.5"))
         for split, world in LAYOUTS:
