@@ -59,7 +59,7 @@ class Source(ABC):
 
     def split(self, low: int, high: int, room: int) -> Interval:
         """Return the keys from ``low`` up to ``high`` with their global indices, and the number of those below."""
-        raise NotImplementedError  # a source with a sample has it
+        raise AssertionError("only a source that gives a sample is split")
 
 
 @dataclass(frozen=True)
