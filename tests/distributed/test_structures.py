@@ -193,6 +193,7 @@ def train_structured(directory: Path, layout: Layout, pruning: dict[str, Any]) -
     return before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["tensor", "2:4", "4x1", "heads", "neurons"])
 @pytest.mark.parametrize(
     ("score", "size"),
@@ -248,6 +249,7 @@ def start_sparse(directory: Path, layout: Layout, sparsity: float) -> tuple[int,
     return first, masks
 
 
+@pytest.mark.slow
 @by_world
 @pytest.mark.parametrize("sparsity", [0.2, 0.6])
 def test_the_zeros_of_a_sparse_model_stay_or_are_pruned_further(

@@ -197,6 +197,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thousand_ranks_find_the_cut_of_one_and_hand_over_little(kind: str) -> None:
     weights = Weights(KINDS[kind]())

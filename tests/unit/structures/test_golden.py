@@ -56,6 +56,7 @@ def digests(structure: str, split: str = "2", world: int = 1) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_masks_are_those_of_the_file_at_every_split(structure: str) -> None:
     """Masks on disk depend on it: a change of the file needs a reason, and a line in the changelog."""
