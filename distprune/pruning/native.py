@@ -1,6 +1,6 @@
 """The machine code of native.c: compiled at the first start on a kind of CPU, in a fifth of a second, and kept.
 
-Without a C compiler, or a place to keep the result, NumPy does the same three times slower; both are tested.
+Without a C compiler, or a place to keep the result, NumPy does the same in more than twice the time; both are tested.
 """
 
 import ctypes

@@ -12,7 +12,7 @@ the size: 24 KiB for the sample, 10 KiB for the keys, and where there are ties 8
 weights.
 
 Measured (docs/performance.md), on one thread: two reads of the weights, one counting and one masking, cost 7 times a
-plain sum of them; radix refinement alone, with its three to six histograms at 0.9 ns a weight, 25 times and more. An
+plain sum of them; the three to six histograms of radix refinement alone, at 0.9 ns a weight, 18 times and more. An
 interval remembered from the pruning before would have to be as wide as the weights drift; the sample is a tenth of the
 whole, and needs no memory of the past.
 """
