@@ -65,9 +65,12 @@ def check_batch_size(batch_size: int, world: int, accumulation: int) -> None:
     if batch_size % parts:
         above = -(-batch_size // parts) * parts
         nearest = f"{above - parts} or {above}" if above > parts else f"{above}"
+        each, rest = divmod(batch_size, accumulation)
+        worlds = [str(size) for size in range(1, min(each, 64) + 1) if each % size == 0 and not rest]
+        start = f", or start {', '.join(worlds)} ranks" if worlds else ""
         raise UserError(
             f"train.batch_size is {batch_size}; it must be a multiple of the {world} ranks times "
-            f"train.accumulation {accumulation}, e.g. {nearest}"
+            f"train.accumulation {accumulation}, e.g. {nearest}{start}"
         )
 
 
@@ -90,6 +93,15 @@ def rank_part(batch: list[int], rank: int, world: int, accumulation: int) -> lis
     assert rest == 0
     assert size % world == 0
     return [batch[start + rank : start + size : world] for start in range(0, len(batch), size)]
+
+
+def stream_seed(seed: int, step: int, examples: list[int]) -> int:
+    """Return the seed of a forward pass's random numbers (dropout): of the run, the step and what is in the batch.
+
+    No state goes from one step to the next, so that a run that is resumed draws what it would have drawn.
+    """
+    (state,) = np.random.SeedSequence([seed, step, *examples]).generate_state(1, np.uint64)
+    return int(state) >> 1
 
 
 def eval_batches(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[EvalBatch]:

@@ -140,6 +140,16 @@ TRAIN = (
     _at_least_one_or_null("train.patience"),
 )
 
+CHECKPOINT = (
+    _at_least_one_or_null("checkpoint.steps"),
+    Check(
+        "checkpoint.minutes",
+        "more than 0, or null",
+        lambda c: c.checkpoint.minutes is None or c.checkpoint.minutes > 0,
+    ),
+    _at_least_one("checkpoint.keep"),
+)
+
 OPTIMIZER = (
     Check(
         "optimizer.betas",
@@ -327,4 +337,4 @@ DEEPSPEED = (
     ),
 )
 
-CHECKS = (*MODEL, *DISTILLATION, *TASK, *TRAIN, *OPTIMIZER, *LR, *PRUNING, *DEEPSPEED, *WANDB)
+CHECKS = (*MODEL, *DISTILLATION, *TASK, *TRAIN, *CHECKPOINT, *OPTIMIZER, *LR, *PRUNING, *DEEPSPEED, *WANDB)

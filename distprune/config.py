@@ -63,7 +63,7 @@ class TaskConfig:
 class TrainConfig:
     """Length, batches, evaluation and output of a run."""
 
-    output: str = key("runs/run", "run directory; refused where it already holds a finished or other run")
+    output: str = key("runs/run", "run directory; an unfinished run in it goes on, anything else is refused")
     epochs: float = key(10.0, "length of the run in epochs")
     batch_size: int = key(32, "examples in an optimizer step over all ranks")
     accumulation: int = key(1, "forward passes that an optimizer step is made of")
@@ -74,6 +74,16 @@ class TrainConfig:
     select: str = key("last", "which state at the target sparsity becomes final/: last, or best by the main metric")
     patience: int | None = key(None, "stop after this many evaluations at the target without a better one; null: never")
     deterministic: bool = key(False, "deterministic kernels, and a warning where there is none (slower on GPUs)")
+
+
+@dataclass
+class CheckpointConfig:
+    """When the whole state of a run is saved, to go on from after an interruption (docs/checkpoints.md)."""
+
+    epochs: bool = key(True, "save at the end of each epoch")
+    steps: int | None = key(None, "save after every so many optimizer steps; null: not by steps")
+    minutes: float | None = key(30.0, "save when so many minutes have passed since the last time; null: not by time")
+    keep: int = key(2, "newest checkpoints that stay, beside the one with the best metric at the target sparsity")
 
 
 @dataclass
@@ -158,6 +168,7 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr: LrConfig = field(default_factory=LrConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)

@@ -184,6 +184,19 @@ def write_on_main(action: Callable[[], object], target: Path) -> None:
     agree(write)
 
 
+def on_main(action: Callable[[], T]) -> T:
+    """Return on every rank what ``action`` returns on rank 0, something small. Collective: every rank calls it.
+
+    Raises:
+        UserError: on every rank, where ``action`` does.
+    """
+    result = agree(lambda: action() if is_main() else None)
+    box = [result]
+    if torch_dist.is_initialized():
+        torch_dist.broadcast_object_list(box)
+    return box[0]  # type: ignore[return-value]
+
+
 @contextmanager
 def local_first() -> Iterator[None]:
     """Let local rank 0 of each node go first, so that the others find its cache. Collective."""

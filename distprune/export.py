@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distprune import dist
-from distprune.shards import FullParameters, full_shape
+from distprune.shards import FullParameters, full_shape, stored_buffers
 
 _FILE_SIZE = "4GB"
 
@@ -35,8 +35,7 @@ def export(engine: Any, tokenizer: Any, directory: Path) -> None:
     """
     model = engine.module
     meta = {name: torch.empty(full_shape(parameter), device="meta") for name, parameter in model.named_parameters()}
-    stored = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    buffers = stored_buffers(model)
     meta |= {name: torch.empty_like(buffer, device="meta") for name, buffer in buffers.items()}
     plan = split_torch_state_dict_into_shards(
         meta, filename_pattern="model{suffix}.safetensors", max_shard_size=_FILE_SIZE
@@ -54,16 +53,21 @@ def export(engine: Any, tokenizer: Any, directory: Path) -> None:
         save = partial(_save, tensors, directory / file)
         dist.write_on_main(save, directory / file)
 
-    def describe() -> None:
+    def complete() -> None:
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        model.config.architectures = [type(model).__name__]
-        model.config.dtype = "float32"
-        model.config.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        describe(model, tokenizer, directory)
 
-    dist.write_on_main(describe, directory)
+    dist.write_on_main(complete, directory)
+
+
+def describe(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write what makes a directory of fp32 weights a model's: its configuration and the tokenizer."""
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = "float32"
+    model.config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def count_zeros(directory: Path) -> dict[str, tuple[int, int]]:

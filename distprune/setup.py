@@ -15,6 +15,7 @@ from distprune.batches import check_batch_size
 from distprune.config import Config
 from distprune.engine import build_frozen, build_student
 from distprune.errors import UserError
+from distprune.model_files import read_config, resolve
 from distprune.plan import Plan, make_plan
 from distprune.pruning.pruner import Pruner
 from distprune.pruning.scores import build_score
@@ -23,7 +24,6 @@ from distprune.pruning.targets import find_targets
 from distprune.shards import ShardedParameters, shards_of, trained_shards
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
-from distprune.weights import read_config, resolve
 
 
 @dataclass
@@ -37,10 +37,16 @@ class Setup:
     pruner: Pruner | None
     plan: Plan
     new_weights: list[str]
+    data: str
+    """A fingerprint of the tokenised examples."""
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     """Build tokenizer, data, student, teacher and pruner. Collective: every rank calls it.
+
+    Args:
+        config: of the run.
+        checkpoint: whose model the student starts from, in place of ``model.path``.
 
     Raises:
         UserError: on every rank, where any part of the configuration does not fit the others.
@@ -50,7 +56,7 @@ def prepare(config: Config) -> Setup:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not
         torch.use_deterministic_algorithms(True, warn_only=True)
     micro_batch = config.train.batch_size // (world.size * config.train.accumulation)
-    directory = local_model(config.model.path, config.model.revision)
+    directory = checkpoint or local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)
 
     def check() -> Plan:
@@ -61,7 +67,8 @@ def prepare(config: Config) -> Setup:
     sections = (config.train, config.optimizer, config.lr, config.pruning, config.distillation, config.deepspeed)
     dist.agree_equal(sections, "the settings")  # paths may differ from node to node
     dist.agree_equal((len(task.train), len(task.validation)), "the numbers of training and validation examples")
-    dist.agree_equal(_fingerprint(task), "the fingerprints of the data")
+    data = _fingerprint(task)
+    dist.agree_equal(data, "the fingerprints of the data")
     dist.agree(lambda: check_limits(directory, task))
     teacher = None
     if config.distillation.hardness > 0:
@@ -69,8 +76,11 @@ def prepare(config: Config) -> Setup:
     student, fresh = build_student(config, directory, task.auto_class, task.model_options(), micro_batch)
     dist.agree(lambda: trained_shards(student))  # a layout that is not known is refused now, not at the export
     pruner = build_pruner(config, student) if plan.ladder or config.pruning.start_sparse else None
-    torch.manual_seed(config.train.seed * 1_000_003 + world.rank)
-    return Setup(world, task, student, teacher, pruner, plan, fresh)
+    if pruner is not None and config.pruning.start_sparse and checkpoint is None:
+        pruner.adopt_zeros()
+        if pruner.masked == 0:
+            raise UserError(f"pruning.start_sparse is true, and no weight to prune of {config.model.path!r} is zero")
+    return Setup(world, task, student, teacher, pruner, plan, fresh, data)
 
 
 def build_pruner(config: Config, student: Any) -> Pruner:
@@ -91,12 +101,7 @@ def build_pruner(config: Config, student: Any) -> Pruner:
         raise UserError(
             f"pruning.score is {pruning.score!r}, whose gradients fp16 scales; allowed: bf16 or fp32 with it"
         )
-    pruner = Pruner(parameters, student.basic_optimizer, structure, score)
-    if pruning.start_sparse:
-        pruner.adopt_zeros()
-        if pruner.masked == 0:
-            raise UserError(f"pruning.start_sparse is true, and no weight to prune of {config.model.path!r} is zero")
-    return pruner
+    return Pruner(parameters, student.basic_optimizer, structure, score)
 
 
 def _cuts(parameters: ShardedParameters) -> dict[str, list[int]]:

@@ -52,13 +52,13 @@ class Shard:
         """The part of the slice that this rank counts."""
         return slice(self.own_start - self.start, self.own_end - self.start)
 
-    def moments(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """Return the optimizer's state of the slice, each of shape [end - start]; empty before the first step."""
-        return [
-            value.view(-1)[self.offset : self.offset + self.end - self.start]
-            for value in optimizer.state.get(self.base, {}).values()
-            if torch.is_tensor(value) and value.numel() == self.base.numel() and value.dim() > 0
-        ]
+    def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return the optimizer's state of the slice by name, each of shape [end - start]; {} before the first step."""
+        return {
+            name: value.view(-1)[self.offset : self.offset + self.end - self.start]
+            for name, value in optimizer.state.get(self.base, {}).items()
+            if torch.is_tensor(value) and value.shape == self.base.shape and value.dim() > 0
+        }
 
 
 class ShardedParameters(ABC):
@@ -227,6 +227,65 @@ def trained_shards(engine: Any) -> ShardedParameters:
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """Return a parameter's shape, also where ZeRO-3 holds only a piece of it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part ``[start, start + n)`` of a flattened tensor."""
+
+    name: str
+    start: int
+    values: Tensor
+
+
+def frozen_pieces(engine: Any) -> list[Piece]:
+    """Return this rank's share of the parameters that are not trained: over all ranks, each element once."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    pieces = []
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        numel = full_shape(parameter).numel()
+        if hasattr(parameter, "ds_tensor"):
+            size = parameter.ds_tensor.ds_numel
+            start, end = size * rank, min(size * (rank + 1), numel)
+            values = parameter.ds_tensor.data.view(-1)[: max(0, end - start)]
+        else:
+            start, end = numel * rank // world, numel * (rank + 1) // world
+            values = parameter.data.view(-1)[start:end]
+        pieces.append(Piece(name, start, values))
+    return pieces
+
+
+def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that belong to a saved model, by name."""
+    stored = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+_SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scaling(engine: Any) -> dict[str, float]:
+    """Return what fp16's loss scaling has come to."""
+    scaler = _scaler(engine)
+    return {name: float(getattr(scaler, name)) for name in _SCALING if getattr(scaler, name, None) is not None}
+
+
+def set_loss_scaling(engine: Any, values: dict[str, float]) -> None:
+    """Go on with the loss scaling that `loss_scaling` returned."""
+    scaler = _scaler(engine)
+    for name, value in values.items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value if name == "cur_scale" else int(value))
+
+
+def _scaler(engine: Any) -> Any:
+    """Return the object that scales an fp16 engine's loss, None for others."""
+    optimizer = engine.optimizer
+    if not engine.fp16_enabled():
+        return None
+    return getattr(optimizer, "loss_scale_config", None) or optimizer.loss_scaler
 
 
 class FullParameters:

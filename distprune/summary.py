@@ -14,17 +14,15 @@ from distprune.shards import held_bytes
 from distprune.train import Trainer
 
 
-def summarise(trainer: Trainer, dense: dict[str, float] | None, wall_time_s: float) -> dict[str, Any]:
+def summarise(trainer: Trainer) -> dict[str, Any]:
     """Return the run's summary.
 
     Collective: every rank calls it. Rank 0 reads the written model.
 
     Args:
         trainer: after its run, with ``final/`` written.
-        dense: metrics of the dense model: the teacher's, or the student's before its first pruning.
-        wall_time_s: seconds from start to end.
     """
-    config, setup = trainer.config, trainer.setup
+    config, setup, dense = trainer.config, trainer.setup, trainer.dense_metrics
     layers = {} if setup.pruner is None else setup.pruner.masked_of
     sizes = {"student": _bytes_per_rank(setup.student)}
     if setup.teacher is not None:
@@ -45,7 +43,7 @@ def summarise(trainer: Trainer, dense: dict[str, float] | None, wall_time_s: flo
         **_sparsity(trainer, layers),
         "steps": trainer.step,
         "final_step": trainer.final_step,
-        "wall_time_s": round(wall_time_s, 1),
+        "wall_time_s": round(trainer.seconds, 1),
         "world_size": setup.world.size,
         "launcher": setup.world.launcher,
         "zero_stage": {

@@ -6,10 +6,9 @@ between the optimizer's update and DeepSpeed's copy to the low-precision weights
 """
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,40 +17,24 @@ import torch
 from torch import Tensor
 
 from distprune import dist
-from distprune.batches import rank_part, train_batches
+from distprune.batches import rank_part, stream_seed, train_batches
+from distprune.best import Best, copy, main_metric, partial_of, remove_former, replace
+from distprune.checkpoints.files import FOLDER, Manifest
+from distprune.checkpoints.pieces import Pieces
+from distprune.checkpoints.saver import Saver
+from distprune.checkpoints.state import owned_tensors, restore, state_of
 from distprune.config import Config
 from distprune.diagnose import refuse_nonfinite, refuse_nonfinite_weights
 from distprune.distill import distillation_loss, mix
 from distprune.engine import set_learning_rate
 from distprune.errors import UserError
 from distprune.evaluate import evaluate, forward
-from distprune.export import export
+from distprune.export import describe, export
 from distprune.monitor import Monitor
 from distprune.monitor.resources import memory_mib
 from distprune.pruning.pruner import Pruner
 from distprune.setup import Setup
 from distprune.tasks.base import Batch
-
-
-@dataclass
-class Best:
-    """The best evaluation, by the main metric, among states at the target sparsity."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    step: int = 0
-    evaluations_since: int = 0
-
-    def update(self, metrics: dict[str, float], step: int) -> bool:
-        """Take in an evaluation; return whether it is the best so far."""
-        if not self.metrics or _main(metrics) > _main(self.metrics):
-            self.metrics, self.step, self.evaluations_since = metrics, step, 0
-            return True
-        self.evaluations_since += 1
-        return False
-
-
-def _main(metrics: dict[str, float]) -> float:
-    return next(iter(metrics.values()))
 
 
 @dataclass
@@ -66,34 +49,46 @@ class Trainer:
     best: Best = field(default_factory=Best)
     metrics: dict[str, float] = field(default_factory=dict)
     dense_metrics: dict[str, float] | None = None
+    """Of the teacher, or without one of the student before its first pruning."""
     losses: list[list[float]] = field(default_factory=list)
+    seconds_before: float = 0.0
+    """What the run took before this process went on with it."""
+    _measured_at: int = -1
+    _started_at: float = field(default_factory=time.time)
     _logged_at: float = field(default_factory=time.perf_counter)
 
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.run_dir / FOLDER, self.config.checkpoint.keep, self._describe_model)
+
     def run(self) -> None:
-        """Train to the end, or until patience runs out. Collective: every rank calls it."""
+        """Train to the end, or until patience runs out. Collective: every rank calls it.
+
+        Raises:
+            Interrupted: on every rank, where any was told to stop; everything is saved.
+        """
         plan = self.setup.plan
         for batch in self._batches():
-            self._optimizer_step(batch)
+            save_is_due = self._optimizer_step(batch)
             if self.step % self.config.train.log_every == 0 or self.step == plan.total_steps:
                 self._log_training()
             if self.step % plan.eval_every == 0 or self.step == plan.total_steps:
                 self._evaluate()
-                if self._out_of_patience():
-                    break
+            if save_is_due or self._save_is_planned():
+                self._save()
+            if self._out_of_patience():
+                break
+        self.saver.finish()
 
     def _batches(self) -> Iterator[list[int]]:
         """Yield the run's global batches, the same on every rank and at every world size."""
         plan, lengths = self.setup.plan, self.setup.task.train["length"]
-        epochs = math.ceil(plan.total_steps / plan.steps_per_epoch)
-        every = (
-            batch
-            for epoch in range(epochs)
-            for batch in train_batches(lengths, self.config.train.batch_size, self.config.train.seed, epoch)
-        )
-        for _, batch in zip(range(plan.total_steps), every, strict=False):
-            yield batch
+        while self.step < plan.total_steps and not self._out_of_patience():
+            epoch, done = divmod(self.step, plan.steps_per_epoch)
+            batches = train_batches(lengths, self.config.train.batch_size, self.config.train.seed, epoch)
+            yield from batches[done : done + plan.total_steps - self.step]
 
-    def _optimizer_step(self, batch: list[int]) -> None:
+    def _optimizer_step(self, batch: list[int]) -> bool:
+        """Train on a global batch; return whether a checkpoint is due, the same on every rank."""
         student, pruner, plan = self.setup.student, self.setup.pruner, self.setup.plan
         world, task = self.setup.world, self.setup.task
         set_learning_rate(student, plan.lr.at(self.step))
@@ -105,14 +100,17 @@ class Trainer:
             }
             if all(map(math.isfinite, sums)):
                 suspect = micro_batch  # in the end the first with a loss that is not finite, where there is one
+            torch.manual_seed(stream_seed(self.config.train.seed, self.step, rows))
             losses = self._backward(micro_batch)
             sums = [total + float(loss) / len(parts) for total, loss in zip(sums, losses, strict=True)]
-            if pruner is not None and number == len(parts):
-                self._prune(pruner, plan.ladder.get(self.step))
             if number == len(parts):
-                self._agree_on_losses(sums, suspect)
+                self.saver.before_change()
+                if pruner is not None:
+                    self._prune(pruner, plan.ladder.get(self.step))
+                save_is_due = self._agree(sums, suspect)
             student.step()
         self.step += 1
+        return save_is_due
 
     def _prune(self, pruner: Pruner, sparsity: Fraction | None) -> None:
         try:
@@ -138,12 +136,20 @@ class Trainer:
             torch.zeros(()) if teacher_loss is None else teacher_loss.detach(),
         )
 
-    def _agree_on_losses(self, sums: list[float], batch: Batch) -> None:
-        """Average the step's losses over the ranks, and stop all of them where they are not finite."""
-        world = self.setup.world
-        self.losses.append([value / world.size for value in dist.all_sum(sums)])
+    def _agree(self, sums: list[float], batch: Batch) -> bool:
+        """Average the step's losses over the ranks, and stop all of them where they are not finite.
+
+        With the losses the ranks agree on what each knows by itself: whether its part of a checkpoint is written, and
+        whether rank 0's clock wants another. Return the latter.
+        """
+        world, minutes = self.setup.world, self.config.checkpoint.minutes
+        is_time = world.rank == 0 and minutes is not None and self.saver.minutes_since >= minutes
+        *losses, ranks_busy, due = dist.all_sum([*sums, float(self.saver.busy), float(is_time)])
+        self.losses.append([value / world.size for value in losses])
         if not all(math.isfinite(value) for value in self.losses[-1]):
             refuse_nonfinite(self.setup.student, batch, self.step)
+        self.saver.settle(ranks_busy)
+        return due > 0
 
     def _log_training(self) -> None:
         plan, pruner, student = self.setup.plan, self.setup.pruner, self.setup.student
@@ -173,6 +179,7 @@ class Trainer:
         plan, pruner, task = self.setup.plan, self.setup.pruner, self.setup.task
         started = time.perf_counter()
         self.metrics = evaluate(self.setup.student, task, task.validation, self.config.train.eval_batch_size)
+        self._measured_at = self.step
         self._logged_at += time.perf_counter() - started  # examples/s are those of training
         layers = {} if pruner is None else pruner.layer_sparsity
         self.monitor.log(
@@ -185,22 +192,74 @@ class Trainer:
                 **{f"sparsity/{name}": value for name, value in layers.items()},
             }
         )
-        if pruner is None or pruner.masked == 0:
+        if self.setup.teacher is None and (pruner is None or pruner.masked == 0):
             self.dense_metrics = self.metrics
         improved = self.at_target and self.best.update(self.metrics, self.step)
         if improved and self.config.train.select == "best":
-            self._keep(self.run_dir / "best")
+            directory, checkpoints = self.best.directory(self.run_dir), self.saver.folder
+            self._keep(directory)
+            dist.write_on_main(lambda: remove_former(directory, checkpoints), directory)
 
     def _keep(self, directory: Path) -> None:
         """Export to a directory; what was there goes once the new one is complete. Collective: every rank calls it."""
-        partial = directory.with_name(directory.name + ".partial")
+        partial = partial_of(directory)
         self.export(partial)
+        dist.write_on_main(lambda: replace(partial, directory), directory)
 
-        def replace() -> None:
-            shutil.rmtree(directory, ignore_errors=True)
-            partial.rename(directory)
+    def _save_is_planned(self) -> bool:
+        plan, checkpoint = self.setup.plan, self.config.checkpoint
+        at_end = checkpoint.epochs and (self.step % plan.steps_per_epoch == 0 or self.step == plan.total_steps)
+        return at_end or (checkpoint.steps is not None and self.step % checkpoint.steps == 0)
 
-        dist.write_on_main(replace, directory)
+    def _save(self) -> None:
+        """Begin to write a checkpoint. Collective: every rank calls it."""
+        pruner, student = self.setup.pruner, self.setup.student
+        if pruner is not None and pruner.carried:
+            pruner.verify()
+        measured = self.at_target and self._measured_at == self.step
+        state = state_of(student, pruner) | {
+            "config": asdict(self.config),
+            "data": self.setup.data,
+            "new_weights": self.setup.new_weights,
+            "trainer": self.state(),
+        }
+        self.saver.save(
+            self.step, owned_tensors(student, pruner), state, main_metric(self.metrics) if measured else None
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return where the run stands, for JSON."""
+        return {
+            "best": asdict(self.best),
+            "metrics": self.metrics,
+            "dense_metrics": self.dense_metrics,
+            "losses": self.losses,
+            "seconds": self.seconds,
+        }
+
+    def resume(self, checkpoint: Path, manifest: Manifest) -> None:
+        """Go on from a checkpoint that the student was loaded from. Collective: every rank calls it."""
+        restore(self.setup.student, self.setup.pruner, Pieces(checkpoint), manifest.state)
+        state = manifest.state["trainer"]
+        self.step, self.best = manifest.step, Best(**state["best"])
+        self.metrics, self.dense_metrics, self.losses = state["metrics"], state["dense_metrics"], state["losses"]
+        self.seconds_before = state["seconds"]
+        self.setup.new_weights = manifest.state["new_weights"]
+        self.saver.last_step = manifest.step
+
+    def measure_teacher(self) -> None:
+        """Measure the teacher, which is the dense model. Collective: every rank calls it."""
+        task = self.setup.task
+        self.dense_metrics = evaluate(self.setup.teacher, task, task.validation, self.config.train.eval_batch_size)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run has taken, in all processes."""
+        return self.seconds_before + time.time() - self._started_at
+
+    def _describe_model(self, directory: Path) -> None:
+        """Write what makes a directory of weights a model's."""
+        describe(self.setup.student.module, self.setup.task.tokenizer, directory)
 
     @property
     def at_target(self) -> bool:
@@ -213,11 +272,11 @@ class Trainer:
     def write_final(self) -> None:
         """Write ``final/``: the last state or the best one, at the target sparsity. Collective: every rank calls it."""
         assert self.at_target, "the run ended before its target sparsity"
-        final, best = self.run_dir / "final", self.run_dir / "best"
+        final = self.run_dir / "final"
         if self.config.train.select == "last":
             self._keep(final)
         else:
-            dist.write_on_main(lambda: best.rename(final), final)
+            dist.write_on_main(lambda: copy(self.best.directory(self.run_dir), final), final)
 
     @property
     def final_metrics(self) -> dict[str, float]:

@@ -6,129 +6,23 @@ weights (a fresh head) are made by the model's own initialisation, on rank 0, fr
 """
 
 import ctypes
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from distprune import dist
 from distprune.errors import UserError
+from distprune.model_files import Source, match_names, open_source, read_config
 from distprune.shards import full_shape
 
 _TRIM_BYTES = 16 << 20
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-_LEGACY = {"gamma": "weight", "beta": "bias"}
-
-
-def resolve(path: str, revision: str | None) -> Path:
-    """Return the directory of a model: itself, or the hub's snapshot in the local cache.
-
-    Raises:
-        UserError: where it is neither a directory nor a hub id that can be reached.
-    """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        if not (local / "config.json").exists():
-            raise UserError(f"{path} holds no config.json; allowed: a Hugging Face model directory or hub id")
-        return local
-    if local.exists() or path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1:
-        raise UserError(f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id")
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
-    except Exception as error:
-        raise UserError(
-            f"model {path!r} is not a local directory, and the hub did not give it: {error}".splitlines()[0]
-        ) from error
-
-
-@dataclass
-class Checkpoint:
-    """The tensors of a model directory, by name, read lazily from one mapped file at a time."""
-
-    directory: Path
-    file_of: dict[str, Path] = field(init=False)
-    _open: tuple[Path, Any] | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self.file_of = {}
-        for file in self._files():
-            with self._opening(file) as reader:
-                self.file_of |= dict.fromkeys(reader.keys(), file)
-
-    def read(self, name: str) -> Tensor:
-        """Return one tensor, on the CPU."""
-        file = self.file_of[name]
-        if self._open is None or self._open[0] != file:
-            self._open = (file, self._opening(file))
-        tensor: Tensor = self._open[1].get_tensor(name)
-        return tensor
-
-    def shape(self, name: str) -> list[int]:
-        """Return the shape of one tensor, without reading it."""
-        with self._opening(self.file_of[name]) as reader:
-            shape: list[int] = reader.get_slice(name).get_shape()
-        return shape
-
-    def _files(self) -> list[Path]:
-        """Return the files that there must be: those of the index, or the only one."""
-        single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
-        if not index.exists() and not single.exists():
-            raise UserError(
-                f"{self.directory} holds no model.safetensors (nor its index); save the model with "
-                "transformers' save_pretrained, which writes that format"
-            )
-        if not index.exists():
-            return [single]
-        try:
-            return sorted({self.directory / file for file in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{index} is not an index of safetensors files: {error!r}") from error
-
-    @staticmethod
-    def _opening(file: Path) -> Any:
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read as safetensors: {error}") from error
-
-
-def match_names(wanted: list[str], available: list[str], base_prefix: str) -> dict[str, str]:
-    """Pair a model's tensor names with a checkpoint's.
-
-    A checkpoint may be of the bare base model or of one with a head, so the base model's prefix may be missing or
-    extra; old checkpoints call a norm's weight and bias gamma and beta.
-
-    Args:
-        wanted: the model's names.
-        available: the checkpoint's names.
-        base_prefix: the model's ``base_model_prefix``.
-
-    Returns:
-        The checkpoint's name of each model name that has one.
-    """
-    prefix = base_prefix + "."
-    stored: dict[str, str] = {}
-    for name in available:
-        stem, _, last = name.rpartition(".")
-        modern = f"{stem}.{_LEGACY.get(last, last)}" if stem else name
-        stored[modern.removeprefix(prefix)] = name
-    return {name: stored[bare] for name in wanted if (bare := name.removeprefix(prefix)) in stored}
 
 
 class _StreamedParameters(nn.Module):
@@ -220,27 +114,7 @@ def _trimmed(stream: Iterator[nn.Parameter]) -> Iterator[nn.Parameter]:
             held = 0
 
 
-def read_config(directory: Path, options: dict[str, Any] | None = None) -> PretrainedConfig:
-    """Return a model's configuration, with some values replaced.
-
-    Raises:
-        UserError: where config.json is no configuration that transformers knows.
-    """
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory, **(options or {}))
-    except Exception as error:  # transformers raises many kinds, some over several lines
-        reason = " ".join(str(error).split())
-        raise UserError(f"{directory / 'config.json'} is not a model's configuration: {reason}") from error
-    return config
-
-
-def auto_class_of(directory: Path) -> Any:
-    """Return the transformers auto class that a run would load a directory's model with."""
-    classes = read_config(directory).architectures or []
-    return AutoModelForSequenceClassification if "SequenceClassification" in "".join(classes) else AutoModel
-
-
-def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, Checkpoint]:
+def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, Source]:
     """Build the model with parameters on the meta device, and open its checkpoint."""
     config = read_config(directory, options)
     try:
@@ -250,10 +124,10 @@ def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple
     except Exception as error:  # transformers raises many kinds, some over several lines
         reason = " ".join(str(error).split())
         raise UserError(f"{directory} does not describe a model for {auto_class.__name__}: {reason}") from error
-    return model, Checkpoint(directory)
+    return model, open_source(directory)
 
 
-def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+def _sources(model: PreTrainedModel, checkpoint: Source) -> dict[str, str]:
     """Return the stored name of each parameter and buffer; a tied one may be stored under any of its names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = [*parameters, *(name for name, _ in model.named_buffers())]
@@ -265,7 +139,7 @@ def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
 
 def _check_match(
     model: PreTrainedModel,
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     sources: dict[str, str],
     missing: list[str],
     new_allowed: bool,
@@ -283,7 +157,7 @@ def _check_match(
 
 def _materialise(
     model: PreTrainedModel,
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     sources: dict[str, str],
     dtype: torch.dtype,
     failures: list[UserError],
@@ -312,7 +186,7 @@ def _materialise(
 
 
 @torch.no_grad()
-def _fill(target: Tensor, name: str, stored_name: str, checkpoint: Checkpoint, failures: list[UserError]) -> None:
+def _fill(target: Tensor, name: str, stored_name: str, checkpoint: Source, failures: list[UserError]) -> None:
     """Copy a stored tensor; a defect is noted, not raised, because the other ranks are in a broadcast."""
     stored = checkpoint.read(stored_name)
     if stored.shape != target.shape:

@@ -6,9 +6,9 @@ from distprune import dist, settings
 from distprune.engine import build_frozen
 from distprune.evaluate import evaluate
 from distprune.export import count_zeros
+from distprune.model_files import match_names, read_config
 from distprune.pruning.targets import layer_matrices
 from distprune.setup import check_limits, load_task, local_model
-from distprune.weights import match_names, read_config
 
 
 def run(model_dir: str, config_path: str, overrides: list[str]) -> None:

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from distprune.benchmarks.timing import seconds
 from distprune.errors import UserError
+from distprune.model_files import auto_class_of, read_config, resolve
 from distprune.packed import is_packed, pack_directory, unpack_directory
 from distprune.setup import load_tokenizer
 from distprune.shrunk import Removed, load_shrunk, save_shrunk, shrink
-from distprune.weights import auto_class_of, read_config, resolve
 
 _BATCH, _LENGTH, _REPEAT = 8, 128, 7
 _TOLERANCE = 1e-5

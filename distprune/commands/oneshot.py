@@ -24,6 +24,7 @@ from distprune.checks import PRUNING
 from distprune.config import Config, PruningConfig
 from distprune.errors import UserError
 from distprune.lr import LrSchedule
+from distprune.model_files import Source, auto_class_of, match_names
 from distprune.monitor import Monitor
 from distprune.pruning.exchange import over_ranks, summed
 from distprune.pruning.masks import KEPT, PRUNED, count_pruned
@@ -33,7 +34,7 @@ from distprune.pruning.structures import Choice, build_structure
 from distprune.pruning.targets import find_targets
 from distprune.setup import local_model, prepare
 from distprune.train import Trainer
-from distprune.weights import Checkpoint, auto_class_of, match_names, skeleton
+from distprune.weights import skeleton
 
 _OF_THE_DENSE_MODEL = ("*.safetensors", "*.bin", "README.md", "pruning.json", ".*")
 
@@ -98,7 +99,7 @@ class Files:
     """The part of a model's files that this rank reads and writes."""
 
     model: PreTrainedModel
-    checkpoint: Checkpoint
+    checkpoint: Source
     stored: dict[str, str]
     """The name in the files of each parameter to prune."""
     mine: list[Path]
@@ -239,6 +240,8 @@ def _prune_by_gradients(model_dir: str, out: str, pruning: PruningConfig, seed: 
                 "model.dropout=0",
                 "distillation.hardness=0",
                 "pruning.sparsity=0",
+                "checkpoint.epochs=false",
+                "checkpoint.minutes=null",
             ],
         )
     )

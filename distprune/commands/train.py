@@ -1,17 +1,19 @@
 """``distprune train``: fine-tune, prune and distil, under any launcher or alone."""
 
-import time
+import shutil
 from pathlib import Path
 from typing import Any
 
 from distprune import dist, settings
+from distprune.checkpoints import run_directory
+from distprune.checkpoints.files import FOLDER, Manifest, clear_unfinished
+from distprune.checkpoints.resume import newest_whole
 from distprune.config import Config
 from distprune.errors import UserError
-from distprune.evaluate import evaluate
 from distprune.monitor import Monitor
 from distprune.monitor.plots import plot_layers, plot_run
 from distprune.report import model_card, read_metrics, write_json
-from distprune.setup import prepare
+from distprune.setup import Setup, prepare
 from distprune.summary import pruning_record, summarise
 from distprune.train import Trainer
 
@@ -26,59 +28,102 @@ def run(config_path: str, overrides: list[str]) -> None:
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Carry out one run in an existing process group. Collective: every rank calls it.
+    """Carry out one run in an existing process group, or the rest of one. Collective: every rank calls it.
 
     Returns:
         The run's summary on rank 0, an empty one elsewhere.
     """
-    started = time.time()
     run_dir = Path(config.train.output).expanduser()
-    dist.agree(lambda: _check_free(run_dir))
-    setup = prepare(config)
-    dist.write_on_main(lambda: _claim(run_dir, config), run_dir)
+    try:
+        return _train(config, run_dir)
+    finally:
+        run_directory.unlock(run_dir)
+
+
+def _train(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Collective: every rank calls it."""
+    before = None
+    if unfinished := dist.on_main(lambda: _enter(run_dir)):
+        before = newest_whole(run_dir / FOLDER)
+        dist.on_main(lambda: _say_where_it_goes_on(run_dir, config, before))
+    setup = prepare(config, before and before[0])
+    if before is not None:
+        dist.on_main(lambda: _check_fits(setup, before[1]))
+    step = before[1].step if before else 0
+    dist.write_on_main(lambda: _make_ready(run_dir, config, unfinished, step), run_dir)
     if setup.new_weights and dist.is_main():
         print(f"new weights, which {config.model.path} lacks: {', '.join(setup.new_weights)}")
-    dense = None
     try:
         with Monitor(run_dir, config, setup.plan.total_steps, enabled=dist.is_main()) as monitor:
-            if setup.teacher is not None:
-                dense = evaluate(setup.teacher, setup.task, setup.task.validation, config.train.eval_batch_size)
             trainer = Trainer(config, setup, monitor, run_dir)
+            if before is not None:
+                trainer.resume(*before)
+            elif setup.teacher is not None:
+                trainer.measure_teacher()
             trainer.run()
             trainer.write_final()
     except UserError:
         dist.barrier()  # all ranks are here; rank 0 may have had to wait for wandb, and has the sentence to say
         raise
-    summary = summarise(trainer, dense or trainer.dense_metrics, time.time() - started)
+    summary = summarise(trainer)
     # All ranks wait for rank 0: a launcher may end them as soon as one has ended.
     dist.write_on_main(lambda: _write_reports(trainer, summary), run_dir)
     return summary
 
 
-def _check_free(run_dir: Path) -> None:
-    """Refuse a run directory that holds anything."""
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UserError(f"train.output {str(run_dir)!r} is not empty; allowed: a new or empty directory")
+def _enter(run_dir: Path) -> bool:
+    """Return whether there is a run to go on with, which is locked then."""
+    unfinished = run_directory.is_unfinished(run_dir)
+    if unfinished:
+        run_directory.lock(run_dir)
+    return unfinished
 
 
-def _claim(run_dir: Path, config: Config) -> None:
-    """Make the run directory; of two runs that want the same one, the second is refused."""
-    _check_free(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "config.yaml").open("x") as file:
-        file.write(settings.to_yaml(config))
+def _say_where_it_goes_on(run_dir: Path, config: Config, before: tuple[Path, Manifest] | None) -> None:
+    """Say from where a run goes on, and what has changed.
+
+    Raises:
+        UserError: where what has changed would make another run of it.
+    """
+    old = before[1].state["config"] if before else run_directory.started_with(run_dir)
+    changed = run_directory.changes(old, config)
+    where = f"step {before[1].step} ({before[0]})" if before else "the beginning: it has no checkpoint yet"
+    print(f"going on with the run in {run_dir} from {where}")
+    for change in changed:
+        print(f"changed since: {change}")
+
+
+def _check_fits(setup: Setup, manifest: Manifest) -> None:
+    """Refuse a checkpoint of other data, or from behind the end of the run."""
+    if setup.data != manifest.state["data"]:
+        raise UserError("the training or validation data are not those that the run began with; allowed: the same")
+    if manifest.step > setup.plan.total_steps:
+        raise UserError(
+            f"train.epochs makes a run of {setup.plan.total_steps} steps, and {manifest.step} are done; allowed: more"
+        )
+
+
+def _make_ready(run_dir: Path, config: Config, unfinished: bool, step: int) -> None:
+    """Claim the directory of a new run, or clear away what the process before has left behind ``step``."""
+    if not unfinished:
+        run_directory.claim(run_dir, config)
+        return
+    clear_unfinished(run_dir / FOLDER)
+    run_directory.cut_metrics(run_dir, step)
+    run_directory.write_config(run_dir, config)
 
 
 def _write_reports(trainer: Trainer, summary: dict[str, Any]) -> None:
     run_dir = trainer.run_dir
-    write_json(run_dir / "summary.json", summary)
     if summary["masked_weights"]:
         write_json(run_dir / "final" / "pruning.json", pruning_record(trainer, summary))
     (run_dir / "final" / "README.md").write_text(model_card(summary))
     if layers := summary["layers"]:
         sparsities = {name: layer["masked"] / layer["weights"] for name, layer in layers.items()}
         plot_layers(sparsities, run_dir / "layers.png")
+    shutil.rmtree(run_dir / "best", ignore_errors=True)
     plot_run(read_metrics(run_dir / "metrics.jsonl"), run_dir / "plot.png", summary["dense_metric"], run_dir.name)
+    write_json(run_dir / "summary.json", summary)  # the last: with it the run is finished
     print(
         f"{summary['metric_name']} {summary['final_metric']:.4f} at sparsity {summary['sparsity_masked']:.4f} "
         f"-> {run_dir / 'final'}, {run_dir / 'summary.json'}, {run_dir / 'plot.png'}"

@@ -154,13 +154,32 @@ class Pruner:
         """
 
         def not_plus_zero(shard: Shard, mask: Tensor) -> int:
-            every = (shard.master, shard.low_precision, *shard.moments(self.optimizer))
+            every = (shard.master, shard.low_precision, *shard.moments(self.optimizer).values())
             pruned = [held[(mask == PRUNED).to(held.device)] for held in every]
             return sum(int(((values != 0) | torch.signbit(values)).sum()) for values in pruned)
 
         numbers = [not_plus_zero(*each) for each in zip(self.shards, self.masks, strict=True)]
         back = [name for name, number in self._per_parameter(numbers).items() if number]
         assert not back, f"pruned weights came back, or are -0.0, in {', '.join(back)}"
+
+    def state(self) -> dict[str, Any]:
+        """Return what is to be saved beside masks and scores, for JSON."""
+        return {
+            "sparsity_asked": str(self.sparsity_asked),
+            "threshold": self.threshold,
+            "carried": self.carried,
+            "started_sparse": self._started_sparse,
+            "masked_of": self.masked_of,
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned, with masks and scores in place. Collective: every rank calls it."""
+        self._count()
+        assert self.masked_of == state["masked_of"], "the masks are not those that were saved"
+        self.sparsity_asked = Fraction(state["sparsity_asked"])
+        self.threshold, self.carried = state["threshold"], state["carried"]
+        self._started_sparse = state["started_sparse"]
+        self._moments_to_zero = set(range(len(self.flat_masks)))
 
     def _mask_gradients(self) -> None:
         for shard, mask in zip(self.shards, self.masks, strict=True):
@@ -185,7 +204,7 @@ class Pruner:
             apply_mask(flat.master, flat.mask)
             if index in self._moments_to_zero:
                 for shard, mask in zip(self.shards, self.masks, strict=True):
-                    for moment in shard.moments(optimizer) if shard.base is flat.base else ():
+                    for moment in shard.moments(optimizer).values() if shard.base is flat.base else ():
                         apply_mask(moment, mask)
                 self._moments_to_zero.remove(index)
 

@@ -212,10 +212,10 @@ class Student:
         """Return the whole fp32 weights, flat, on every rank. Collective."""
         return whole(self.names, [(s, s.master[s.owned].cpu()) for s in self.pruner.shards])
 
-    def moments(self, index: int) -> dict[str, Tensor]:
-        """Return the whole first (0) or second (1) moments, flat, on every rank. Collective."""
+    def moments(self, kind: str) -> dict[str, Tensor]:
+        """Return the whole first (exp_avg) or second (exp_avg_sq) moments, flat, on every rank. Collective."""
         optimizer = self.engine.basic_optimizer
-        return whole(self.names, [(s, s.moments(optimizer)[index][s.owned].cpu()) for s in self.pruner.shards])
+        return whole(self.names, [(s, s.moments(optimizer)[kind][s.owned].cpu()) for s in self.pruner.shards])
 
     def forward_weights(self) -> dict[str, Tensor]:
         """Return what the forward pass uses, flat, gathered by DeepSpeed where it is cut up. Collective."""

@@ -1,6 +1,10 @@
 """A small task on disk, and whole runs on it."""
 
 import json
+import logging
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -62,6 +66,19 @@ def run_patched(target: str, replacement: Any, task: Path, output: Path, *overri
     """Run with one function replaced. Collective."""
     with patch(target, replacement):
         return run(task, output, *overrides)
+
+
+def heard(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """Return what a function returns, and what it prints and logs. Collective where the function is."""
+    said = StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("distprune").addHandler(handler)
+    try:
+        with redirect_stdout(said):
+            result = function(*arguments)
+        return result, said.getvalue()
+    finally:
+        logging.getLogger("distprune").removeHandler(handler)
 
 
 def records(output: Path, split: str) -> list[dict[str, Any]]:

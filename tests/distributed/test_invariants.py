@@ -122,7 +122,7 @@ def train_pruned(directory: Path, layout: Layout, accumulation: int, checkpointi
         student.step(step, rungs.get(step))
         student.pruner.verify()
         masks, masters, used = student.masks(), student.masters(), student.forward_weights()
-        moments = [student.moments(index) for index in (0, 1)]
+        moments = [student.moments(kind) for kind in ("exp_avg", "exp_avg_sq")]
         for name, mask in masks.items():
             assert (mask | ~before[name]).all(), f"{layout}: a pruned weight of {name} is back"
             for kind, held in (("master", masters), ("forward", used), ("moment", moments[0]), ("moment", moments[1])):
@@ -239,7 +239,7 @@ def clipped_step(directory: Path, layout: Layout, accumulation: int) -> tuple[fl
     student = Student(directory, layout, accumulation, clip=CLIP)
     student.step(0, Fraction("0.9"))
     norm = None if layout == Layout(0) else float(student.engine.get_global_grad_norm())
-    moments = student.moments(0)
+    moments = student.moments("exp_avg")
     student.close()
     return norm, moments
 

@@ -68,7 +68,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "example longer than the positions": ("model.path={root}/few-positions", "up to the model's 8"),
     "example longer than the teacher's positions": ("teacher.path={root}/few-positions", "up to the model's 8"),
     "tokenizer": ("model.tokenizer={root}/gone", "gone' gives no tokenizer: "),
-    "run directory that is a file": ("train.output={root}/range.jsonl", "is not empty"),
+    "run directory that is a file": ("train.output={root}/range.jsonl", "is a file; allowed: a new or empty directory"),
     "run directory in use": ("train.output={root}", "is not empty"),
 }
 
@@ -169,8 +169,8 @@ class TakenMeanwhile:
     def __init__(self, output: Path):
         self.output = output
 
-    def __call__(self, config: Any) -> Any:
-        prepared = prepare(config)
+    def __call__(self, config: Any, checkpoint: Any) -> Any:
+        prepared = prepare(config, checkpoint)
         if dist.is_main():
             self.output.mkdir()
             (self.output / "config.yaml").write_text("another run's")
@@ -182,7 +182,7 @@ def test_of_two_runs_with_one_directory_the_second_is_refused(world: Worlds, tas
     target = "distprune.commands.train.prepare"
     said = world(2).run(run_patched, target, TakenMeanwhile(output), task, output)
     assert len(set(said)) == 1
-    assert "is not empty" in said[0]
+    assert "is another run's by now; allowed: a new or empty directory" in said[0]
     assert (output / "config.yaml").read_text() == "another run's"
 
 
@@ -224,9 +224,9 @@ def test_the_best_state_stays_until_the_next_one_is_complete(world: Worlds, task
     output, options = tmp_path / "run", ("train.select=best", "train.eval_every=1 steps", "distillation.hardness=0")
     said = world(1).run(run_until_full, task, output, *options)
     assert "No space left" in said[0]
-    pruned = load_file(output / "best" / "model.safetensors")[f"{LAYER}.weight"]
+    pruned = load_file(output / "best" / "step-00000017" / "model.safetensors")[f"{LAYER}.weight"]
     assert (pruned == 0).any(), "the first state at the target"
-    assert (output / "best.partial").exists()
+    assert (output / "best" / "step-00000018.partial").exists()
 
 
 class SlowMonitor(Monitor):

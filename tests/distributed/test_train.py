@@ -211,7 +211,7 @@ def test_a_run_directory_holds_what_was_promised(world: Worlds, task: Path, tmp_
     summary, other = world(2).run(run, task, output)
     assert other == {}
     assert json.loads((output / "summary.json").read_text()) == summary
-    names = {"config.yaml", "metrics.jsonl", "summary.json", "final", "plot.png", "layers.png"}
+    names = {"config.yaml", "metrics.jsonl", "summary.json", "final", "plot.png", "layers.png", "checkpoints", ".lock"}
     assert {path.name for path in output.iterdir()} == names
     assert settings.load(str(output / "config.yaml"), []) == settings.load(
         str(task / "run.yaml"), [f"train.output={output}"]

@@ -18,9 +18,10 @@ from transformers import (
     EsmConfig,
 )
 
-from distprune import weights
+from distprune import model_files
 from distprune.errors import UserError
-from distprune.weights import Checkpoint, match_names, resolve, set_dropout, skeleton
+from distprune.model_files import ModelFiles, match_names, resolve
+from distprune.weights import set_dropout, skeleton
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
 
@@ -83,19 +84,19 @@ def test_pairs_are_of_what_is_wanted_and_there(wanted: list[str], available: lis
     assert all(stored == name.removeprefix("bert.") for name, stored in pairs.items())
 
 
-# ------------------------------------------------------------------------------------------------- Checkpoint
+# ------------------------------------------------------------------------------------------------- ModelFiles
 
 
 def test_a_checkpoint_of_one_file_gives_its_tensors(model_dir: Path) -> None:
     tensors = load_file(model_dir / "model.safetensors")
-    checkpoint = Checkpoint(model_dir)
+    checkpoint = ModelFiles(model_dir)
     assert set(checkpoint.file_of) == set(tensors)
     assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
 
 
 def test_a_checkpoint_of_many_files_gives_its_tensors_in_any_order(model_dir: Path) -> None:
     tensors = shard(model_dir)
-    checkpoint = Checkpoint(model_dir)
+    checkpoint = ModelFiles(model_dir)
     assert {file.name for file in checkpoint.file_of.values()} == {"part-0.safetensors", "part-1.safetensors"}
     assert checkpoint.file_of.keys() == tensors.keys()
     for name in [*sorted(tensors), *sorted(tensors, reverse=True)]:
@@ -105,27 +106,27 @@ def test_a_checkpoint_of_many_files_gives_its_tensors_in_any_order(model_dir: Pa
 def test_files_that_no_index_names_are_left_alone(model_dir: Path) -> None:
     tensors = shard(model_dir)
     save_file({"stray": torch.zeros(1)}, model_dir / "adapter.safetensors")
-    assert Checkpoint(model_dir).file_of.keys() == tensors.keys()
+    assert ModelFiles(model_dir).file_of.keys() == tensors.keys()
 
 
 def test_broken_files_are_refused_before_any_is_read(model_dir: Path) -> None:
     shard(model_dir)
     part = model_dir / "part-1.safetensors"
     part.write_bytes(part.read_bytes()[:-4])
-    assert "part-1.safetensors cannot be read as safetensors" in refusal(Checkpoint, model_dir)
+    assert "part-1.safetensors cannot be read as safetensors" in refusal(ModelFiles, model_dir)
     part.unlink()
-    assert "part-1.safetensors cannot be read as safetensors" in refusal(Checkpoint, model_dir)
+    assert "part-1.safetensors cannot be read as safetensors" in refusal(ModelFiles, model_dir)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", ""])
 def test_a_broken_index_is_refused(model_dir: Path, text: str) -> None:
     (model_dir / "model.safetensors.index.json").write_text(text)
-    assert "model.safetensors.index.json is not an index" in refusal(Checkpoint, model_dir)
+    assert "model.safetensors.index.json is not an index" in refusal(ModelFiles, model_dir)
 
 
 def test_a_directory_without_safetensors_is_refused(model_dir: Path) -> None:
     (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
-    message = refusal(Checkpoint, model_dir)
+    message = refusal(ModelFiles, model_dir)
     assert str(model_dir) in message
     assert "save_pretrained" in message
 
@@ -150,7 +151,7 @@ def test_a_hub_id_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return "snapshot"
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights, "snapshot_download", snapshot)
+    monkeypatch.setattr(model_files, "snapshot_download", snapshot)
     for name in ("google-bert/bert-base-uncased", "gpt2"):
         assert resolve(name, "v2") == Path("snapshot")
         assert (asked["repo"], asked["revision"]) == (name, "v2")
@@ -163,7 +164,7 @@ def test_what_is_neither_directory_nor_hub_id_is_refused_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(model_files, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     (tmp_path / "file.txt").touch()
     assert f"model path {path!r} is not a directory" in refusal(resolve, path, None)
 
@@ -173,7 +174,7 @@ def test_a_hub_that_does_not_answer_is_told_in_one_line(tmp_path: Path, monkeypa
         raise OSError("no connection\nTraceback ...")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights, "snapshot_download", snapshot)
+    monkeypatch.setattr(model_files, "snapshot_download", snapshot)
     message = refusal(resolve, "some/model", None)
     assert "'some/model' is not a local directory" in message
     assert message.endswith("no connection")

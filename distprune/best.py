@@ -1,0 +1,70 @@
+"""The best state of a run, and the directory that each such state is kept in."""
+
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distprune.checkpoints.files import Damaged, newest_first, read_manifest
+from distprune.errors import UserError
+
+
+def main_metric(metrics: dict[str, float]) -> float:
+    """Return the metric that states are compared by: the first."""
+    return next(iter(metrics.values()))
+
+
+@dataclass
+class Best:
+    """The best evaluation, by the main metric, among states at the target sparsity."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    evaluations_since: int = 0
+
+    def update(self, metrics: dict[str, float], step: int) -> bool:
+        """Take in an evaluation; return whether it is the best so far."""
+        if not self.metrics or main_metric(metrics) > main_metric(self.metrics):
+            self.metrics, self.step, self.evaluations_since = metrics, step, 0
+            return True
+        self.evaluations_since += 1
+        return False
+
+    def directory(self, run_dir: Path) -> Path:
+        """Return where the state is kept."""
+        return run_dir / "best" / f"step-{self.step:08d}"
+
+
+def remove_former(best: Path, checkpoints: Path) -> None:
+    """Remove kept states that neither the run would choose, nor one that goes on from a checkpoint.
+
+    Args:
+        best: the directory of the best state.
+        checkpoints: the folder of the run's checkpoints.
+    """
+    wanted = {best.name}
+    for checkpoint in newest_first(checkpoints):
+        with suppress(Damaged, UserError):
+            wanted.add(f"step-{read_manifest(checkpoint).state['trainer']['best']['step']:08d}")
+    for directory in best.parent.iterdir():
+        if directory.name not in wanted:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def replace(partial: Path, directory: Path) -> None:
+    """Give a complete directory its name; what had it before goes."""
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def copy(source: Path, directory: Path) -> None:
+    """Copy a directory; what was there goes once the copy is complete."""
+    partial = partial_of(directory)
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    replace(partial, directory)
+
+
+def partial_of(directory: Path) -> Path:
+    """Return the name that a directory has until it is complete."""
+    return directory.with_name(directory.name + ".partial")

@@ -1,0 +1,140 @@
+"""Whose a run directory is: a new run's, that of one which goes on, or a finished one's. On rank 0, no collectives."""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distprune import settings
+from distprune.config import Config
+from distprune.errors import UserError
+
+CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
+
+_FIXED = ("model.", "teacher.", "task.", "pruning.")
+_FIXED_KEYS = ("train.batch_size", "train.seed")
+_FREE = ("model.path", "model.revision", "model.tokenizer", "model.activation_checkpointing")
+"""The checkpoint holds the model itself, so where it came from does not matter any more."""
+
+logger = logging.getLogger(__name__)
+_locks: dict[Path, int] = {}
+
+
+def is_unfinished(run_dir: Path) -> bool:
+    """Return whether a directory holds a run that can go on; a new or empty one does not.
+
+    Raises:
+        UserError: where it holds a finished run, or something else than a run.
+    """
+    allowed = "allowed: a new or empty directory, or that of a run to go on with"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"train.output {str(run_dir)!r} is a file; {allowed}")
+    held = {path.name for path in run_dir.iterdir()} - {LOCK} if run_dir.exists() else set()
+    if SUMMARY in held:
+        raise UserError(f"train.output {str(run_dir)!r} holds a finished run; {allowed}")
+    if held and CONFIG not in held:
+        raise UserError(f"train.output {str(run_dir)!r} is not empty, and holds no run; {allowed}")
+    return bool(held)
+
+
+def claim(run_dir: Path, config: Config) -> None:
+    """Make the directory of a new run; of two runs that want the same one, the second is refused.
+
+    Raises:
+        UserError: where another has it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock(run_dir)
+    if is_unfinished(run_dir):
+        raise UserError(f"train.output {str(run_dir)!r} is another run's by now; allowed: a new or empty directory")
+    write_config(run_dir, config)
+
+
+def write_config(run_dir: Path, config: Config) -> None:
+    """Write the configuration of the run as it is now."""
+    partial = run_dir / f"{CONFIG}.partial"
+    partial.write_text(settings.to_yaml(config))
+    partial.rename(run_dir / CONFIG)
+
+
+def lock(run_dir: Path) -> None:
+    """Keep every other run out of a directory, until `unlock` or the end of the process, however that comes.
+
+    Raises:
+        UserError: where another run is in it.
+    """
+    path = run_dir / LOCK
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise UserError(f"train.output {str(run_dir)!r} is in use by {holder}; allowed: one run at a time") from error
+    except OSError as error:  # some network file systems know no locks
+        logger.warning("%s cannot be locked (%s): make sure that no other run uses it", run_dir, error)
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    _locks[run_dir] = descriptor
+
+
+def unlock(run_dir: Path) -> None:
+    """Let others into a directory."""
+    descriptor = _locks.pop(run_dir, None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def changes(old: dict[str, Any], config: Config) -> list[str]:
+    """Return in words which keys have another value than in a checkpoint.
+
+    Args:
+        old: the configuration as the checkpoint has it, section by section.
+        config: the one to go on with.
+
+    Raises:
+        UserError: where the rest of the run would have another model, target or data than its beginning.
+    """
+    found = []
+    for section, values in asdict(config).items():
+        for name, value in values.items():
+            key, before = f"{section}.{name}", old.get(section, {}).get(name, value)
+            if value == before:
+                continue
+            if (key.startswith(_FIXED) or key in _FIXED_KEYS) and key not in _FREE:
+                raise UserError(
+                    f"{key} is {value!r}, and was {before!r} when the run began; allowed: the same, or another "
+                    "train.output for another run"
+                )
+            found.append(f"{key} {before!r} -> {value!r}")
+    return found
+
+
+def started_with(run_dir: Path) -> dict[str, Any]:
+    """Return the configuration that a run without a checkpoint was started with, section by section.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    return asdict(settings.load(str(run_dir / CONFIG), []))
+
+
+def cut_metrics(run_dir: Path, step: int) -> None:
+    """Take the lines behind a step out of metrics.jsonl: they come again."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # the process was killed within the line
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.rename(path)

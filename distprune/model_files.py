@@ -1,0 +1,155 @@
+"""Model directories: found, described, and their tensors read by name, one at a time."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
+
+from distprune.checkpoints.files import is_checkpoint
+from distprune.checkpoints.pieces import Pieces
+from distprune.errors import UserError
+
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_LEGACY = {"gamma": "weight", "beta": "bias"}
+
+
+class Source(Protocol):
+    """The tensors of a model in files, by name."""
+
+    directory: Path
+    file_of: dict[str, Path]
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, on the CPU."""
+
+    def shape(self, name: str) -> list[int]:
+        """Return the shape of one tensor, without reading it."""
+
+
+def open_source(directory: Path) -> Source:
+    """Return the tensors of a Hugging Face directory, or of a checkpoint.
+
+    Raises:
+        UserError: where they cannot be read.
+    """
+    return Pieces(directory) if is_checkpoint(directory) else ModelFiles(directory)
+
+
+def resolve(path: str, revision: str | None) -> Path:
+    """Return the directory of a model: itself, or the hub's snapshot in the local cache.
+
+    Raises:
+        UserError: where it is neither a directory nor a hub id that can be reached.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").exists():
+            raise UserError(f"{path} holds no config.json; allowed: a Hugging Face model directory or hub id")
+        return local
+    if local.exists() or path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1:
+        raise UserError(f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id")
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
+    except Exception as error:
+        raise UserError(
+            f"model {path!r} is not a local directory, and the hub did not give it: {error}".splitlines()[0]
+        ) from error
+
+
+@dataclass
+class ModelFiles:
+    """The tensors of a model directory, by name, read lazily from one mapped file at a time."""
+
+    directory: Path
+    file_of: dict[str, Path] = field(init=False)
+    _open: tuple[Path, Any] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.file_of = {}
+        for file in self._files():
+            with self._opening(file) as reader:
+                self.file_of |= dict.fromkeys(reader.keys(), file)
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, on the CPU."""
+        file = self.file_of[name]
+        if self._open is None or self._open[0] != file:
+            self._open = (file, self._opening(file))
+        tensor: Tensor = self._open[1].get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> list[int]:
+        """Return the shape of one tensor, without reading it."""
+        with self._opening(self.file_of[name]) as reader:
+            shape: list[int] = reader.get_slice(name).get_shape()
+        return shape
+
+    def _files(self) -> list[Path]:
+        """Return the files that there must be: those of the index, or the only one."""
+        single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
+        if not index.exists() and not single.exists():
+            raise UserError(
+                f"{self.directory} holds no model.safetensors (nor its index); save the model with "
+                "transformers' save_pretrained, which writes that format"
+            )
+        if not index.exists():
+            return [single]
+        try:
+            return sorted({self.directory / file for file in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{index} is not an index of safetensors files: {error!r}") from error
+
+    @staticmethod
+    def _opening(file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def match_names(wanted: list[str], available: list[str], base_prefix: str) -> dict[str, str]:
+    """Pair a model's tensor names with a checkpoint's.
+
+    A checkpoint may be of the bare base model or of one with a head, so the base model's prefix may be missing or
+    extra; old checkpoints call a norm's weight and bias gamma and beta.
+
+    Args:
+        wanted: the model's names.
+        available: the checkpoint's names.
+        base_prefix: the model's ``base_model_prefix``.
+
+    Returns:
+        The checkpoint's name of each model name that has one.
+    """
+    prefix = base_prefix + "."
+    stored: dict[str, str] = {}
+    for name in available:
+        stem, _, last = name.rpartition(".")
+        modern = f"{stem}.{_LEGACY.get(last, last)}" if stem else name
+        stored[modern.removeprefix(prefix)] = name
+    return {name: stored[bare] for name in wanted if (bare := name.removeprefix(prefix)) in stored}
+
+
+def read_config(directory: Path, options: dict[str, Any] | None = None) -> PretrainedConfig:
+    """Return a model's configuration, with some values replaced.
+
+    Raises:
+        UserError: where config.json is no configuration that transformers knows.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, **(options or {}))
+    except Exception as error:  # transformers raises many kinds, some over several lines
+        reason = " ".join(str(error).split())
+        raise UserError(f"{directory / 'config.json'} is not a model's configuration: {reason}") from error
+    return config
+
+
+def auto_class_of(directory: Path) -> Any:
+    """Return the transformers auto class that a run would load a directory's model with."""
+    classes = read_config(directory).architectures or []
+    return AutoModelForSequenceClassification if "SequenceClassification" in "".join(classes) else AutoModel
