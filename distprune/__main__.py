@@ -106,10 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     oneshot.add_argument("--seed", type=int, default=42, metavar="N", help="of data and random scores [%(default)s]")
     oneshot.add_argument("--config", metavar="FILE", help="whose data give the gradients that a score needs")
 
-    export = commands.add_parser("export", help="pack a sparse model (a bit a weight, and the values), or unpack it")
-    export.add_argument("source", metavar="DIR", help="model directory, or one that is packed")
+    export = commands.add_parser("export", help="a checkpoint as a model; a model packed, or unpacked, or shrunk")
+    export.add_argument("source", metavar="DIR", help="checkpoint, model directory, or one that is packed")
     export.add_argument("out", metavar="OUT", help="new directory")
     export.add_argument("--shrink", action="store_true", dest="shrinking", help="take out zero heads and neurons")
+
+    export.add_argument(
+        "--packed", action="store_true", dest="packing", help="a checkpoint's model with a bit a weight, and the values"
+    )
 
     bench = commands.add_parser("bench", help="measure what pruning costs on this machine")
     kinds = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)

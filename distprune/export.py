@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,9 +37,7 @@ def export(engine: Any, tokenizer: Any, directory: Path) -> None:
     meta = {name: torch.empty(full_shape(parameter), device="meta") for name, parameter in model.named_parameters()}
     buffers = stored_buffers(model)
     meta |= {name: torch.empty_like(buffer, device="meta") for name, buffer in buffers.items()}
-    plan = split_torch_state_dict_into_shards(
-        meta, filename_pattern="model{suffix}.safetensors", max_shard_size=_FILE_SIZE
-    )
+    plan = plan_files(meta)
 
     def clear() -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -54,12 +52,24 @@ def export(engine: Any, tokenizer: Any, directory: Path) -> None:
         dist.write_on_main(save, directory / file)
 
     def complete() -> None:
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        write_index(plan, directory)
         describe(model, tokenizer, directory)
 
     dist.write_on_main(complete, directory)
+
+
+def plan_files(tensors: dict[str, Tensor]) -> StateDictSplit:
+    """Return which file each tensor goes to; only their shapes and types are looked at."""
+    return split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=_FILE_SIZE
+    )
+
+
+def write_index(plan: StateDictSplit, directory: Path) -> None:
+    """Write which file holds each tensor, where there are several."""
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def describe(model: Any, tokenizer: Any, directory: Path) -> None:

@@ -88,18 +88,27 @@ def _convert(source: Path, target: Path, prefix: str, convert: Callable[[Path, P
 
 
 def _packed(source: Path, target: Path) -> None:
-    tensors: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
     with safe_open(source, framework="pt") as reader:
-        for name in reader.keys():  # noqa: SIM118 - not a dict
-            tensor = reader.get_tensor(name)
-            mask, values = pack(tensor)
-            if mask.nbytes + values.nbytes < tensor.nbytes:
-                tensors[f"{name}.mask"], tensors[f"{name}.values"] = mask, values
-                shapes[name] = list(tensor.shape)
-            else:
-                tensors[name] = tensor
-    save_file(tensors, target, {"format": _FORMAT, "shapes": json.dumps(shapes)})
+        names = list(reader.keys())
+        save_packed({name: reader.get_tensor(name) for name in names}, target)
+
+
+def save_packed(tensors: dict[str, Tensor], target: Path) -> None:
+    """Write one file of a packed model.
+
+    Raises:
+        OSError, SafetensorError: where it cannot be written.
+    """
+    parts: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, tensor in tensors.items():
+        mask, values = pack(tensor)
+        if mask.nbytes + values.nbytes < tensor.nbytes:
+            parts[f"{name}.mask"], parts[f"{name}.values"] = mask, values
+            shapes[name] = list(tensor.shape)
+        else:
+            parts[name] = tensor
+    save_file(parts, target, {"format": _FORMAT, "shapes": json.dumps(shapes)})
 
 
 def _unpacked(source: Path, target: Path) -> None:

@@ -78,6 +78,14 @@ class Pieces:
         """Return the whole shape of a parameter or buffer."""
         return self._shapes[name]
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type that a parameter (fp32) or buffer is exported in."""
+        if (name, "buffer") not in self._stored:
+            return torch.float32
+        (piece,) = self._stored[name, "buffer"]
+        dtype: torch.dtype = self._reader(piece.file).get_tensor(piece.key).dtype
+        return dtype
+
     def read(self, name: str) -> Tensor:
         """Return a whole parameter or buffer: the fp32 weights of one that was trained."""
         kind = next(kind for kind in WEIGHTS if (name, kind) in self._stored)

@@ -1,4 +1,4 @@
-"""``distprune export``: a sparse model in packed form, a packed one as it was, or without zero heads and neurons."""
+"""``distprune export``: a checkpoint as a model; a model packed, as it was, or without zero heads and neurons."""
 
 import copy
 from functools import partial
@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distprune import dist
 from distprune.benchmarks.timing import seconds
+from distprune.checkpoints.files import is_checkpoint
+from distprune.checkpoints.to_model import export_checkpoint
 from distprune.errors import UserError
 from distprune.model_files import auto_class_of, read_config, resolve
 from distprune.packed import is_packed, pack_directory, unpack_directory
@@ -20,9 +23,20 @@ _BATCH, _LENGTH, _REPEAT = 8, 128, 7
 _TOLERANCE = 1e-5
 
 
-def run(source: str, out: str, shrinking: bool) -> None:
-    """Write a directory in another form, and print the bytes of its weights before and after."""
+def run(source: str, out: str, shrinking: bool = False, packing: bool = False) -> None:
+    """Write a directory in another form, and print the bytes of its weights before and after.
+
+    Collective, where it is a checkpoint: every rank calls it.
+    """
     directory, target = Path(source).expanduser(), Path(out).expanduser()
+    checkpoint = is_checkpoint(directory)
+    if packing and not checkpoint:
+        raise UserError(f"--packed is for checkpoints, which {source!r} is none; a model directory is packed without")
+    if shrinking and checkpoint:
+        raise UserError(f"--shrink is for model directories, and {source!r} is a checkpoint; export it first")
+    if checkpoint:
+        _export_checkpoint(directory, target, packing)
+        return
     if shrinking:
         _shrink(resolve(source, None), target)
         return
@@ -30,6 +44,17 @@ def run(source: str, out: str, shrinking: bool) -> None:
     before, after = (unpack_directory if packed else pack_directory)(directory, target)
     done = "unpacked" if packed else "packed"
     print(f"{done} {before:,} bytes into {after:,} ({after / before:.3f} of them) -> {target}")
+
+
+def _export_checkpoint(directory: Path, target: Path, packing: bool) -> None:
+    """Collective: every rank calls it."""
+    if dist.detect().size > 1:
+        dist.init()
+    sizes = export_checkpoint(directory, target, packing)
+    if dist.is_main():
+        part = sizes["files"] / sizes["tensors"]
+        print(f"wrote {sizes['files']:,} bytes ({part:.3f} of the {sizes['tensors']:,} in fp32) -> {target}")
+    dist.shutdown()
 
 
 def _shrink(directory: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distprune import dist, settings
+from distprune.checkpoints.files import is_checkpoint
 from distprune.checks import PRUNING
 from distprune.config import Config, PruningConfig
 from distprune.errors import UserError
@@ -164,6 +165,8 @@ def _open(source: Path, pruning: PruningConfig) -> Files:
     Raises:
         UserError: where a weight is missing, or of another shape than the model's.
     """
+    if is_checkpoint(source):
+        raise UserError(f"{str(source)!r} is a checkpoint; allowed: a model directory, as distprune export makes")
     model, checkpoint = skeleton(source, auto_class_of(source), {})
     names = find_targets(model, pruning.include, pruning.exclude, pruning.structure)
     stored = match_names(names, list(checkpoint.file_of), model.base_model_prefix)

@@ -77,8 +77,9 @@ def calls(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
             ["oneshot", "m", "out", "--sparsity", "0.5", "--exclude", "a", "--exclude", "b"],
             {"model_dir": "m", "out": "out", "sparsity": 0.5, "exclude": ["a", "b"]} | ONESHOT,
         ),
-        (["export", "m", "out"], {"source": "m", "out": "out", "shrinking": False}),
-        (["export", "m", "out", "--shrink"], {"source": "m", "out": "out", "shrinking": True}),
+        (["export", "m", "out"], {"source": "m", "out": "out", "shrinking": False, "packing": False}),
+        (["export", "m", "out", "--shrink"], {"source": "m", "out": "out", "shrinking": True, "packing": False}),
+        (["export", "c", "out", "--packed"], {"source": "c", "out": "out", "shrinking": False, "packing": True}),
         (
             ["bench", "select", "--sizes", "1e3", "2e3", "--alone"],
             {"benchmark": "select", "sizes": [1e3, 2e3], "alone": True, "dtype": "fp32", "repeat": 5} | BENCH,
