@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from distprune import __version__
-from distprune.errors import UserError
+from distprune.errors import LOST, STOPPED, LostRanks, UserError
+from distprune.interrupts import Interrupted
 
 RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its name and arguments; None: those of the process.
 
     Returns:
-        The exit status: 0, or 2 where the user gave something that cannot be used.
+        The exit status: 0; 2 where the user gave something that cannot be used; 75 where a run was asked to stop, and
+        76 where other ranks are gone: in both cases the same command goes on with it.
     """
     try:
         options = _options(sys.argv[1:] if argv is None else argv)
@@ -37,6 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_main():
             print(f"distprune: error: {error}", file=sys.stderr)
         return 2
+    except LostRanks as lost:
+        if lost.speaks:
+            print(f"distprune: error: {lost}", file=sys.stderr)
+        return LOST
+    except Interrupted:
+        return STOPPED
     return 0
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
@@ -97,7 +98,9 @@ def init() -> World:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if on_gpu():
         torch.cuda.set_device(world.device)
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu() else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu() else "gloo", auto_mpi_discovery=False, verbose=False, timeout=_timeout()
+    )
     return world
 
 
@@ -246,6 +249,17 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     every = torch.empty((torch_dist.get_world_size() * mine.shape[0], *mine.shape[1:]), dtype=mine.dtype, device=device)
     torch_dist.all_gather_into_tensor(every, mine)
     return every.cpu()
+
+
+def _timeout() -> timedelta:
+    """Return how long a rank waits for the others in a collective: seconds in DISTPRUNE_TIMEOUT, else 30 minutes.
+
+    A rank that dies is noticed at once; this is for one whose node is cut off the network, and says nothing.
+    """
+    given = os.environ.get("DISTPRUNE_TIMEOUT", "1800")
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"DISTPRUNE_TIMEOUT is {given!r}; allowed: a whole number of seconds from 1")
+    return timedelta(seconds=int(given))
 
 
 def _tasks_on_node(counts: str, node: int) -> int:

@@ -1,7 +1,10 @@
-"""The one exception that means: the user can mend this."""
+"""What is not a bug: an input that the user can mend, and ranks that are lost."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+STOPPED, LOST = 75, 76
+"""Exit statuses of a run that can go on: it was asked to stop (sysexits' EX_TEMPFAIL), or ranks are gone."""
 
 
 class UserError(Exception):
@@ -18,3 +21,19 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> UserError:
     nearest = get_close_matches(given, names, n=1)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
     return UserError(f"{what} {given!r} is unknown{hint}; allowed: {', '.join(names)}")
+
+
+class LostRanks(Exception):
+    """Other ranks do not answer any more.
+
+    Args:
+        ranks: which.
+        speaks: whether this is the rank that is to say so.
+    """
+
+    def __init__(self, ranks: list[int], speaks: bool):
+        who = f"rank {ranks[0]} does" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} do"
+        super().__init__(
+            f"{who} not answer any more; the run ends, and the same command goes on from its newest checkpoint"
+        )
+        self.speaks = speaks

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,20 @@ from distprune.engine import set_learning_rate
 from distprune.errors import UserError
 from distprune.evaluate import evaluate, forward
 from distprune.export import describe, export
+from distprune.interrupts import Interrupted, StopRequests
 from distprune.monitor import Monitor
 from distprune.monitor.resources import memory_mib
 from distprune.pruning.pruner import Pruner
 from distprune.setup import Setup
 from distprune.tasks.base import Batch
+
+
+class _Asked(NamedTuple):
+    """What a rank may ask all of them for at the end of a step."""
+
+    save: bool
+    stop: bool
+    requeue: bool
 
 
 @dataclass
@@ -45,6 +54,7 @@ class Trainer:
     setup: Setup
     monitor: Monitor
     run_dir: Path
+    requests: StopRequests = field(default_factory=StopRequests)
     step: int = 0
     best: Best = field(default_factory=Best)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -61,22 +71,25 @@ class Trainer:
         self.saver = Saver(self.run_dir / FOLDER, self.config.checkpoint.keep, self._describe_model)
 
     def run(self) -> None:
-        """Train to the end, or until patience runs out. Collective: every rank calls it.
+        """Train to the end, or until patience runs out or a signal comes. Collective: every rank calls it.
 
         Raises:
             Interrupted: on every rank, where any was told to stop; everything is saved.
         """
         plan = self.setup.plan
         for batch in self._batches():
-            save_is_due = self._optimizer_step(batch)
+            asked = self._optimizer_step(batch)
             if self.step % self.config.train.log_every == 0 or self.step == plan.total_steps:
                 self._log_training()
             if self.step % plan.eval_every == 0 or self.step == plan.total_steps:
                 self._evaluate()
-            if save_is_due or self._save_is_planned():
+            if asked.save or asked.stop or self._save_is_planned():
                 self._save()
             if self._out_of_patience():
                 break
+            if asked.stop and self.step < plan.total_steps:
+                self.saver.finish()
+                raise Interrupted(self.step, asked.requeue)
         self.saver.finish()
 
     def _batches(self) -> Iterator[list[int]]:
@@ -87,8 +100,8 @@ class Trainer:
             batches = train_batches(lengths, self.config.train.batch_size, self.config.train.seed, epoch)
             yield from batches[done : done + plan.total_steps - self.step]
 
-    def _optimizer_step(self, batch: list[int]) -> bool:
-        """Train on a global batch; return whether a checkpoint is due, the same on every rank."""
+    def _optimizer_step(self, batch: list[int]) -> _Asked:
+        """Train on a global batch; return what any rank asks for, the same on every rank."""
         student, pruner, plan = self.setup.student, self.setup.pruner, self.setup.plan
         world, task = self.setup.world, self.setup.task
         set_learning_rate(student, plan.lr.at(self.step))
@@ -107,10 +120,10 @@ class Trainer:
                 self.saver.before_change()
                 if pruner is not None:
                     self._prune(pruner, plan.ladder.get(self.step))
-                save_is_due = self._agree(sums, suspect)
+                asked = self._agree(sums, suspect)
             student.step()
         self.step += 1
-        return save_is_due
+        return asked
 
     def _prune(self, pruner: Pruner, sparsity: Fraction | None) -> None:
         try:
@@ -136,20 +149,21 @@ class Trainer:
             torch.zeros(()) if teacher_loss is None else teacher_loss.detach(),
         )
 
-    def _agree(self, sums: list[float], batch: Batch) -> bool:
+    def _agree(self, sums: list[float], batch: Batch) -> _Asked:
         """Average the step's losses over the ranks, and stop all of them where they are not finite.
 
-        With the losses the ranks agree on what each knows by itself: whether its part of a checkpoint is written, and
-        whether rank 0's clock wants another. Return the latter.
+        With the losses the ranks agree on what each knows by itself: whether its part of a checkpoint is written,
+        whether rank 0's clock wants another, and whether a signal came.
         """
         world, minutes = self.setup.world, self.config.checkpoint.minutes
         is_time = world.rank == 0 and minutes is not None and self.saver.minutes_since >= minutes
-        *losses, ranks_busy, due = dist.all_sum([*sums, float(self.saver.busy), float(is_time)])
+        mine = (self.saver.busy, is_time, self.requests.stop, self.requests.requeue)
+        *losses, ranks_busy, save, stop, requeue = dist.all_sum([*sums, *map(float, mine)])
         self.losses.append([value / world.size for value in losses])
         if not all(math.isfinite(value) for value in self.losses[-1]):
             refuse_nonfinite(self.setup.student, batch, self.step)
         self.saver.settle(ranks_busy)
-        return due > 0
+        return _Asked(save > 0, stop > 0, requeue > 0)
 
     def _log_training(self) -> None:
         plan, pruner, student = self.setup.plan, self.setup.pruner, self.setup.student

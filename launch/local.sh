@@ -36,4 +36,22 @@ else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 fi
 port=${MASTER_PORT:-$("$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-exec deepspeed --quiet "${where[@]}" --no_local_rank --master_port "$port" --module distprune train "$@"
+
+# The deepspeed CLI passes signals on to one process after the other, or not at all. It runs in a session of its own,
+# and this script hands one signal to all ranks: they save and stop, with status 75. The second time all are killed.
+setsid deepspeed --quiet "${where[@]}" --no_local_rank --master_port "$port" --module distprune train "$@" &
+session=$!
+asked=
+pass_on() {
+    if [ -n "$asked" ] || ! pkill --signal "$1" --session "$session" --full -- '-u -m distprune train'; then
+        pkill --signal KILL --session "$session" || true
+    fi
+    asked=1
+}
+trap 'pass_on TERM' INT TERM HUP
+trap 'pass_on USR1' USR1
+# A signal ends a wait, and not the run.
+while kill -0 "$session" 2>/dev/null; do
+    wait "$session" || true
+done
+wait "$session"

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Run the tests in the project's environment; arguments go to pytest, e.g. launch/test.sh -m "not slow".
+# With --cluster, jobs go to the cluster that sbatch reaches (tests/cluster).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$REPOSITORY"
 install
 activate
-exec pytest "$@"
+# Two files at a time: a test of one process, or of ranks that wait for each other, leaves a core free.
+exec pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

@@ -26,3 +26,8 @@ def world() -> Iterator[Callable[[int], World]]:
     yield lambda size: worlds.setdefault(size, World(size))
     for each in worlds.values():
         each.stop()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let jobs on a cluster be asked for."""
+    parser.addoption("--cluster", action="store_true", help="submit jobs to the cluster that sbatch reaches")

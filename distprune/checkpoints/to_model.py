@@ -1,6 +1,4 @@
-"""A checkpoint as a Hugging Face directory, from the files alone: of any world size and ZeRO stage, on any number of
-ranks, without an engine.
-"""
+"""A checkpoint as a Hugging Face directory, from the files alone: of any world and stage, on any number of ranks."""
 
 import shutil
 from math import prod

@@ -1,6 +1,8 @@
 """``distprune train``: fine-tune, prune and distil, under any launcher or alone."""
 
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from distprune.checkpoints.files import FOLDER, Manifest, clear_unfinished
 from distprune.checkpoints.resume import newest_whole
 from distprune.config import Config
 from distprune.errors import UserError
+from distprune.heartbeat import Heartbeat
+from distprune.interrupts import Interrupted, StopRequests, requeue_job
 from distprune.monitor import Monitor
 from distprune.monitor.plots import plot_layers, plot_run
 from distprune.report import model_card, read_metrics, write_json
@@ -23,8 +27,20 @@ def run(config_path: str, overrides: list[str]) -> None:
     world = dist.init()
     if dist.is_main():
         print(f"{world.size} ranks on {world.device.type}, started by {world.launcher.replace('none', 'no launcher')}")
-    train(dist.agree(lambda: settings.load_valid(config_path, overrides)))
+    try:
+        with Heartbeat(world):
+            train(dist.agree(lambda: settings.load_valid(config_path, overrides)))
+    except Interrupted as interrupted:
+        # All wait for rank 0: srun ends all ranks as soon as one has ended with another status than 0.
+        dist.on_main(partial(_say_how_it_goes_on, interrupted))
+        raise
     dist.shutdown()
+
+
+def _say_how_it_goes_on(interrupted: Interrupted) -> None:
+    print(f"distprune: {interrupted}", file=sys.stderr, flush=True)
+    if interrupted.requeue:
+        print(f"distprune: {requeue_job()}", file=sys.stderr, flush=True)
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -54,15 +70,16 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
     if setup.new_weights and dist.is_main():
         print(f"new weights, which {config.model.path} lacks: {', '.join(setup.new_weights)}")
     try:
-        with Monitor(run_dir, config, setup.plan.total_steps, enabled=dist.is_main()) as monitor:
-            trainer = Trainer(config, setup, monitor, run_dir)
+        monitoring = Monitor(run_dir, config, setup.plan.total_steps, enabled=dist.is_main())
+        with StopRequests() as requests, monitoring as monitor:
+            trainer = Trainer(config, setup, monitor, run_dir, requests)
             if before is not None:
                 trainer.resume(*before)
             elif setup.teacher is not None:
                 trainer.measure_teacher()
             trainer.run()
             trainer.write_final()
-    except UserError:
+    except (UserError, Interrupted):
         dist.barrier()  # all ranks are here; rank 0 may have had to wait for wandb, and has the sentence to say
         raise
     summary = summarise(trainer)

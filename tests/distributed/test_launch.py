@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -20,7 +21,8 @@ Command = list[str | Path]
 
 def environment(**variables: str) -> dict[str, str]:
     """Return this process's environment without a launcher's variables, and with some others."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK", "WORLD_"))}
+    launchers = ("SLURM_", "RANK", "WORLD_")
+    kept = {name: each for name, each in os.environ.items() if name == "SLURM_CONF" or not name.startswith(launchers)}
     return kept | {"VENV": sys.prefix, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | variables
 
 
@@ -35,33 +37,38 @@ def start(command: Command, **variables: str) -> subprocess.CompletedProcess[str
     )
 
 
-def srun(arguments: Command, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Start two tasks as srun does: with SLURM's variables, and scontrol in the path."""
+def srun_variables(tasks: int, tmp_path: Path) -> list[dict[str, str]]:
+    """Return what srun sets for each task on one node, and a PATH with a scontrol."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir(exist_ok=True)
     scontrol.write_text("#!/bin/sh\necho localhost\n")
     scontrol.chmod(scontrol.stat().st_mode | stat.S_IEXEC)
     slurm = {
-        "SLURM_JOB_ID": str(os.getpid() % 10000),
+        "SLURM_JOB_ID": str(random.randrange(10000)),
         "SLURM_STEP_ID": "0",
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_STEP_NUM_TASKS": str(tasks),
+        "SLURM_STEP_TASKS_PER_NODE": str(tasks),
         "SLURM_NODEID": "0",
         "SLURM_JOB_NODELIST": "localhost",
+        "PATH": f"{scontrol.parent}{os.pathsep}{environment()['PATH']}",
     }
-    path = f"{scontrol.parent}{os.pathsep}{environment()['PATH']}"
+    return [slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(tasks)]
+
+
+def srun(arguments: Command, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Start two tasks as srun does: with SLURM's variables, and scontrol in the path."""
     command = [sys.executable, "-m", "distprune", *map(str, arguments)]
     tasks = [
         subprocess.Popen(
             command,
             cwd=REPOSITORY,
-            env=environment(**slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) | {"PATH": path},
+            env=environment(**variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for variables in srun_variables(2, tmp_path)
     ]
     ended = [each.communicate(timeout=200) for each in tasks]
     codes = [each.returncode for each in tasks]

@@ -1,0 +1,76 @@
+"""Which ranks are gone, when a collective fails: each rank counts up a number in the store that all can reach.
+
+A backend's own message names an address at best, and only neighbours of a dead rank get it.
+"""
+
+import os
+import time
+from contextlib import suppress
+from datetime import timedelta
+from threading import Event, Thread
+from types import TracebackType
+from typing import Self
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from distprune.dist import World
+from distprune.errors import LostRanks
+
+PERIOD_S = 1.0
+PATIENCE_S = 5.0
+
+
+class Heartbeat:
+    """Beats within a ``with``; a collective that fails there raises `LostRanks` where ranks are lost.
+
+    Raises:
+        LostRanks: in place of the RuntimeError of a backend, where ranks do not beat any more.
+    """
+
+    def __init__(self, world: World):
+        self._world = world
+        self._ended = Event()
+        self._thread = Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._world.size > 1:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lost = self._lost() if isinstance(error, RuntimeError) and self._world.size > 1 else []
+        self._ended.set()
+        if lost:
+            speaker = min(set(range(self._world.size)) - set(lost))
+            raise LostRanks(lost, speaker == self._world.rank) from error
+
+    def _beat(self) -> None:
+        with suppress(RuntimeError):  # rank 0 is gone, and the store with it
+            store = self._store()
+            beats = 0
+            while not self._ended.wait(PERIOD_S):
+                beats += 1
+                store.set(f"heartbeat/{self._world.rank}", str(beats))
+
+    def _lost(self) -> list[int]:
+        """Return the ranks whose number stays as it is."""
+        try:
+            store = self._store()
+            before = self._numbers(store)
+            time.sleep(PATIENCE_S)
+            after = self._numbers(store)
+        except RuntimeError:
+            return [0]
+        return [rank for rank in before if rank != self._world.rank and before[rank] == after[rank]]
+
+    def _numbers(self, store: TCPStore) -> dict[int, bytes]:
+        keys = {rank: f"heartbeat/{rank}" for rank in range(self._world.size)}
+        return {rank: store.get(key) for rank, key in keys.items() if store.check([key])}
+
+    @staticmethod
+    def _store() -> TCPStore:
+        """Return a connection of its own: those of others wait in collectives."""
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(*place, is_master=False, timeout=timedelta(seconds=2 * PATIENCE_S))

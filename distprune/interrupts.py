@@ -1,0 +1,73 @@
+"""Signals that ask a run to stop: it saves at the end of the step, all ranks together, and can go on later.
+
+SIGTERM and SIGINT (Ctrl-C) stop it. SIGUSR1, which SLURM sends ahead of a time limit (``--signal=USR1@SECONDS``), stops
+it and has the job queued again. A second Ctrl-C ends the process at once.
+"""
+
+import os
+import signal
+import subprocess
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from distprune.errors import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """The run has stopped because it was asked to; everything is saved.
+
+    Args:
+        step: optimizer steps that are done.
+        requeue: whether the job is to be queued again.
+    """
+
+    def __init__(self, step: int, requeue: bool):
+        super().__init__(f"stopped after step {step}, as asked; the same command goes on from there")
+        self.requeue = requeue
+
+
+class StopRequests:
+    """Listens for the signals, within a ``with``; in the main thread."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        """Whether this process was asked to stop."""
+        self.requeue = False
+        """Whether it was asked so by SIGUSR1."""
+        self._interrupted = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # DeepSpeed's launcher makes a SIGINT and a SIGTERM of one Ctrl-C, so only SIGINT counts.
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
+        self.requeue |= number == signal.SIGUSR1
+        self.stop = True
+
+
+def requeue_job() -> str:
+    """Queue this SLURM job again; return in words what was done. SLURM ends the job's processes.
+
+    Raises:
+        UserError: where SLURM refuses.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return "there is no SLURM job to queue again"
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"SLURM does not queue job {job} again: {done.stderr.strip()}; allowed: submit it again")
+    return f"job {job} is queued again"

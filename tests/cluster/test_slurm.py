@@ -1,0 +1,79 @@
+"""Whole jobs on a real cluster: undisturbed, told to stop, a node that dies, a node that is cut off, a time limit."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.cluster.conftest import LONG, Job
+from tests.distributed.test_checkpoints import same_weights, told
+from tests.distributed.test_interruptions import steps
+
+Submit = Callable[..., Job]
+
+
+def test_a_job_on_two_nodes_is_the_run_of_one_machine(submit: Submit, task: Path, tmp_path: Path, whole: Path) -> None:
+    job = submit(task, tmp_path / "run", *LONG)
+    assert job.end() == "COMPLETED", job.said
+    assert f"start 1 of job {job.number} on " in job.said
+    assert "accuracy" in job.said.splitlines()[-1]
+    logs = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "ranks").rglob("*.log"))
+    assert logs == ["rank-0", "rank-1"]
+    assert same_weights(whole, tmp_path / "run")
+    assert told(tmp_path / "run") == told(whole)
+
+
+def test_a_job_that_is_told_to_make_room_saves_and_is_queued_again(
+    submit: Submit, task: Path, tmp_path: Path, whole: Path
+) -> None:
+    output = tmp_path / "run"
+    job = submit(task, output, *LONG)
+    job.wait_for(lambda: steps(output) > 60, 120)
+    subprocess.run(["scancel", "--signal=USR1", job.number], check=True)
+    job.wait_for(lambda: job.field("Restarts") == "1", 90)
+    assert job.end() == "COMPLETED", job.said
+    assert f"start 2 of job {job.number} on " in job.said
+    assert same_weights(whole, output)
+    assert told(output) == told(whole)
+
+
+def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(submit: Submit, task: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    job = submit(task, output, *LONG, "checkpoint.steps=null", "checkpoint.epochs=false")
+    job.wait_for(lambda: steps(output) > 30, 120)
+    subprocess.run(["scancel", job.number], check=True)
+    assert job.end() == "CANCELLED"
+    assert job.field("Restarts") == "0"
+    assert [path.name[:5] for path in (output / "checkpoints").glob("step-*")] == ["step-"]
+
+
+def test_a_job_outlives_a_node_that_dies(
+    submit: Submit, node: Callable[[str, str], None], task: Path, tmp_path: Path, whole: Path
+) -> None:
+    output = tmp_path / "run"
+    job = submit(task, output, *LONG)
+    job.wait_for(lambda: steps(output) > 60, 120)
+    node("kill", job.nodes()[1])
+    assert job.end(300) == "COMPLETED", job.said
+    assert int(job.field("Restarts")) >= 1
+    assert same_weights(whole, output)
+    assert told(output) == told(whole)
+
+
+def test_a_job_outlives_a_node_that_is_cut_off(
+    submit: Submit, node: Callable[[str, str], None], task: Path, tmp_path: Path, whole: Path
+) -> None:
+    output = tmp_path / "run"
+    job = submit(task, output, *LONG, DISTPRUNE_TIMEOUT="20")
+    job.wait_for(lambda: steps(output) > 60, 120)
+    node("cut", job.nodes()[1])
+    assert job.end(300) == "COMPLETED", job.said
+    assert int(job.field("Restarts")) >= 1
+    assert same_weights(whole, output)
+    assert told(output) == told(whole)
+
+
+def test_a_mistake_ends_the_job_with_its_sentence(submit: Submit, task: Path, tmp_path: Path) -> None:
+    job = submit(task, tmp_path / "run", "pruning.sparsity=2")
+    assert job.end() == "FAILED"
+    assert job.field("ExitCode") == "2:0"
+    assert "distprune: error: pruning.sparsity is 2.0; allowed: at least 0 and less than 1" in job.said

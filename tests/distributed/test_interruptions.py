@@ -1,0 +1,147 @@
+"""Real processes that are told to stop, or killed: what they say, how they end, and that nothing is lost."""
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.distributed.test_checkpoints import same_weights, told
+from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
+
+LONG = ("train.epochs=30", "checkpoint.steps=5", "train.log_every=1", "train.eval_every=10 epochs")
+
+
+class Started:
+    """A run in processes of its own, in a session of its own."""
+
+    def __init__(self, command: list[str], log: Path, **variables: str):
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=environment(**variables),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.02)
+
+    def end(self, timeout: float = 60) -> int:
+        return self.process.wait(timeout)
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    """Return a function that starts a run; what is left of it is killed."""
+    every: list[Started] = []
+
+    def of(command: list[str], **variables: str) -> Started:
+        every.append(Started(command, tmp_path / f"log-{len(every)}", **variables))
+        return every[-1]
+
+    yield of
+    for each in every:
+        if each.process.poll() is None:
+            for child in psutil.Process(each.process.pid).children(recursive=True):
+                child.kill()
+            each.process.kill()
+
+
+def local(task: Path, output: Path, ranks: int = 2) -> list[str]:
+    arguments = [str(task / "run.yaml"), f"train.output={output}", *LONG]
+    return ["launch/local.sh", "-n", str(ranks), *arguments]
+
+
+def alone(task: Path, output: Path) -> list[str]:
+    return [str(BIN / "distprune"), "train", str(task / "run.yaml"), f"train.output={output}", *LONG]
+
+
+def steps(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def checkpoints(output: Path) -> list[str]:
+    folder = output / "checkpoints"
+    return sorted(path.name for path in folder.glob("step-*")) if folder.exists() else []
+
+
+@pytest.fixture(scope="module")
+def whole(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run that nothing happened to, on two ranks."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(local(task, output), cwd=REPOSITORY, env=environment(), check=True, capture_output=True)
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_stops_all_ranks_and_the_same_command_goes_on(
+    begin: Callable[..., Started], task: Path, tmp_path: Path, whole: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "run"
+    first = begin(local(task, output))
+    first.wait_for(lambda: steps(output) >= 12)
+    first.process.send_signal(number)
+    assert first.end() == 75
+    stopped = re.search(r"stopped after step (\d+), as asked; the same command goes on from there", first.said)
+    assert stopped, first.said
+    step = int(stopped[1])
+    assert checkpoints(output)[-1] == f"step-{step:08d}"
+    assert not list((output / "checkpoints").glob("saving-*"))
+    second = begin(local(task, output))
+    assert second.end(120) == 0, second.said
+    assert f"from step {step} (" in second.said
+    assert same_weights(whole, output)
+    assert told(output) == told(whole)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_process_that_no_launcher_started_and_a_second_one_kills_it(
+    begin: Callable[..., Started], task: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    run = begin(alone(task, output))
+    run.wait_for(lambda: steps(output) >= 3)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 75
+    hurried = begin(alone(task, tmp_path / "other"))
+    hurried.wait_for(lambda: steps(tmp_path / "other") >= 3)
+    hurried.process.send_signal(signal.SIGINT)
+    hurried.process.send_signal(signal.SIGINT)
+    assert hurried.end(20) in (75, 1, 130, -signal.SIGINT), hurried.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_and_ends_the_others(
+    begin: Callable[..., Started], task: Path, tmp_path: Path, whole: Path, rank: int
+) -> None:
+    output = tmp_path / "run"
+    ranks = [begin(alone(task, output), **each) for each in srun_variables(2, tmp_path)]
+    ranks[0].wait_for(lambda: steps(output) >= 12)
+    began = time.monotonic()
+    ranks[rank].process.kill()
+    assert ranks[1 - rank].end(60) == 76
+    assert time.monotonic() - began < 60
+    assert f"distprune: error: rank {rank} does not answer any more" in ranks[1 - rank].said
+    again = [begin(alone(task, output), **each) for each in srun_variables(2, tmp_path)]
+    assert [each.end(120) for each in again] == [0, 0], again[0].said
+    assert same_weights(whole, output)
+    assert told(output) == told(whole)
