@@ -76,7 +76,7 @@ def _options(argv: Sequence[str]) -> dict[str, Any]:
     if late:
         options["overrides"] += late
     path = options.get("config_path")
-    if options["command"] == "config" and path and "=" in path and not Path(path).exists():
+    if options["command"] in ("config", "doctor") and path and "=" in path and not Path(path).exists():
         options["config_path"], options["overrides"] = None, [path, *options["overrides"]]
     return options
 
@@ -123,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
         "--packed", action="store_true", dest="packing", help="a checkpoint's model with a bit a weight, and the values"
     )
 
+    prepare = commands.add_parser("prepare", help="fetch, tokenise and compile, for a job that has no network")
+    _configurable(prepare)
+
+    doctor = commands.add_parser("doctor", help="check nodes, network and disk on every rank, before a job")
+    _configurable(doctor, optional=True)
+
     bench = commands.add_parser("bench", help="measure what pruning costs on this machine")
     kinds = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     select = kinds.add_parser("select", help="a pruning: time, memory and wire, beside torch's own ways")
@@ -131,11 +137,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     select.add_argument("--alone", action="store_true", help="leave out kthvalue and topk, which take long")
     step = kinds.add_parser("step", help="a training step with masks, without, and with a teacher")
-    step.add_argument("--model", default="bert-base", choices=["bert-base", "minilm", "tiny"], help="[%(default)s]")
     step.add_argument("--stage", type=int, default=2, choices=range(4), help="ZeRO stage of the student [%(default)s]")
     step.add_argument("--batch-size", type=int, default=32, metavar="N", help="over all ranks [%(default)s]")
     step.add_argument("--length", type=int, default=128, metavar="N", help="tokens of an example [%(default)s]")
-    for kind, dtype, repeat in ((select, "fp32", 5), (step, "bf16", 10)):
+    checkpoint = kinds.add_parser("checkpoint", help="what training stands still for a checkpoint")
+    checkpoint.add_argument("--folder", metavar="PATH", help="on the disk to measure; left out: the system's own")
+    for kind in (step, checkpoint):
+        kind.add_argument("--model", default="bert-base", choices=["bert-base", "minilm", "tiny"], help="[%(default)s]")
+    checkpoint.add_argument("--stage", type=int, default=3, choices=range(4), help="ZeRO stage [%(default)s]")
+    for kind, dtype, repeat in ((select, "fp32", 5), (step, "bf16", 10), (checkpoint, "bf16", 5)):
         kind.add_argument("--dtype", default=dtype, choices=["fp32", "bf16"], help="of the weights [%(default)s]")
         kind.add_argument("--repeat", type=int, default=repeat, metavar="N", help="measurements [%(default)s]")
         kind.add_argument("--threads", type=int, default=1, metavar="N", help="of each rank [%(default)s]")

@@ -75,16 +75,18 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
         teacher = _teacher(config, task, micro_batch)
     student, fresh = build_student(config, directory, task.auto_class, task.model_options(), micro_batch)
     dist.agree(lambda: trained_shards(student))  # a layout that is not known is refused now, not at the export
-    pruner = build_pruner(config, student) if plan.ladder or config.pruning.start_sparse else None
-    if pruner is not None and config.pruning.start_sparse and checkpoint is None:
-        pruner.adopt_zeros()
-        if pruner.masked == 0:
-            raise UserError(f"pruning.start_sparse is true, and no weight to prune of {config.model.path!r} is zero")
+    prunes = bool(plan.ladder) or config.pruning.start_sparse
+    pruner = build_pruner(config, student, resumes=checkpoint is not None) if prunes else None
     return Setup(world, task, student, teacher, pruner, plan, fresh, data)
 
 
-def build_pruner(config: Config, student: Any) -> Pruner:
+def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
     """Return the pruner of a student's engine. Collective: every rank calls it.
+
+    Args:
+        config: of the run.
+        student: its engine.
+        resumes: whether the masks will come from a checkpoint, also where the run began with a sparse model's zeros.
 
     Raises:
         UserError: on every rank, where what is to be pruned, the structure or the score do not fit the model.
@@ -101,7 +103,12 @@ def build_pruner(config: Config, student: Any) -> Pruner:
         raise UserError(
             f"pruning.score is {pruning.score!r}, whose gradients fp16 scales; allowed: bf16 or fp32 with it"
         )
-    return Pruner(parameters, student.basic_optimizer, structure, score)
+    pruner = Pruner(parameters, student.basic_optimizer, structure, score)
+    if pruning.start_sparse and not resumes:
+        pruner.adopt_zeros()
+        if pruner.masked == 0:
+            raise UserError(f"pruning.start_sparse is true, and no weight to prune of {config.model.path!r} is zero")
+    return pruner
 
 
 def _cuts(parameters: ShardedParameters) -> dict[str, list[int]]:

@@ -13,6 +13,7 @@ os.environ |= {
 os.environ.pop("DISTPRUNE_DEBUG", None)
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +32,8 @@ def world() -> Iterator[Callable[[int], World]]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let jobs on a cluster be asked for."""
     parser.addoption("--cluster", action="store_true", help="submit jobs to the cluster that sbatch reaches")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave jobs on a cluster out, unless they are asked for."""
+    return True if collection_path.name == "cluster" and not config.getoption("--cluster") else None

@@ -18,6 +18,10 @@ README = (REPOSITORY / "README.md").read_text()
 CI = (REPOSITORY / ".ci" / "run").read_text()
 
 
+SLURM = ("srun ", "sbatch ")
+"""What tests/cluster runs."""
+
+
 def commands() -> list[str]:
     """Return the lines of the README's shell blocks, without their comments."""
     lines = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -31,16 +35,22 @@ def test_the_two_commands_are_run_by_ci() -> None:
     assert re.search(rf"^step {second}$", CI, re.MULTILINE), "the whole of the tests, not a part"
 
 
-@pytest.mark.slow
-def test_every_other_command_runs_as_it_stands(tmp_path: Path) -> None:
-    (tmp_path / "launch").symlink_to(REPOSITORY / "launch")
-    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.DOTALL).group(1))
-    write_model(tmp_path / "my" / "dense" / "model")
-    (tmp_path / "data").mkdir()
+def make_workplace(folder: Path) -> None:
+    """Make what the README's user has: a configuration, a model and data, and the repository's scripts."""
+    for name in ("launch", "slurm"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    (folder / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.DOTALL).group(1))
+    write_model(folder / "my" / "dense" / "model")
+    (folder / "data").mkdir()
     rows = [{"premise": r["sentence"], "hypothesis": r["sentence"], "label": r["label"]} for r in examples(96, seed=1)]
     for name, part in (("train", rows[:64]), ("dev", rows[64:])):
-        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    _, _, *others = commands()
+        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
+@pytest.mark.slow
+def test_every_other_command_runs_as_it_stands(tmp_path: Path) -> None:
+    make_workplace(tmp_path)
+    _, _, *others = (command for command in commands() if not command.startswith(SLURM))
     assert len(others) >= 5
     environment = os.environ | {
         "VENV": sys.prefix,

@@ -85,7 +85,7 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
     config.train.batch_size = batch_size
     config.deepspeed.student = section
     config.pruning.sparsity = 0.8
-    dist.write_on_main(lambda: _write(folder, model), folder)
+    dist.write_on_main(lambda: write_random_model(folder, model), folder)
     micro_batch = batch_size // world.size
     student, _ = build_student(config, folder, AutoModelForSequenceClassification, {}, micro_batch)
     frozen = section | {"zero_optimization": {"stage": 3}}
@@ -150,7 +150,7 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
     )
 
 
-def _write(folder: Path, model: str) -> None:
+def write_random_model(folder: Path, model: str) -> None:
     """Write a model of random weights."""
     torch.manual_seed(0)
     BertForSequenceClassification(BertConfig(**SHAPES[model])).save_pretrained(folder)

@@ -1,8 +1,9 @@
 """``distprune bench``: what pruning costs on this machine, as a table and as JSON."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune import dist
-from distprune.benchmarks import selection, steps
+from distprune.benchmarks import checkpoints, selection, steps
 from distprune.errors import UserError
 from distprune.report import environment, write_json
 
@@ -23,8 +24,9 @@ def run(benchmark: str, threads: int, repeat: int, json_path: str | None, **opti
     if repeat < 1 or threads < 1:
         raise UserError(f"--repeat is {repeat} and --threads {threads}; allowed: at least 1")
     torch.set_num_threads(threads)
-    measure = _select if benchmark == "select" else _step
-    table, records = measure(repeat, **options)
+    measures: dict[str, Callable[..., tuple[Table, list[dict[str, Any]]]]]
+    measures = {"select": _select, "step": _step, "checkpoint": _checkpoint}
+    table, records = measures[benchmark](repeat, **options)
     if dist.is_main():
         Console(width=140).print(table)
         if json_path is not None:
@@ -80,4 +82,27 @@ def _step(
         interval = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
         table.add_row(label, f"{middle[name]:.3f}", f"{ratio['median']:.3f}", interval)
     table.add_row("masks by themselves", f"{each.masking:.4f}", f"{each.masking / middle['dense']:.4f}")
+    return table, [each.record()]
+
+
+def _checkpoint(
+    repeat: int, model: str, dtype: str, stage: int, folder: str | None
+) -> tuple[Table, list[dict[str, Any]]]:
+    section: dict[str, Any] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": dtype == "bf16"}}
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        shared = Path(dist.gather([own])[0])  # that of rank 0
+        each = checkpoints.measure(shared, model, section, repeat)
+        dist.barrier()
+    table = Table(
+        title=f"{model}, {dtype}, ZeRO-{stage}, {each.ranks} ranks: checkpoints of {each.bytes / 1e6:,.0f} MB"
+    )
+    for name in ("", "median s", "over a plain write"):
+        table.add_column(name, justify="right")
+    for name, label in (
+        ("plain", "plain write and fsync"),
+        ("waiting", "a save that is waited for"),
+        ("beside", "training stands still for a save beside it"),
+        ("step", "(a forward and backward pass)"),
+    ):
+        table.add_row(label, f"{median(getattr(each, name)):.3f}", f"{each.ratio(name):.3f}")
     return table, [each.record()]

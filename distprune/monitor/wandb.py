@@ -66,7 +66,7 @@ class Wandb:
     def _work(self) -> None:
         """Serve the queue until the exit code of the run arrives or wandb fails."""
         try:
-            run = self._start()
+            run = self._open()
             while not isinstance(item := self._queue.get(), int):
                 run.log(named(item))
             run.finish(exit_code=item)
@@ -76,14 +76,24 @@ class Wandb:
             with suppress(Exception):
                 _teardown()
 
-    def _start(self) -> Any:
-        """Open the run."""
+    def _open(self) -> Any:
+        """Open the run, offline where the server cannot be had."""
+        try:
+            return self._start(self._options.mode)
+        except Exception as error:
+            if self._options.mode != "online":
+                raise
+            logger.warning("wandb is not to be had online, the run is kept offline: %s", reason(error))
+            _teardown()  # its service takes the run for open
+            return self._start("offline")
+
+    def _start(self, mode: str) -> Any:
         os.environ["WANDB_SILENT"] = "true"  # wandb neither prints nor asks for a key: without one, init raises
         import wandb
 
         options = self._options
         run = wandb.init(
-            mode=options.mode,  # type: ignore[arg-type]  # checked with the configuration
+            mode=mode,  # type: ignore[arg-type]  # checked with the configuration
             id=self._run_id(),
             resume="allow",
             reinit="create_new",

@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,15 +15,12 @@ from tests.distributed.test_launch import REPOSITORY, environment
 
 SBATCH = shlex.split(os.environ.get("DISTPRUNE_TEST_SBATCH", ""))
 """What this cluster wants of every job, e.g. a partition or an account."""
+HEAD = shlex.split(os.environ.get("DISTPRUNE_TEST_HEAD", ""))
+"""What makes a command run on a machine of the hostfile, e.g. ssh and its name; none: this one is."""
+HOSTFILE = os.environ.get("DISTPRUNE_TEST_HOSTFILE")
+"""Two machines that pdsh reaches, for the deepspeed CLI."""
 NODE = os.environ.get("DISTPRUNE_TEST_NODE")
 """A command that takes ``kill``, ``start``, ``cut`` or ``join`` and a node's name."""
-
-
-@pytest.fixture(autouse=True)
-def _cluster(request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--cluster"):
-        pytest.skip("not asked for: --cluster")
-    assert shutil.which("sbatch"), "--cluster needs SLURM's sbatch"
 
 
 class Job:

@@ -4,9 +4,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.cluster.conftest import LONG, Job
+import pytest
+
+from tests.cluster.conftest import HEAD, HOSTFILE, LONG, Job
 from tests.distributed.test_checkpoints import same_weights, told
 from tests.distributed.test_interruptions import steps
+from tests.distributed.test_launch import REPOSITORY, environment
 
 Submit = Callable[..., Job]
 
@@ -77,3 +80,33 @@ def test_a_mistake_ends_the_job_with_its_sentence(submit: Submit, task: Path, tm
     assert job.end() == "FAILED"
     assert job.field("ExitCode") == "2:0"
     assert "distprune: error: pruning.sparsity is 2.0; allowed: at least 0 and less than 1" in job.said
+
+
+def test_a_time_limit_is_a_reason_to_save_and_be_queued_again(
+    submit: Submit, task: Path, tmp_path: Path, whole: Path
+) -> None:
+    """SLURM looks at limits every 30 s or so: the run is slowed down to outlive the first."""
+    output = tmp_path / "run"
+    slow = ("train.eval_every=1 steps", "train.eval_batch_size=1")
+    job = submit(task, output, *LONG[:-1], *slow, options=("--time=3", "--signal=USR1@120"))
+    job.wait_for(lambda: int(job.field("Restarts")) >= 1, 180)
+    assert "stopped after step " in "".join(path.read_text() for path in (tmp_path / "ranks").rglob("rank-0-*.log"))
+    subprocess.run(["scancel", job.number], check=True)
+
+
+def test_the_deepspeed_cli_reaches_the_nodes_of_a_hostfile(task: Path, tmp_path: Path, whole: Path) -> None:
+    if HOSTFILE is None:
+        pytest.skip("DISTPRUNE_TEST_HOSTFILE names no hostfile with two machines")
+    command = [
+        *HEAD,
+        f"{REPOSITORY}/launch/multinode.sh",
+        "-H",
+        HOSTFILE,
+        str(task / "run.yaml"),
+        f"train.output={tmp_path}/run",
+        *LONG,
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert same_weights(whole, tmp_path / "run")
+    assert told(tmp_path / "run") == told(whole)

@@ -43,6 +43,19 @@ def test_step_compares_pairs(tmp_path: Path) -> None:
     assert each["masking"] > 0
 
 
+@pytest.mark.slow
+def test_checkpoint_compares_saves_with_a_plain_write(tmp_path: Path) -> None:
+    out = tmp_path / "checkpoint.json"
+    options = ["--model", "tiny", "--stage", "3", "--repeat", "2", "--folder", tmp_path]
+    done = start([*TORCHRUN, "bench", "checkpoint", *options, "--json", out])
+    assert done.returncode == 0, done.stderr
+    (each,) = json.loads(out.read_text())["results"]
+    assert (each["ranks"], each["stage"]) == (2, 3)
+    assert 12 * 2_000_000 < each["bytes"] < 13 * 2_100_000, "weights, two moments and a mask of 2 million weights"
+    assert all(len(each[name]) == 2 and min(each[name]) > 0 for name in ("plain", "waiting", "beside", "step"))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.json"], "nothing is left over"
+
+
 def test_what_cannot_be_measured_is_refused() -> None:
     done = start([BIN / "distprune", "bench", "select", "--repeat", "0"])
     assert done.returncode == 2

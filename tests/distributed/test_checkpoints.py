@@ -90,7 +90,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
 
 @pytest.mark.slow
 def test_a_run_in_bf16_goes_on_exactly_too(world: Worlds, task: Path, tmp_path: Path) -> None:
-    for student in range(4):
+    for student in (0, 3):
         whole, output = tmp_path / f"whole-{student}", tmp_path / f"cut-{student}"
         options = (*stage(student), *EVERY_STEP, "deepspeed.student.bf16.enabled=true", "pruning.score=movement")
         options += ("model.freeze=[embeddings]", "deepspeed.student.zero_optimization.sub_group_size=300")

@@ -247,6 +247,24 @@ def test_online_without_a_key_neither_asks_nor_waits(
     (warning,) = warnings(caplog)
     assert "No API key configured" in warning
     assert len(records(tmp_path)) == 1
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_reached_leaves_complete_offline_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    monkeypatch.setattr(wandb_sink, "INIT_TIMEOUT", 5)
+    with Monitor(tmp_path, config("online"), total_steps=2, enabled=True) as monitor:
+        for step in range(3):
+            monitor.log(TRAIN | {"step": step})
+    (warning,) = warnings(caplog)
+    assert warning.startswith("wandb is not to be had online, the run is kept offline: ")
+    assert len(records(tmp_path)) == 3
+    (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert kept.read_bytes().count(b"train/loss") >= 3
 
 
 def test_a_slow_wandb_holds_up_neither_the_run_nor_its_end(

@@ -1,0 +1,188 @@
+"""``distprune doctor``: what a job stands on, checked on every rank before the queue is paid for."""
+
+import fcntl
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as torch_dist
+
+from distprune import dist, settings
+from distprune.config import Config
+from distprune.errors import UserError
+from distprune.pruning import native
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors")
+_MESSAGE_MIB = 64
+_FREE_GIB = 20
+_CONNECT_S = 5
+_OFFLINE = "run distprune prepare on a node with a network, and set HF_HUB_OFFLINE=1"
+
+
+class Finding(NamedTuple):
+    """The outcome of one check, on one rank."""
+
+    good: bool
+    text: str
+    advice: str = ""
+
+
+def run(config_path: str | None, overrides: list[str]) -> None:
+    """Print a line for each check, with what to do where it fails. Collective: every rank calls it.
+
+    Raises:
+        UserError: where a check fails, after all of them.
+    """
+    world = dist.init()
+    config = dist.agree(lambda: settings.load(config_path, overrides))
+    folder = Path(config.train.output).expanduser().absolute().parent
+    checks: dict[str, Callable[[], Finding]] = {
+        "versions": _versions,
+        "devices": _devices,
+        "network": _network,
+        "shared disk": lambda: _shared(folder),
+        "free disk": lambda: _free(folder),
+        "locks": lambda: _locks(folder),
+        "compiler": _compiler,
+        "hub": _hub,
+        "wandb": lambda: _wandb(config),
+    }
+    failed = [name for name, check in checks.items() if not _report(name, check())]
+    dist.barrier()
+    if failed:
+        raise UserError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}; see the lines above")
+    if world.rank == 0:
+        print(f"all {len(checks)} checks passed on {world.size} ranks")
+    dist.shutdown()
+
+
+def _report(name: str, finding: Finding) -> bool:
+    """Print what rank 0 found, or the first rank where it is bad; return whether it is good on all. Collective."""
+    every = dist.gather([finding])
+    bad = [(rank, each) for rank, each in enumerate(every) if not each.good]
+    if dist.is_main():
+        if bad:
+            rank, worst = bad[0]
+            print(f"FAIL  {name}: rank {rank} ({len(bad)} of {len(every)}): {worst.text}; {worst.advice}", flush=True)
+        else:
+            print(f"ok    {name}: {every[0].text}", flush=True)
+    return not bad
+
+
+def _versions() -> Finding:
+    """Collective: every rank calls it."""
+    mine = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    first, *_ = dist.gather([mine])
+    others = [f"{name} {mine[name]} and not {first[name]}" for name in mine if mine[name] != first[name]]
+    if others:
+        return Finding(False, f"{', '.join(others)} as on rank 0", "use one environment on all nodes")
+    return Finding(True, ", ".join(f"{name} {number}" for name, number in mine.items()))
+
+
+def _devices() -> Finding:
+    """Collective: every rank calls it."""
+    if dist.on_gpu():
+        device = torch.cuda.get_device_properties(dist.detect().device)
+        what = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
+    else:
+        what = f"CPU, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads a rank"
+    kinds = sorted(set(dist.gather([what])))
+    hosts = dict.fromkeys(dist.gather([socket.gethostname()]))
+    if len(kinds) > 1:
+        return Finding(False, f"ranks differ: {'; '.join(kinds)}", "ask for nodes of one kind")
+    return Finding(True, f"{dist.detect().size} ranks on {len(hosts)} nodes ({', '.join(hosts)}), each {what}")
+
+
+def _network() -> Finding:
+    """Collective: every rank calls it."""
+    tensor = torch.ones(_MESSAGE_MIB << 18, device=dist.detect().device)
+    torch_dist.all_reduce(tensor)
+    began = time.perf_counter()
+    torch_dist.all_reduce(tensor)
+    total = float(tensor[0])  # waits for the device
+    took = time.perf_counter() - began
+    world = dist.detect().size
+    if total != world**2:
+        return Finding(False, f"an all-reduce gave {total} and not {world**2}", "check the network's drivers")
+    return Finding(
+        True, f"an all-reduce of {_MESSAGE_MIB} MiB in {took * 1e3:.0f} ms, {_MESSAGE_MIB / took:,.0f} MiB/s"
+    )
+
+
+def _shared(folder: Path) -> Finding:
+    """Collective: every rank calls it."""
+    name = dist.gather([f".distprune-doctor-{os.getpid()}"])[0]
+    path = folder / name
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("here")
+
+    try:
+        dist.write_on_main(write, folder)
+    except UserError as error:
+        return Finding(False, str(error), "set train.output to a folder that can be written")
+    seen = path.exists()
+    dist.barrier()
+    if dist.is_main():
+        path.unlink()
+    advice = "set train.output to a file system that all nodes share"
+    return Finding(seen, f"{folder} {'is the same' if seen else 'is another one'} on all nodes", advice)
+
+
+def _free(folder: Path) -> Finding:
+    if not folder.exists():
+        return Finding(False, f"{folder} does not exist", "make it")
+    free = shutil.disk_usage(folder).free / 2**30
+    advice = f"free {_FREE_GIB} GiB; a checkpoint takes 12 bytes a weight, and checkpoint.keep + 2 of them may be there"
+    return Finding(free >= _FREE_GIB, f"{free:,.0f} GiB in {folder}", advice)
+
+
+def _locks(folder: Path) -> Finding:
+    """Two runs in one directory are kept apart by a lock, where the file system has any."""
+    path = folder / f".distprune-doctor-lock-{dist.detect().rank}"
+    try:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return Finding(False, f"{folder} has none: {error}", "make sure yourself that no two runs share a train.output")
+    finally:
+        path.unlink(missing_ok=True)
+    return Finding(True, f"{folder} has them")
+
+
+def _compiler() -> Finding:
+    if native.library() is None:
+        advice = "install gcc, or run distprune prepare where there is one and the home directory is the same"
+        return Finding(False, "no C compiler, and nothing compiled before", advice)
+    return Finding(True, "the passes over the weights are compiled")
+
+
+def _hub() -> Finding:
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        return Finding(True, "HF_HUB_OFFLINE is set; distprune prepare must have run before")
+    reached = _reaches("huggingface.co")
+    return Finding(reached, f"huggingface.co is {'' if reached else 'not '}reached", _OFFLINE)
+
+
+def _wandb(config: Config) -> Finding:
+    if config.wandb.mode != "online":
+        return Finding(True, f"wandb.mode is {config.wandb.mode}")
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
+    reached = not dist.is_main() or _reaches(host)
+    return Finding(reached, f"{host} is {'' if reached else 'not '}reached", "set wandb.mode=offline, and sync later")
+
+
+def _reaches(host: str) -> bool:
+    try:
+        with socket.create_connection((host, 443), timeout=_CONNECT_S):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,24 @@
+"""``distprune prepare``: everything that needs a network or a compiler, before a job that has neither."""
+
+from distprune import settings
+from distprune.pruning import native
+from distprune.setup import check_limits, load_task, local_model
+
+
+def run(config_path: str, overrides: list[str]) -> None:
+    """Fetch models and data, tokenise, compile; on one process, with the caches that the job will use.
+
+    Raises:
+        UserError: as a run would, for whatever it would refuse of models and data.
+    """
+    config = settings.load_valid(config_path, overrides)
+    directory = local_model(config.model.path, config.model.revision)
+    print(f"model    {config.model.path}: {directory}")
+    if config.distillation.hardness > 0 and config.teacher.path is not None:
+        print(f"teacher  {config.teacher.path}: {local_model(config.teacher.path, config.teacher.revision)}")
+    task = load_task(config, directory)
+    check_limits(directory, task)
+    print(f"data     {len(task.train):,} training and {len(task.validation):,} validation examples, tokenised")
+    compiled = "compiled" if native.library() else "no C compiler: pruning will take NumPy, in more than twice the time"
+    print(f"code     {compiled}")
+    print("A job on nodes without a network: set HF_HUB_OFFLINE=1, and the same HF_HOME where it is not the default.")

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Train on several machines without SLURM, from one of them: a rank per GPU (or per slot), one folder on all machines.
+#   launch/multinode.sh -H HOSTFILE CONFIG [key=value ...]
+#       the deepspeed CLI over pdsh and ssh; a line of HOSTFILE is: NAME slots=RANKS
+#   launch/multinode.sh -t HEAD:PORT -n NODES -r NODE -p RANKS CONFIG [key=value ...]
+#       torchrun, to be started on each machine by yourself: NODE counts from 0, and machine 0 is HEAD
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage="usage: launch/multinode.sh -H HOSTFILE CONFIG [key=value ...], or -t HEAD:PORT -n NODES -r NODE -p RANKS CONFIG ..."
+hostfile='' head='' nodes='' node='' ranks=''
+while getopts ":H:t:n:r:p:h" option; do
+    case $option in
+        H) hostfile=$OPTARG ;;
+        t) head=$OPTARG ;;
+        n) nodes=$OPTARG ;;
+        r) node=$OPTARG ;;
+        p) ranks=$OPTARG ;;
+        h) echo "$usage" && exit 0 ;;
+        *) die "unknown option -${OPTARG}; $usage" ;;
+    esac
+done
+shift $((OPTIND - 1))
+[ $# -ge 1 ] || die "no CONFIG given; $usage"
+activate
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+if [ -n "$head" ]; then
+    [[ $head == *:* && -n $nodes && -n $node && -n $ranks ]] || die "-t needs HEAD:PORT, -n, -r and -p; $usage"
+    exec torchrun --nnodes "$nodes" --node-rank "$node" --nproc-per-node "$ranks" \
+        --master-addr "${head%:*}" --master-port "${head##*:}" -m distprune train "$@"
+fi
+[ -r "$hostfile" ] || die "the hostfile ${hostfile:-(none given)} cannot be read; $usage"
+command -v pdsh >/dev/null || die "pdsh is missing; install it with: apt-get install -y pdsh"
+# pdsh hands over little of the environment; the deepspeed CLI reads the rest from a file of this name in $HOME or here.
+settings=$(mktemp -d)
+trap 'rm -rf "$settings"' EXIT
+env | grep -E '^(PATH|DS_ACCELERATOR|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|DISTPRUNE_|WANDB_|HF_|NCCL_|TORCH_|XDG_CACHE_HOME|.*_proxy)' \
+    >"$settings/.deepspeed_env"
+DS_ENV_FILE=$settings/.deepspeed_env deepspeed --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}" \
+    --no_local_rank --module distprune train "$@"

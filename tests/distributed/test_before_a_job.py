@@ -1,0 +1,77 @@
+"""What is done on a login node, and what is checked on the nodes, before a job is paid for."""
+
+import re
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from distprune import dist
+from distprune.commands import doctor
+from tests.distributed.test_launch import BIN, start
+from tests.world import Worlds
+
+TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "distprune"]
+CHECKS = ["versions", "devices", "network", "shared disk", "free disk", "locks", "compiler", "hub", "wandb"]
+
+
+@pytest.mark.slow
+def test_prepare_leaves_nothing_to_fetch_or_compile(task: Path, tmp_path: Path) -> None:
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    done = start([BIN / "distprune", "prepare", task / "run.yaml"], **cache)
+    assert done.returncode == 0, done.stderr
+    lines = [line.partition(" ") for line in done.stdout.splitlines()]
+    assert [name for name, *_ in lines[:4]] == ["model", "teacher", "data", "code"]
+    assert "96 training and 61 validation examples" in done.stdout
+    assert list((tmp_path / "cache" / "distprune").glob("native-*.so"))
+    refused = start([BIN / "distprune", "prepare", task / "run.yaml", "model.path=./nowhere"])
+    assert refused.returncode == 2
+    assert "model path './nowhere' is not a directory" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [[BIN / "distprune"], TORCHRUN])
+def test_doctor_says_a_line_for_each_check(launch: list[Any], tmp_path: Path) -> None:
+    done = start([*launch, "doctor", f"train.output={tmp_path}/runs/mine"], HF_HUB_OFFLINE="1")
+    lines = [line for line in done.stdout.splitlines() if re.match(r"ok  |FAIL", line)]
+    assert [re.split(r"[ :]+", line, maxsplit=1)[1].split(":")[0] for line in lines] == CHECKS
+    bad = [line for line in lines if line.startswith("FAIL") and "free disk" not in line]
+    assert not bad
+    ranks = 2 if launch is TORCHRUN else 1
+    assert f"devices: {ranks} ranks on 1 nodes (" in done.stdout
+    assert done.returncode == (2 if "FAIL" in done.stdout else 0)
+    assert not list((tmp_path / "runs").iterdir()), "nothing is left over"
+
+
+@pytest.mark.slow
+def test_doctor_says_what_to_do(tmp_path: Path) -> None:
+    options = [f"train.output={tmp_path}/runs/mine", "wandb.mode=online"]
+    done = start(
+        [BIN / "distprune", "doctor", *options], WANDB_BASE_URL="http://no.such.host.invalid", HF_HUB_OFFLINE="1"
+    )
+    assert done.returncode == 2
+    assert "FAIL  wandb: rank 0 (1 of 1): no.such.host.invalid is not reached; set wandb.mode=offline" in done.stdout
+    assert re.search(r"distprune: error: \d of 9 checks failed: .*wandb; see the lines above", done.stderr)
+
+
+def found_with_own_folder(folder: Path) -> Any:
+    """Look for a shared disk where each rank has a folder of its own. Collective."""
+    return doctor._shared(folder / str(dist.detect().rank))
+
+
+def found_with_other_versions() -> Any:
+    """Compare versions where rank 1 has another one of each package. Collective."""
+    with patch.object(doctor, "version", lambda name: f"{name}-{dist.detect().rank}"):
+        return doctor._versions()
+
+
+def test_a_disk_that_is_not_shared_and_another_version_are_seen(world: Worlds, tmp_path: Path) -> None:
+    first, second = world(2).run(found_with_own_folder, tmp_path)
+    assert first.good
+    assert not second.good
+    assert "is another one on all nodes" in second.text
+    first, second = world(2).run(found_with_other_versions)
+    assert first.good
+    assert not second.good
+    assert "torch torch-1 and not torch-0" in second.text
