@@ -228,8 +228,6 @@ class Trainer:
     def _save(self) -> None:
         """Begin to write a checkpoint. Collective: every rank calls it."""
         pruner, student = self.setup.pruner, self.setup.student
-        if pruner is not None and pruner.carried:
-            pruner.verify()
         measured = self.at_target and self._measured_at == self.step
         state = state_of(student, pruner) | {
             "config": asdict(self.config),
@@ -237,9 +235,9 @@ class Trainer:
             "new_weights": self.setup.new_weights,
             "trainer": self.state(),
         }
-        self.saver.save(
-            self.step, owned_tensors(student, pruner), state, main_metric(self.metrics) if measured else None
-        )
+        check = pruner.unmasked if pruner is not None and pruner.carried else list
+        metric = main_metric(self.metrics) if measured else None
+        self.saver.save(self.step, owned_tensors(student, pruner), state, metric, check)
 
     def state(self) -> dict[str, Any]:
         """Return where the run stands, for JSON."""

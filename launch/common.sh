@@ -21,7 +21,6 @@ check_prerequisites() {
     "$python" -c 'import ensurepip, venv' 2>/dev/null || die "Python's venv module is missing; install it with: apt-get install -y python3-venv"
     "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
         die "Python's headers are missing; install them with: apt-get install -y python3-dev"
-    command -v pkill >/dev/null || die "pkill is missing; install it with: apt-get install -y procps"
     command -v git >/dev/null || die "git is missing; install it with: apt-get install -y git"
     command -v g++ >/dev/null || die "a C++ compiler is missing; install it with: apt-get install -y g++"
 }

@@ -43,8 +43,8 @@ setsid deepspeed --quiet "${where[@]}" --no_local_rank --master_port "$port" --m
 session=$!
 asked=
 pass_on() {
-    if [ -n "$asked" ] || ! pkill --signal "$1" --session "$session" --full -- '-u -m distprune train'; then
-        pkill --signal KILL --session "$session" || true
+    if [ -n "$asked" ] || ! "$VENV/bin/python" "$REPOSITORY/launch/pass_on.py" "$1" "$session"; then
+        "$VENV/bin/python" "$REPOSITORY/launch/pass_on.py" KILL "$session" all || true
     fi
     asked=1
 }

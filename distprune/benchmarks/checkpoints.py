@@ -76,7 +76,7 @@ def measure(folder: Path, model: str, section: dict[str, Any], repeat: int) -> C
         student.backward(forward(student, batch).float().square().sum())
 
     def save(step: int) -> None:
-        saver.save(step, owned_tensors(student, pruner), state_of(student, pruner), None)
+        saver.save(step, owned_tensors(student, pruner), state_of(student, pruner), None, pruner.unmasked)
 
     def save_and_wait(step: int) -> None:
         save(step)

@@ -22,22 +22,25 @@ from distprune import dist
 from distprune.checkpoints import files
 from distprune.checkpoints.files import Entry, Manifest
 from distprune.checkpoints.pieces import packed
+from distprune.pruning.pruner import came_back
 
 logger = logging.getLogger(__name__)
 
 
 class _Writing(Thread):
-    """Copies this rank's tensors, and writes them."""
+    """Checks and copies this rank's tensors, and writes them."""
 
-    def __init__(self, tensors: dict[str, Tensor], path: Path):
+    def __init__(self, tensors: dict[str, Tensor], path: Path, check: Callable[[], list[str]]):
         super().__init__(name="checkpoint", daemon=True)
-        self._tensors, self._path = tensors, path
+        self._tensors, self._path, self._check = tensors, path, check
         self.copied = Event()
         self.entry: Entry | None = None
         self.error: str | None = None
+        self.broken: list[str] = []
 
     def run(self) -> None:
         try:
+            self.broken = self._check()
             copies = {key: tensor.detach().to("cpu", copy=True) for key, tensor in self._tensors.items()}
             self._tensors = {}
             self.copied.set()
@@ -54,7 +57,8 @@ class _Writing(Thread):
 class Saver:
     """Writes checkpoints into a folder, one at a time.
 
-    A checkpoint that cannot be written is a warning: the run goes on, and the checkpoints before it stay.
+    A checkpoint that cannot be written is a warning: the run goes on, and the checkpoints before it stay. One whose
+    pruned weights are not zero stops all ranks.
 
     Args:
         folder: made where it is missing; the same on all nodes.
@@ -83,7 +87,14 @@ class Saver:
         """Minutes since the last save began."""
         return (time.monotonic() - self._begun_at) / 60
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], metric: float | None) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        metric: float | None,
+        check: Callable[[], list[str]] = list,
+    ) -> None:
         """Begin to save, once the save before has ended. Collective: every rank calls it.
 
         Args:
@@ -91,6 +102,7 @@ class Saver:
             tensors: what this rank owns, by key; views, which must not change before `before_change`.
             state: the rest, for JSON; of rank 0.
             metric: the main metric of this state, where it was measured at the target sparsity.
+            check: returns the parameters whose masked weights are not zero; run beside the training, like the copy.
         """
         if step == self.last_step:
             return
@@ -99,7 +111,7 @@ class Saver:
         self._manifest = Manifest(step, deepcopy(state), [], metric)
         world = dist.detect()
         name = f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
-        self._writing = _Writing(tensors, files.saving_path(self.folder, step) / name)
+        self._writing = _Writing(tensors, files.saving_path(self.folder, step) / name, check)
         self._writing.start()
 
     def before_change(self) -> None:
@@ -129,7 +141,9 @@ class Saver:
         assert self._manifest is not None
         self._writing.join()
         reports = dist.gather([(self._writing.entry, self._writing.error)])
+        broken = dist.gather(self._writing.broken)
         self._writing = None
+        assert not broken, came_back(sorted(set(broken)))
         errors = [error for _, error in reports if error is not None]
         if dist.is_main():
             self._manifest.files = [entry for entry, _ in reports if entry is not None]

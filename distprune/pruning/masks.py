@@ -37,6 +37,19 @@ def apply_mask(values: Tensor, mask: Tensor) -> None:
         bits[start : start + size] &= mask[start : start + size]
 
 
+def is_masked(values: Tensor, mask: Tensor) -> bool:
+    """Return whether every pruned value is +0.0; the arguments are those of `apply_mask`."""
+    size = _PIECE if values.device.type == "cpu" else max(1, values.numel())
+    for start in range(0, values.numel(), size):
+        piece = values[start : start + size]
+        wanted = piece.clone()
+        apply_mask(wanted, mask[start : start + size])
+        bits = _BITS[values.element_size()]  # of floats -0.0 would equal 0.0, and no NaN itself
+        if not torch.equal(piece.view(bits), wanted.view(bits)):
+            return False
+    return True
+
+
 def prune_below(mask: Tensor, keys: Tensor, bound: int, highest: int) -> int:
     """Mark as pruned, beside those that are, the elements whose key is less than a bound.
 

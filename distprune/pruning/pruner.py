@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distprune.errors import UserError
 from distprune.pruning.exchange import over_ranks, summed
-from distprune.pruning.masks import KEPT, PRUNED, apply_mask, count_pruned
+from distprune.pruning.masks import KEPT, PRUNED, apply_mask, count_pruned, is_masked
 from distprune.pruning.scores import Score
 from distprune.pruning.slices import Slice
 from distprune.pruning.structures import Structure
@@ -152,15 +152,22 @@ class Pruner:
 
         Collective: every rank calls it, and all of them stop.
         """
-
-        def not_plus_zero(shard: Shard, mask: Tensor) -> int:
-            every = (shard.master, shard.low_precision, *shard.moments(self.optimizer).values())
-            pruned = [held[(mask == PRUNED).to(held.device)] for held in every]
-            return sum(int(((values != 0) | torch.signbit(values)).sum()) for values in pruned)
-
-        numbers = [not_plus_zero(*each) for each in zip(self.shards, self.masks, strict=True)]
+        mine = set(self.unmasked())
+        numbers = [int(shard.name in mine) for shard in self.shards]
         back = [name for name, number in self._per_parameter(numbers).items() if number]
-        assert not back, f"pruned weights came back, or are -0.0, in {', '.join(back)}"
+        assert not back, came_back(back)
+
+    def unmasked(self) -> list[str]:
+        """Return the parameters of which this rank holds a masked weight that is not +0.0, wherever it holds it.
+
+        Nothing is missing only once a step has carried the newest masks (``carried``).
+        """
+
+        def holds(shard: Shard, mask: Tensor) -> bool:
+            every = (shard.master, shard.low_precision, *shard.moments(self.optimizer).values())
+            return all(is_masked(held, mask.to(held.device)) for held in every)
+
+        return [shard.name for shard, mask in zip(self.shards, self.masks, strict=True) if not holds(shard, mask)]
 
     def state(self) -> dict[str, Any]:
         """Return what is to be saved beside masks and scores, for JSON."""
@@ -246,6 +253,11 @@ class Pruner:
             )
 
         return [of(*each) for each in zip(self.shards, self.masks, strict=True)]
+
+
+def came_back(names: list[str]) -> str:
+    """Return the sentence for masked weights that are not +0.0."""
+    return f"pruned weights came back, or are -0.0, in {', '.join(names)}"
 
 
 def _flat_masks(shards: list[Shard]) -> list[FlatMask]:

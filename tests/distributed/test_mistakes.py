@@ -256,19 +256,25 @@ def step_without_masking(pruner: Pruner, *_: Any) -> None:
     pruner.carried = True
 
 
-def run_without_masking(task: Path, output: Path) -> str:
+def run_without_masking(task: Path, output: Path, *options: str) -> str:
     """Run with the hook that keeps pruned weights zero switched off."""
     try:
-        run_patched("distprune.pruning.pruner.Pruner._after_optimizer_step", step_without_masking, task, output)
+        run_patched(
+            "distprune.pruning.pruner.Pruner._after_optimizer_step", step_without_masking, task, output, *options
+        )
     except AssertionError as error:
         return str(error)
     return "the run went through"
 
 
-def test_a_pruned_weight_that_came_back_is_never_saved(world: Worlds, task: Path, tmp_path: Path) -> None:
-    said = world(2).run(run_without_masking, task, tmp_path / "run")
+@pytest.mark.parametrize("options", [(), ("checkpoint.epochs=false",)], ids=["in a checkpoint", "at the end"])
+def test_a_pruned_weight_that_came_back_is_never_saved(
+    world: Worlds, task: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    said = world(2).run(run_without_masking, task, tmp_path / "run", *options)
     assert all("came back" in sentence for sentence in said)
     assert not (tmp_path / "run" / "final").exists()
+    assert not list(tmp_path.glob("run/checkpoints/step-*"))
 
 
 def unsupported(_: Any) -> bool:
