@@ -33,6 +33,7 @@ from distprune.export import describe, export
 from distprune.interrupts import Interrupted, StopRequests
 from distprune.monitor import Monitor
 from distprune.monitor.resources import memory_mib
+from distprune.monitor.wandb import stored_id
 from distprune.pruning.pruner import Pruner
 from distprune.setup import Setup
 from distprune.tasks.base import Batch
@@ -64,6 +65,7 @@ class Trainer:
     seconds_before: float = 0.0
     """What the run took before this process went on with it."""
     _measured_at: int = -1
+    _logged_step: int = 0
     _started_at: float = field(default_factory=time.time)
     _logged_at: float = field(default_factory=time.perf_counter)
 
@@ -77,6 +79,7 @@ class Trainer:
             Interrupted: on every rank, where any was told to stop; everything is saved.
         """
         plan = self.setup.plan
+        self._logged_step, self._logged_at = self.step, time.perf_counter()
         for batch in self._batches():
             asked = self._optimizer_step(batch)
             if self.step % self.config.train.log_every == 0 or self.step == plan.total_steps:
@@ -170,6 +173,7 @@ class Trainer:
         now = time.perf_counter()
         loss, task_loss, teacher_loss = (sum(column) / len(self.losses) for column in zip(*self.losses, strict=True))
         norm = student.get_global_grad_norm()
+        steps = self.step - self._logged_step  # of this process, where a resumed run's losses are of more
         record = {
             "step": self.step,
             "epoch": self.step / plan.steps_per_epoch,
@@ -181,10 +185,10 @@ class Trainer:
             "sparsity": pruner.sparsity if pruner else 0.0,
             "threshold": pruner.threshold if pruner else 0.0,
             "grad_norm": None if norm is None else float(norm),
-            "examples_per_s": len(self.losses) * self.config.train.batch_size / (now - self._logged_at),
+            "examples_per_s": steps * self.config.train.batch_size / (now - self._logged_at),
             "memory_mib": memory_mib(),
         }
-        self.losses, self._logged_at = [], now
+        self.losses, self._logged_step, self._logged_at = [], self.step, now
         self.monitor.log(record)
         self.monitor.progress(self.step, loss=loss, sparsity=record["sparsity"], lr=record["lr"], **self._main_metric())
 
@@ -233,6 +237,7 @@ class Trainer:
             "config": asdict(self.config),
             "data": self.setup.data,
             "new_weights": self.setup.new_weights,
+            "wandb_id": stored_id(self.run_dir),
             "trainer": self.state(),
         }
         check = pruner.unmasked if pruner is not None and pruner.carried else list

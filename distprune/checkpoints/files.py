@@ -114,8 +114,9 @@ def complete(folder: Path, manifest: Manifest) -> Path:
     """
     saving = saving_path(folder, manifest.step)
     for entry in manifest.files:
-        if (saving / entry.name).stat().st_size != entry.bytes:
-            raise OSError(f"{saving / entry.name} is not of {entry.bytes} bytes; do all nodes share this folder?")
+        path = saving / entry.name
+        if not path.exists() or path.stat().st_size != entry.bytes:
+            raise OSError(f"{path} is not there in its {entry.bytes} bytes: do all nodes share this folder?")
     content = asdict(manifest)
     text = json.dumps(content | {"checksum": _of_text(content)}, indent=1)
     _write_flushed(saving / MANIFEST, text)

@@ -16,6 +16,7 @@ from distprune.heartbeat import Heartbeat
 from distprune.interrupts import Interrupted, StopRequests, requeue_job
 from distprune.monitor import Monitor
 from distprune.monitor.plots import plot_layers, plot_run
+from distprune.monitor.wandb import store_id
 from distprune.report import model_card, read_metrics, write_json
 from distprune.setup import Setup, prepare
 from distprune.summary import pruning_record, summarise
@@ -65,8 +66,7 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
     setup = prepare(config, before and before[0])
     if before is not None:
         dist.on_main(lambda: _check_fits(setup, before[1]))
-    step = before[1].step if before else 0
-    dist.write_on_main(lambda: _make_ready(run_dir, config, unfinished, step), run_dir)
+    dist.write_on_main(lambda: _make_ready(run_dir, config, unfinished, before and before[1]), run_dir)
     if setup.new_weights and dist.is_main():
         print(f"new weights, which {config.model.path} lacks: {', '.join(setup.new_weights)}")
     try:
@@ -120,13 +120,15 @@ def _check_fits(setup: Setup, manifest: Manifest) -> None:
         )
 
 
-def _make_ready(run_dir: Path, config: Config, unfinished: bool, step: int) -> None:
-    """Claim the directory of a new run, or clear away what the process before has left behind ``step``."""
+def _make_ready(run_dir: Path, config: Config, unfinished: bool, manifest: Manifest | None) -> None:
+    """Claim the directory of a new run, or clear away what the process before has left behind the checkpoint."""
     if not unfinished:
         run_directory.claim(run_dir, config)
         return
     clear_unfinished(run_dir / FOLDER)
-    run_directory.cut_metrics(run_dir, step)
+    run_directory.cut_metrics(run_dir, manifest.step if manifest else 0)
+    if manifest is not None and manifest.state["wandb_id"] is not None:
+        store_id(run_dir, manifest.state["wandb_id"])
     run_directory.write_config(run_dir, config)
 
 

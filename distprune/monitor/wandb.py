@@ -23,6 +23,7 @@ INIT_TIMEOUT = 30  # seconds
 FINISH_TIMEOUT = 120  # seconds for what is not uploaded yet
 KILL_TIMEOUT = 10  # seconds
 SHARED = ("step", "epoch")
+_ID = "wandb_id"
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +118,22 @@ class Wandb:
 
     def _run_id(self) -> str:
         """Return the id that an earlier process left in the run directory, or leave one there."""
-        path = self._run_dir / "wandb_id"
-        if not path.exists():
-            path.write_text(secrets.token_hex(4))
-        return path.read_text()
+        found = stored_id(self._run_dir)
+        if found is None:
+            found = secrets.token_hex(4)
+            store_id(self._run_dir, found)
+        return found
+
+
+def stored_id(run_dir: Path) -> str | None:
+    """Return the id of a run directory's run in wandb, None where there is none."""
+    path = run_dir / _ID
+    return path.read_text() if path.exists() else None
+
+
+def store_id(run_dir: Path, run_id: str) -> None:
+    """Have later processes continue this run in wandb."""
+    (run_dir / _ID).write_text(run_id)
 
 
 def _teardown() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distprune.checkpoints.to_model import export_checkpoint
+from distprune.commands import eval as evaluate
 from distprune.commands import export, oneshot
 from distprune.errors import UserError
 from distprune.packed import unpack_directory
@@ -97,6 +98,18 @@ def test_a_damaged_checkpoint_is_not_exported(world: Worlds, tmp_path: Path, tra
     said = world(2).run(exported, checkpoint, tmp_path / "model", False)
     assert set(said) == {f"checkpoint {checkpoint} is damaged: {file} has another checksum than it had"}
     assert not any(tmp_path.iterdir())
+
+
+def refused_evaluation(checkpoint: Path, task: Path) -> str:
+    """Return what `distprune eval` says of a checkpoint. Collective."""
+    with pytest.raises(UserError) as error:
+        evaluate.run(str(checkpoint), str(task / "run.yaml"), [])
+    return str(error.value)
+
+
+def test_a_checkpoint_is_no_model_directory_to_measure(world: Worlds, task: Path, trained: Any) -> None:
+    (said,) = world(1).run(refused_evaluation, trained(2) / "checkpoints" / "latest", task)
+    assert "is a checkpoint; allowed: a model directory, as distprune export makes" in said
 
 
 def test_the_command_knows_a_checkpoint(tmp_path: Path, trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
