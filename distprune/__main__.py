@@ -30,6 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 2 where the user gave something that cannot be used; 75 where a run was asked to stop, and
         76 where other ranks are gone: in both cases the same command goes on with it.
     """
+    status = 1
+    try:
+        status = _run(argv)
+    finally:
+        if status != LOST:
+            _note_end(status)
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         options = _options(sys.argv[1:] if argv is None else argv)
         import_module(f"distprune.commands.{options.pop('command')}").run(**options)
@@ -46,6 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted:
         return STOPPED
     return 0
+
+
+def _note_end(status: int) -> None:
+    """Leave word that the command ended by itself, for slurm/train.sbatch: srun's status tells of ranks it killed."""
+    if "DISTPRUNE_ENDED" in os.environ:
+        Path(os.environ["DISTPRUNE_ENDED"]).write_text(f"{status}\n")
 
 
 def entry() -> NoReturn:

@@ -13,8 +13,8 @@ import pytest
 from tests.distributed.runs import write_task
 from tests.distributed.test_launch import REPOSITORY, environment
 
-SBATCH = shlex.split(os.environ.get("DISTPRUNE_TEST_SBATCH", ""))
-"""What this cluster wants of every job, e.g. a partition or an account."""
+SBATCH_OPTIONS = shlex.split(os.environ.get("DISTPRUNE_TEST_SBATCH", ""))
+"""What this cluster wants of every job, e.g. --partition=test."""
 HEAD = shlex.split(os.environ.get("DISTPRUNE_TEST_HEAD", ""))
 """What makes a command run on a machine of the hostfile, e.g. ssh and its name; none: this one is."""
 HOSTFILE = os.environ.get("DISTPRUNE_TEST_HOSTFILE")
@@ -63,7 +63,7 @@ def submit(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
     def of(task: Path, output: Path, *overrides: str, options: tuple[str, ...] = (), **variables: str) -> Job:
         log = tmp_path / f"job-{len(jobs)}.log"
-        job = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", *SBATCH, *options]
+        job = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", *SBATCH_OPTIONS, *options]
         command = [*job, "slurm/train.sbatch", str(task / "run.yaml"), f"train.output={output}", *overrides]
         variables = {"DISTPRUNE_LOGS": str(tmp_path / "ranks"), "DISTPRUNE_RESTART_WAIT": "40"} | variables
         sent = subprocess.run(command, cwd=REPOSITORY, env=environment(**variables), capture_output=True, text=True)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cluster.conftest import SBATCH
+from tests.cluster.conftest import SBATCH_OPTIONS
 from tests.distributed.test_launch import environment
 from tests.test_readme import SLURM, commands, make_workplace
 
@@ -17,7 +17,7 @@ def test_the_commands_for_a_cluster_run(tmp_path: Path) -> None:
     for command, wait in ((srun, []), (sbatch, ["--wait"])):
         program, *arguments = shlex.split(command)
         done = subprocess.run(
-            [program, *SBATCH, *wait, *arguments],
+            [program, *SBATCH_OPTIONS, *wait, *arguments],
             cwd=tmp_path,
             env=environment(HF_HUB_OFFLINE="1", VENV=sys.prefix),
             capture_output=True,

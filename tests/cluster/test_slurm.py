@@ -1,13 +1,15 @@
 """Whole jobs on a real cluster: undisturbed, told to stop, a node that dies, a node that is cut off, a time limit."""
 
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import HEAD, HOSTFILE, LONG, Job
-from tests.distributed.test_checkpoints import same_weights, told
+from tests.cluster.conftest import HEAD, HOSTFILE, LONG, SBATCH_OPTIONS, Job
+from tests.distributed.runs import same_weights, told
 from tests.distributed.test_interruptions import steps
 from tests.distributed.test_launch import REPOSITORY, environment
 
@@ -110,3 +112,39 @@ def test_the_deepspeed_cli_reaches_the_nodes_of_a_hostfile(task: Path, tmp_path:
     assert done.returncode == 0, done.stdout + done.stderr
     assert same_weights(whole, tmp_path / "run")
     assert told(tmp_path / "run") == told(whole)
+
+
+def test_an_array_runs_a_grid_and_makes_its_table(task: Path, tmp_path: Path) -> None:
+    output = tmp_path / "grid"
+    options = ["--sweep", "pruning.sparsity=0.8,0.9", *(f"--sbatch={option}" for option in SBATCH_OPTIONS)]
+    command = [sys.executable, "launch/slurm.py", str(task / "run.yaml"), f"train.output={output}", *options]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    deadline = time.monotonic() + 240
+    while not (output / "results.md").exists():
+        assert time.monotonic() < deadline, [path.read_text() for path in tmp_path.glob("grid.job/*.log")]
+        time.sleep(1)
+    time.sleep(1)
+    rows = (output / "results.md").read_text().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| pruning.sparsity=0.8", "| pruning.sparsity=0.9"]
+    assert "not finished" not in "".join(rows)
+
+
+CRASHES = """
+from distprune import dist
+from distprune.pruning.scores import Magnitude
+
+class OnOneRank(Magnitude):
+    def keys(self, part):
+        if dist.detect().rank == 1:
+            raise RuntimeError("a bug")
+        return super().keys(part)
+"""
+
+
+def test_a_bug_on_one_rank_is_not_tried_again(submit: Submit, task: Path, tmp_path: Path) -> None:
+    (tmp_path / "crashes.py").write_text(CRASHES)
+    job = submit(task, tmp_path / "run", "pruning.score=crashes:OnOneRank", PYTHONPATH=str(tmp_path))
+    assert job.end() == "FAILED", job.said
+    assert (job.field("ExitCode"), job.field("Restarts")) == ("1:0", "0")
+    assert "RuntimeError: a bug" in "".join(path.read_text() for path in (tmp_path / "ranks").rglob("rank-1-*.log"))

@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+from safetensors.torch import load_file
+
 from distprune import settings
 from distprune.commands.train import train
+from distprune.engine import set_learning_rate
 from distprune.errors import UserError
 from distprune.synthetic import examples
 from tests.distributed.engines import write_model
+from tests.world import Worlds
 
 TRAIN, VALIDATION = 96, 61  # no world size above 1 divides 61
 
@@ -85,3 +90,40 @@ def records(output: Path, split: str) -> list[dict[str, Any]]:
     """Return a run's lines of metrics.jsonl of one split."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["split"] == split]
+
+
+EVERY_STEP = ("checkpoint.steps=1", "checkpoint.keep=30")
+"""Overrides that save after each step, and keep all."""
+
+
+class CutOff:
+    """Stands in for `set_learning_rate`, the first act of a step: the run ends before a step."""
+
+    def __init__(self, step: int):
+        self.left = step
+
+    def __call__(self, *arguments: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise UserError("cut off")
+        set_learning_rate(*arguments)
+
+
+def cut_off(world: Worlds, size: int, task: Path, output: Path, step: int, *overrides: str) -> str:
+    """Begin a run and end it before its step of that number; return what was said."""
+    patched = ("distprune.train.set_learning_rate", CutOff(step))
+    answers = world(size).run(heard, run_patched, *patched, task, output, *overrides)
+    assert [answer for answer, _ in answers] == ["cut off"] * size
+    return str(answers[0][1])
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (load_file(path / "final" / "model.safetensors") for path in (one, other))
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def told(output: Path) -> list[dict[str, Any]]:
+    """Return what metrics.jsonl says, without times and memory."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key not in ("examples_per_s", "memory_mib")} for line in lines]

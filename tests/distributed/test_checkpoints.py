@@ -1,6 +1,5 @@
-"""A run that is cut off goes on: bit for bit where nothing changed, with the same masks at any world and stage."""
+"""A run that is cut off goes on with the same masks at any world and stage, or is refused with a reason."""
 
-import json
 import os
 import shutil
 import socket
@@ -11,93 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from distprune.checkpoints.files import read_manifest
 from distprune.checkpoints.pieces import Pieces
 from distprune.checkpoints.run_directory import lock, unlock
-from distprune.engine import set_learning_rate
-from distprune.errors import UserError
-from tests.distributed.runs import heard, records, run, run_patched, stage
+from tests.distributed.runs import EVERY_STEP, cut_off, heard, records, run, run_patched, same_weights, stage, told
 from tests.world import Worlds
-
-EVERY_STEP = ("checkpoint.steps=1", "checkpoint.keep=30")
-DROPOUT = "model.dropout=0.1"
-
-
-class CutOff:
-    """Stands in for `set_learning_rate`, the first act of a step: the run ends before a step."""
-
-    def __init__(self, step: int):
-        self.left = step
-
-    def __call__(self, *arguments: Any) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise UserError("cut off")
-        set_learning_rate(*arguments)
-
-
-def cut_off(world: Worlds, size: int, task: Path, output: Path, step: int, *overrides: str) -> str:
-    """Begin a run and end it before its step of that number; return what was said."""
-    patched = ("distprune.train.set_learning_rate", CutOff(step))
-    answers = world(size).run(heard, run_patched, *patched, task, output, *overrides)
-    assert [answer for answer, _ in answers] == ["cut off"] * size
-    return str(answers[0][1])
 
 
 def copy(run_dir: Path, output: Path) -> None:
     shutil.copytree(run_dir, output, symlinks=True)
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    first, second = (load_file(path / "final" / "model.safetensors") for path in (one, other))
-    assert first.keys() == second.keys()
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def told(output: Path) -> list[dict[str, Any]]:
-    """Return what metrics.jsonl says, without times and memory."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in ("examples_per_s", "memory_mib")} for line in lines]
-
-
-@pytest.mark.parametrize(
-    ("size", "student"),
-    [
-        pytest.param(1, 0, marks=pytest.mark.slow),
-        pytest.param(2, 0, marks=pytest.mark.slow),
-        pytest.param(2, 1, marks=pytest.mark.slow),
-        (2, 2),
-        pytest.param(2, 3, marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
-    world: Worlds, task: Path, tmp_path: Path, size: int, student: int
-) -> None:
-    """It is cut off while it is dense, while it prunes, and with its last mask; dropout is on."""
-    whole, output = tmp_path / "whole", tmp_path / "cut"
-    options = (*stage(student), *EVERY_STEP, DROPOUT, "train.select=best", "train.log_every=5")
-    world(size).run(run, task, whole, *options)
-    for steps in (3, 7, 9):
-        cut_off(world, size, task, output, steps, *options)
-    summary = world(size).run(run, task, output, *options)[0]
-    assert summary["steps"] == 24
-    assert same_weights(whole, output)
-    assert told(output) == told(whole)
-
-
-@pytest.mark.slow
-def test_a_run_in_bf16_goes_on_exactly_too(world: Worlds, task: Path, tmp_path: Path) -> None:
-    for student in (0, 3):
-        whole, output = tmp_path / f"whole-{student}", tmp_path / f"cut-{student}"
-        options = (*stage(student), *EVERY_STEP, "deepspeed.student.bf16.enabled=true", "pruning.score=movement")
-        options += ("model.freeze=[embeddings]", "deepspeed.student.zero_optimization.sub_group_size=300")
-        world(2).run(run, task, whole, *options)
-        cut_off(world, 2, task, output, 10, *options)
-        world(2).run(run, task, output, *options)
-        assert same_weights(whole, output), f"stage {student}"
 
 
 # ------------------------------------------------------------------------------ another world, another stage

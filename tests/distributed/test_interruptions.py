@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed.test_checkpoints import same_weights, told
+from tests.distributed.runs import same_weights, told
 from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
 
 LONG = ("train.epochs=30", "checkpoint.steps=5", "train.log_every=1", "train.eval_every=10 epochs")
