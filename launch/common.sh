@@ -7,6 +7,9 @@ SITE=${DISTPRUNE_SITE:-$REPOSITORY/site.sh}
 # shellcheck source=/dev/null
 if [ -f "$SITE" ]; then source "$SITE"; fi
 
+# What every program is run by, e.g. DISTPRUNE_CONTAINER="apptainer exec --nv distprune.sif" in the site file; none: .venv
+read -ra CONTAINER <<<"${DISTPRUNE_CONTAINER:-}"
+
 die() {
     echo "$(basename "$0"): error: $*" >&2
     exit 2
@@ -59,8 +62,10 @@ count_gpus() {
 }
 
 activate() {
-    [ -x "$VENV/bin/python" ] || die "$VENV is missing; make it with: launch/quickstart.sh"
-    export PATH=$VENV/bin:$PATH
+    if [ "${#CONTAINER[@]}" -eq 0 ]; then
+        [ -x "$VENV/bin/python" ] || die "$VENV is missing; make it with: launch/quickstart.sh"
+        export PATH=$VENV/bin:$PATH
+    fi
     # DeepSpeed asks for an accelerator by name where it finds none, and says so at length.
     if [ "$(count_gpus)" -eq 0 ]; then
         export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}

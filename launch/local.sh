@@ -35,16 +35,16 @@ else
     cores=$(nproc)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 fi
-port=${MASTER_PORT:-$("$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+port=${MASTER_PORT:-$("${CONTAINER[@]}" python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
 # The deepspeed CLI passes signals on to one process after the other, or not at all. It runs in a session of its own,
 # and this script hands one signal to all ranks: they save and stop, with status 75. The second time all are killed.
-setsid deepspeed --quiet "${where[@]}" --no_local_rank --master_port "$port" --module distprune train "$@" &
+setsid "${CONTAINER[@]}" deepspeed --quiet "${where[@]}" --no_local_rank --master_port "$port" --module distprune train "$@" &
 session=$!
 asked=
 pass_on() {
-    if [ -n "$asked" ] || ! "$VENV/bin/python" "$REPOSITORY/launch/pass_on.py" "$1" "$session"; then
-        "$VENV/bin/python" "$REPOSITORY/launch/pass_on.py" KILL "$session" all || true
+    if [ -n "$asked" ] || ! "${CONTAINER[@]}" python "$REPOSITORY/launch/pass_on.py" "$1" "$session"; then
+        "${CONTAINER[@]}" python "$REPOSITORY/launch/pass_on.py" KILL "$session" all || true
     fi
     asked=1
 }

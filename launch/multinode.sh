@@ -27,9 +27,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 if [ -n "$head" ]; then
     [[ $head == *:* && -n $nodes && -n $node && -n $ranks ]] || die "-t needs HEAD:PORT, -n, -r and -p; $usage"
-    exec torchrun --nnodes "$nodes" --node-rank "$node" --nproc-per-node "$ranks" \
+    exec "${CONTAINER[@]}" torchrun --nnodes "$nodes" --node-rank "$node" --nproc-per-node "$ranks" \
         --master-addr "${head%:*}" --master-port "${head##*:}" -m distprune train "$@"
 fi
+[ "${#CONTAINER[@]}" -eq 0 ] || die "DISTPRUNE_CONTAINER is ${DISTPRUNE_CONTAINER}; allowed with -H: none (-t takes one)"
 [ -r "$hostfile" ] || die "the hostfile ${hostfile:-(none given)} cannot be read; $usage"
 command -v pdsh >/dev/null || die "pdsh is missing; install it with: apt-get install -y pdsh"
 # pdsh hands over little of the environment; the deepspeed CLI reads the rest from a file of this name in $HOME or here.

@@ -69,6 +69,9 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "example longer than the teacher's positions": ("teacher.path={root}/few-positions", "up to the model's 8"),
     "tokenizer": ("model.tokenizer={root}/gone", "gone' gives no tokenizer: "),
     "run directory that is a file": ("train.output={root}/range.jsonl", "is a file; allowed: a new or empty directory"),
+    "run directory on a disk that is read-only": ("train.output=/sys/run", "/sys/run cannot be written"),
+    "row without text": ("task.train={root}/no-text.jsonl", "'sentence' of {root}/no-text.jsonl has no value in 1 of 2"),
+    "row that is no text": ("task.train={root}/no-unicode.jsonl", "surrogate pair in string is invalid. in row 1"),
     "run directory in use": ("train.output={root}", "is not empty"),
 }
 
@@ -79,6 +82,9 @@ def mistaken(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("mistaken")
     (root / "empty.jsonl").touch()
     (root / "range.jsonl").write_text('{"sentence": "a film", "label": 2}\n')
+    good = '{"sentence": "a film", "label": 1}\n'
+    (root / "no-text.jsonl").write_text(good + '{"sentence": null, "label": 0}\n')
+    (root / "no-unicode.jsonl").write_text(good + r'{"sentence": "\ud800", "label": 0}' + "\n")
     write_model(root / "three-labels", num_labels=3)
     words = AutoTokenizer.from_pretrained(task / "model")
     words.add_tokens(["another"])
@@ -102,7 +108,7 @@ def test_a_mistake_is_one_sentence_on_every_rank_before_any_step(
     first, second = world(2).run(run, task, tmp_path / "run", *override.format(root=mistaken).split("; "))
     assert isinstance(first, str), "the run went through"
     assert first == second
-    assert part in first
+    assert part.format(root=mistaken) in first
     assert "\n" not in first
     assert not (tmp_path / "run").exists(), "the corrected run may have its directory"
 

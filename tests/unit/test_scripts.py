@@ -1,6 +1,7 @@
 """The shell scripts: what they say of a machine that lacks something, and of wrong arguments."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -135,3 +136,21 @@ def test_wrong_arguments_are_one_sentence(arguments: str, part: str) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert part in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "program"),
+    [
+        ("launch/local.sh run.yaml", "exec image.sif deepspeed .*--module distprune train run.yaml"),
+        ("launch/multinode.sh -t head:1 -n 2 -r 0 -p 1 run.yaml", "exec image.sif torchrun .*-m distprune train run.yaml"),
+        ("launch/multinode.sh -H hosts run.yaml", "allowed with -H: none"),
+    ],
+)
+def test_everything_runs_in_the_container_of_the_site(tmp_path: Path, script: str, program: str) -> None:
+    """A container program that prints what it is to run, and no environment outside it."""
+    (tmp_path / "site.sh").write_text('DISTPRUNE_CONTAINER="container exec image.sif"\n')
+    (tmp_path / "container").write_text('#!/bin/sh\ncase "$*" in *socket*) echo 29500;; *) echo "$*";; esac\n')
+    (tmp_path / "container").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = bash(script, path, VENV=str(tmp_path / "none"), DISTPRUNE_SITE=str(tmp_path / "site.sh"))
+    assert re.search(program, done.stdout + done.stderr), done.stderr
