@@ -7,11 +7,13 @@ from pathlib import Path
 
 from distprune.checkpoints.files import Damaged, newest_first, read_manifest
 from distprune.errors import UserError
+from distprune.tasks.metrics import LOWER_IS_BETTER
 
 
-def main_metric(metrics: dict[str, float]) -> float:
-    """Return the metric that states are compared by: the first."""
-    return next(iter(metrics.values()))
+def merit_of(metrics: dict[str, float]) -> float:
+    """Return what states are compared by, the higher the better: the first metric, or its negative."""
+    name, value = next(iter(metrics.items()))
+    return -value if name in LOWER_IS_BETTER else value
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Best:
 
     def update(self, metrics: dict[str, float], step: int) -> bool:
         """Take in an evaluation; return whether it is the best so far."""
-        if not self.metrics or main_metric(metrics) > main_metric(self.metrics):
+        if not self.metrics or merit_of(metrics) > merit_of(self.metrics):
             self.metrics, self.step, self.evaluations_since = metrics, step, 0
             return True
         self.evaluations_since += 1

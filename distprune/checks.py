@@ -58,6 +58,10 @@ def _dense(config: Config) -> bool:
     return config.pruning.sparsity == 0
 
 
+def _has_windows(config: Config) -> bool:
+    return config.task.name != "question_answering" or config.task.stride < config.task.max_length
+
+
 def _regexes(key: str) -> Check:
     def holds(config: Config) -> bool:
         try:
@@ -108,7 +112,6 @@ TASK = (
         "another split or file than task.train, unless task.holdout is set",
         lambda c: c.task.validation != c.task.train or c.task.holdout > 0,
     ),
-    Check("task.metrics", "at least one metric", lambda c: len(c.task.metrics) > 0),
     Check(
         "task.labels",
         "none where task.regression is true",
@@ -119,6 +122,11 @@ TASK = (
     Check("task.subset", "null where task.hub is", lambda c: c.task.subset is None or c.task.hub is not None),
     Check("task.holdout", "at least 0 and less than 1", lambda c: 0 <= c.task.holdout < 1),
     _at_least_one("task.max_length"),
+    Check("task.stride", "at least 0 and less than task.max_length", lambda c: c.task.stride >= 0 and _has_windows(c)),
+    _at_least_one("task.longest_answer"),
+    Check("task.mask", "more than 0 and less than 1", lambda c: 0 < c.task.mask < 1),
+    Check("task.bad_rows", "refuse or skip", lambda c: c.task.bad_rows in ("refuse", "skip")),
+    Check("task.too_long", "truncate, skip or refuse", lambda c: c.task.too_long in ("truncate", "skip", "refuse")),
     _at_least_one_or_null("task.limit"),
 )
 

@@ -42,19 +42,35 @@ class TeacherConfig:
 class TaskConfig:
     """The data and what is measured on it."""
 
-    name: str = key("text_classification", "kind of task")
+    name: str = key(
+        "text_classification",
+        "text_classification, multiple_choice, question_answering, choice_by_masked_lm, masked_lm, causal_lm, or "
+        "module:Class",
+    )
     hub: str | None = key(None, "data set id on the hub; null: train and validation are local files")
     subset: str | None = key(None, "the hub data set's configuration, e.g. sst2 of glue")
     train: str = key("train", "training split of the hub data set, or a file: jsonl, jsonl.gz, csv, tsv, parquet")
     validation: str = key("validation", "evaluation split or file; it may equal train where holdout is set")
-    text: list[str] = key(["sentence"], "columns with the text: one, or two for sentence pairs")
+    more_validation: list[str] = key([], "more splits or files to evaluate on, e.g. [validation_mismatched]")
+    text: list[str] = key(["sentence"], "columns with the text: one, or two for pairs, e.g. [question, context]")
+    choices: list[str] = key([], "multiple choice: the column of all choices, or a column for each; a.b is b within a")
+    form: list[str] = key(
+        [], "multiple choice: the text, or two, that a choice is read in, e.g. ['Q: {question}', 'A: {choice}']"
+    )
     label: str = key("label", "column with the label: an integer class, a class name, or a number (regression)")
     labels: list[str] = key([], "class names in the order of their numbers; empty: taken from the training data")
     regression: bool = key(False, "predict a number instead of a class")
     metrics: list[str] = key(
-        ["accuracy"], "what is measured, the main one first: accuracy, f1, macro_f1, matthews, pearson, spearman"
+        [],
+        "what is measured, the main one first: accuracy, f1, macro_f1, matthews, pearson, spearman, exact_match, nll, "
+        "perplexity; empty: those of the kind of task",
     )
-    max_length: int = key(128, "tokens kept of an example")
+    max_length: int = key(128, "tokens kept of an example, or of a window of one")
+    stride: int = key(128, "question answering: tokens that a window shares with the next one")
+    longest_answer: int = key(30, "question answering: tokens of the longest answer")
+    mask: float = key(0.15, "masked language models: part of the tokens that is predicted, (0, 1)")
+    bad_rows: str = key("refuse", "rows that cannot be used, such as one without a label: refuse or skip")
+    too_long: str = key("truncate", "texts of more than max_length tokens: truncate, skip or refuse; all are counted")
     limit: int | None = key(None, "use only this many training examples, drawn by train.seed; null: all")
     holdout: float = key(0.0, "part of the training data that replaces validation, [0, 1), the same for all seeds")
 

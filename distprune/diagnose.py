@@ -7,18 +7,18 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from distprune.errors import UserError
-from distprune.evaluate import forward
 from distprune.shards import trained_shards
-from distprune.tasks.base import Batch
+from distprune.tasks.base import Batch, Task
 
 
-def refuse_nonfinite(engine: Any, batch: Batch, step: int) -> NoReturn:
+def refuse_nonfinite(engine: Any, task: Task, batch: Batch, step: int) -> NoReturn:
     """Stop a run whose loss is not finite, with the step and the layer named.
 
     Collective: every rank calls it.
 
     Args:
         engine: the student's.
+        task: runs it.
         batch: this rank's micro batch of the failing step.
         step: optimizer steps completed.
 
@@ -27,7 +27,7 @@ def refuse_nonfinite(engine: Any, batch: Batch, step: int) -> NoReturn:
     """
     if weights := _first(_nonfinite_weights(engine)):
         where = f"the weights of {weights} are not finite"
-    elif outputs := _first(_nonfinite_outputs(engine, batch)):
+    elif outputs := _first(_nonfinite_outputs(engine, task, batch)):
         where = f"the output of {outputs} is not finite"
     else:
         where = "the model's outputs are finite, its loss is not"
@@ -50,7 +50,7 @@ def _nonfinite_weights(engine: Any) -> list[str]:
     return [shard.name for shard in trained_shards(engine).shards if not torch.isfinite(shard.master).all()]
 
 
-def _nonfinite_outputs(engine: Any, batch: Batch) -> list[str]:
+def _nonfinite_outputs(engine: Any, task: Task, batch: Batch) -> list[str]:
     """Run the batch again and return the modules that put out NaN or infinity, first to last. Collective at ZeRO-3."""
     found: list[str] = []
 
@@ -63,7 +63,7 @@ def _nonfinite_outputs(engine: Any, batch: Batch) -> list[str]:
 
     hooks = [module.register_forward_hook(hook_for(name)) for name, module in engine.module.named_modules() if name]
     with torch.no_grad():
-        forward(engine, batch)
+        task.forward(engine, batch)
     for hook in hooks:
         hook.remove()
     return found

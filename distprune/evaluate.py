@@ -5,49 +5,51 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from datasets import Dataset
-from torch import Tensor
 
 from distprune import dist
 from distprune.batches import eval_batches, in_order
 from distprune.tasks.base import Batch, Task
 
 
-def forward(engine: Any, batch: Batch) -> Tensor:
-    """Return a model's logits for a batch, without the labels' own loss. Collective at ZeRO-3."""
-    logits: Tensor = engine(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
-    return logits
-
-
-@torch.no_grad()
-def evaluate(engine: Any, task: Task, data: Dataset, batch_size: int) -> dict[str, float]:
-    """Return the task's metrics of a model over a data set, the same on every rank.
+def evaluate(engine: Any, task: Task, batch_size: int) -> dict[str, float]:
+    """Return the task's metrics of a model over all its evaluation data, the same on every rank.
 
     Collective: every rank calls it.
 
     Args:
         engine: a DeepSpeed engine; left in the mode it was in.
         task: gives batches and metrics.
-        data: tokenised examples.
-        batch_size: examples in a forward pass on one rank.
+        batch_size: rows in a forward pass on one rank.
     """
+    measured: dict[str, float] = {}
+    for prefix, data in task.evaluations().items():
+        metrics = _evaluate(engine, task, data, batch_size)
+        measured |= {prefix + name: value for name, value in metrics.items()}
+    return measured
+
+
+def on_device(batch: Batch, engine: Any) -> Batch:
+    """Return a batch on an engine's device."""
+    return {name: tensor.to(engine.device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def _evaluate(engine: Any, task: Task, data: Dataset, batch_size: int) -> dict[str, float]:
+    """Collective: every rank calls it."""
     world = dist.detect()
     was_training = engine.module.training
     engine.eval()
-    logits, labels, indices, valid = [], [], [], []
+    predictions, indices, valid = [], [], []
     for rows in eval_batches(data["length"], batch_size, world.rank, world.size):
-        batch = {
-            name: tensor.to(engine.device) for name, tensor in task.collate(data.__getitems__(rows.indices)).items()
-        }
-        logits.append(forward(engine, batch).float())
-        labels.append(batch["labels"])
+        batch = on_device(task.collate(data.__getitems__(rows.indices)), engine)
+        predictions.append(task.predictions(task.forward(engine, batch), batch))
         indices += rows.indices
         valid += rows.valid
     engine.train(was_training)
 
     order, real = dist.gather_rows(torch.tensor(indices)), dist.gather_rows(torch.tensor(valid))
-    every_logit = in_order(dist.gather_rows(torch.cat(logits)), order, real)
-    every_label = in_order(dist.gather_rows(torch.cat(labels)), order, real)
-    measured = [task.metrics(every_logit, every_label) if dist.is_main() else {}]
+    every = in_order(dist.gather_rows(torch.cat(predictions)), order, real)
+    measured = [task.metrics(every.cpu(), data) if dist.is_main() else {}]
     # Processors of other kinds may round otherwise, and ranks branch on the metrics.
     torch_dist.broadcast_object_list(measured)
     return measured[0]

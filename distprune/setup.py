@@ -1,12 +1,10 @@
 """From a configuration to everything a run is made of, every mistake of the user's found before the first step."""
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -24,6 +22,8 @@ from distprune.pruning.targets import find_targets
 from distprune.shards import ShardedParameters, shards_of, trained_shards
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
+from distprune.tasks.data import fingerprint
+from distprune.teacher import LiveTeacher
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Setup:
     world: dist.World
     task: Task
     student: Any
-    teacher: Any | None
+    teacher: LiveTeacher | None
     pruner: Pruner | None
     plan: Plan
     new_weights: list[str]
@@ -67,7 +67,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     sections = (config.train, config.optimizer, config.lr, config.pruning, config.distillation, config.deepspeed)
     dist.agree_equal(sections, "the settings")  # paths may differ from node to node
     dist.agree_equal((len(task.train), len(task.validation)), "the numbers of training and validation examples")
-    data = _fingerprint(task)
+    data = fingerprint(task.train, *task.evaluations().values())
     dist.agree_equal(data, "the fingerprints of the data")
     dist.agree(lambda: check_limits(directory, task))
     teacher = None
@@ -155,15 +155,6 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _fingerprint(task: Task) -> str:
-    """Return a hash of the tokenised data, to compare it between ranks and nodes."""
-    digest = hashlib.sha256()
-    for part in (task.train, task.validation):
-        for column in ("length", "label"):
-            digest.update(np.asarray(part[column][:]).tobytes())
-    return digest.hexdigest()[:16]
-
-
 def check_limits(directory: Path, task: Task) -> None:
     """Refuse examples that are longer than the model's positions, and tokens that it has no embedding for.
 
@@ -171,7 +162,7 @@ def check_limits(directory: Path, task: Task) -> None:
         UserError: as said.
     """
     model = read_config(directory)
-    longest = max(max(part["length"][:]) for part in (task.train, task.validation))
+    longest = max(max(part["length"][:]) for part in (task.train, *task.evaluations().values()))
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None and 0 < positions < longest:
         raise UserError(f"an example has {longest} tokens; allowed: task.max_length up to the model's {positions}")
@@ -180,10 +171,11 @@ def check_limits(directory: Path, task: Task) -> None:
         raise UserError(f"the tokenizer has {tokens} tokens; allowed: up to the model's vocab_size, {embeddings}")
 
 
-def _teacher(config: Config, task: Task, micro_batch: int) -> Any:
+def _teacher(config: Config, task: Task, micro_batch: int) -> LiveTeacher:
     """Collective: every rank calls it."""
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
     dist.agree(lambda: task.check_teacher(read_config(directory), load_tokenizer(str(directory))))
     dist.agree(lambda: check_limits(directory, task))
-    return build_frozen(config.deepspeed.teacher, directory, task.auto_class, task.model_options(), micro_batch)
+    options = task.model_options()
+    return LiveTeacher(build_frozen(config.deepspeed.teacher, directory, task.auto_class, options, micro_batch), task)

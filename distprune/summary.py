@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch.distributed as torch_dist
-
 from distprune import dist
 from distprune.config import Config, PruningConfig
 from distprune.engine import stage_of
@@ -24,9 +22,9 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
     """
     config, setup, dense = trainer.config, trainer.setup, trainer.dense_metrics
     layers = {} if setup.pruner is None else setup.pruner.masked_of
-    sizes = {"student": _bytes_per_rank(setup.student)}
+    sizes = {"student": dist.gather([held_bytes(setup.student)])}
     if setup.teacher is not None:
-        sizes["teacher"] = _bytes_per_rank(setup.teacher)
+        sizes["teacher"] = dist.gather([setup.teacher.held_bytes()])
     if not dist.is_main():
         return {}
     metrics = trainer.final_metrics
@@ -104,10 +102,3 @@ def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:
 def _total(zeros: dict[str, tuple[int, int]], names: Any) -> tuple[int, int]:
     """Return zeros and elements of some tensors together."""
     return sum(zeros[name][0] for name in names), sum(zeros[name][1] for name in names)
-
-
-def _bytes_per_rank(engine: Any) -> list[dict[str, int]]:
-    """Collective: every rank calls it."""
-    every: list[dict[str, int]] = [{}] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(every, held_bytes(engine))
-    return every

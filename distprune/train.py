@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distprune import dist
 from distprune.batches import rank_part, stream_seed, train_batches
-from distprune.best import Best, copy, main_metric, partial_of, remove_former, replace
+from distprune.best import Best, copy, merit_of, partial_of, remove_former, replace
 from distprune.checkpoints.files import FOLDER, Manifest
 from distprune.checkpoints.pieces import Pieces
 from distprune.checkpoints.saver import Saver
@@ -28,7 +28,7 @@ from distprune.diagnose import refuse_nonfinite, refuse_nonfinite_weights
 from distprune.distill import distillation_loss, mix
 from distprune.engine import set_learning_rate
 from distprune.errors import UserError
-from distprune.evaluate import evaluate, forward
+from distprune.evaluate import evaluate, on_device
 from distprune.export import describe, export
 from distprune.interrupts import Interrupted, StopRequests
 from distprune.monitor import Monitor
@@ -109,15 +109,13 @@ class Trainer:
         world, task = self.setup.world, self.setup.task
         set_learning_rate(student, plan.lr.at(self.step))
         parts = rank_part(batch, world.rank, world.size, self.config.train.accumulation)
-        sums = [0.0, 0.0, 0.0]
+        sums, draw = [0.0, 0.0, 0.0], stream_seed(self.config.train.seed, self.step, [])
         for number, rows in enumerate(parts, start=1):
-            micro_batch = {
-                name: tensor.to(student.device) for name, tensor in task.collate(task.train.__getitems__(rows)).items()
-            }
+            micro_batch = on_device(task.collate(task.train.__getitems__(rows), draw), student)
             if all(map(math.isfinite, sums)):
                 suspect = micro_batch  # in the end the first with a loss that is not finite, where there is one
             torch.manual_seed(stream_seed(self.config.train.seed, self.step, rows))
-            losses = self._backward(micro_batch)
+            losses = self._backward(micro_batch, rows)
             sums = [total + float(loss) / len(parts) for total, loss in zip(sums, losses, strict=True)]
             if number == len(parts):
                 self.saver.before_change()
@@ -134,16 +132,14 @@ class Trainer:
         except UserError as error:
             raise UserError(f"at step {self.step} {error}") from error
 
-    def _backward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the total, the task's and the distillation loss of a micro batch."""
+    def _backward(self, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the total, the task's and the distillation loss of a micro batch, which holds these training rows."""
         student, teacher, distillation = self.setup.student, self.setup.teacher, self.config.distillation
-        logits = forward(student, batch)
-        task_loss = self.setup.task.loss(logits, batch["labels"])
+        logits = self.setup.task.forward(student, batch)
+        task_loss = self.setup.task.loss(logits, batch)
         teacher_loss = None
         if teacher is not None:
-            with torch.no_grad():
-                target = forward(teacher, batch)
-            teacher_loss = distillation_loss(logits, target, distillation.temperature)
+            teacher_loss = distillation_loss(logits, teacher.logits(batch, rows), distillation.temperature)
         loss = mix(task_loss, teacher_loss, distillation.hardness)
         student.backward(loss)
         return (
@@ -164,7 +160,7 @@ class Trainer:
         *losses, ranks_busy, save, stop, requeue = dist.all_sum([*sums, *map(float, mine)])
         self.losses.append([value / world.size for value in losses])
         if not all(math.isfinite(value) for value in self.losses[-1]):
-            refuse_nonfinite(self.setup.student, batch, self.step)
+            refuse_nonfinite(self.setup.student, self.setup.task, batch, self.step)
         self.saver.settle(ranks_busy)
         return _Asked(save > 0, stop > 0, requeue > 0)
 
@@ -194,9 +190,9 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Measure, and keep the state where it is the best one at the target sparsity."""
-        plan, pruner, task = self.setup.plan, self.setup.pruner, self.setup.task
+        plan, pruner = self.setup.plan, self.setup.pruner
         started = time.perf_counter()
-        self.metrics = evaluate(self.setup.student, task, task.validation, self.config.train.eval_batch_size)
+        self.metrics = evaluate(self.setup.student, self.setup.task, self.config.train.eval_batch_size)
         self._measured_at = self.step
         self._logged_at += time.perf_counter() - started  # examples/s are those of training
         layers = {} if pruner is None else pruner.layer_sparsity
@@ -241,8 +237,8 @@ class Trainer:
             "trainer": self.state(),
         }
         check = pruner.unmasked if pruner is not None and pruner.carried else list
-        metric = main_metric(self.metrics) if measured else None
-        self.saver.save(self.step, owned_tensors(student, pruner), state, metric, check)
+        merit = merit_of(self.metrics) if measured else None
+        self.saver.save(self.step, owned_tensors(student, pruner), state, merit, check)
 
     def state(self) -> dict[str, Any]:
         """Return where the run stands, for JSON."""
@@ -266,8 +262,8 @@ class Trainer:
 
     def measure_teacher(self) -> None:
         """Measure the teacher, which is the dense model. Collective: every rank calls it."""
-        task = self.setup.task
-        self.dense_metrics = evaluate(self.setup.teacher, task, task.validation, self.config.train.eval_batch_size)
+        assert self.setup.teacher is not None
+        self.dense_metrics = self.setup.teacher.measure(self.config.train.eval_batch_size)
 
     @property
     def seconds(self) -> float:

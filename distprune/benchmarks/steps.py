@@ -17,7 +17,6 @@ from distprune.benchmarks.timing import seconds
 from distprune.config import Config
 from distprune.distill import distillation_loss
 from distprune.engine import build_frozen, build_student
-from distprune.evaluate import forward
 from distprune.setup import build_pruner
 
 SHAPES = {
@@ -100,11 +99,11 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
     masking: list[float] = []
 
     def loss_of(taught: bool) -> Tensor:
-        logits = forward(student, batch)
+        logits = student(**batch).logits
         if not taught:
             return torch.nn.functional.cross_entropy(logits.float(), labels)
         with torch.no_grad():
-            target = forward(teacher, batch)
+            target = teacher(**batch).logits
         return distillation_loss(logits, target, 5.5)
 
     def step(masked: bool, taught: bool) -> float:

@@ -55,7 +55,8 @@ class Manifest:
         step: optimizer steps that were done.
         state: everything that is no tensor, as JSON has it.
         files: all files but this one.
-        metric: the main metric, where this very state was measured at the target sparsity.
+        metric: the main metric (its negative where lower is better), where this very state was measured at the
+            target sparsity.
     """
 
     step: int

@@ -35,7 +35,7 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
         task.model_options(),
         config.train.eval_batch_size,
     )
-    metrics = evaluate(engine, task, task.validation, config.train.eval_batch_size)
+    metrics = evaluate(engine, task, config.train.eval_batch_size)
     if dist.is_main():
         counts = count_zeros(directory)
         stored = match_names(sorted(layer_matrices(engine.module)), list(counts), engine.module.base_model_prefix)

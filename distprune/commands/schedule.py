@@ -14,7 +14,8 @@ from rich.table import Table
 from distprune import settings
 from distprune.errors import UserError
 from distprune.plan import Plan, make_plan
-from distprune.tasks.data import count_train
+from distprune.setup import load_task, local_model
+from distprune.tasks import task_kind
 
 ROWS = 40
 LR_COLOR, SPARSITY_COLOR, MUTED = "#1f5fa8", "#c2410c", "#6b7280"
@@ -31,7 +32,9 @@ def run(config_path: str, overrides: list[str], examples: int | None, png: str) 
     """
     config = settings.load_valid(config_path, overrides)
     if examples is None:
-        examples = count_train(config.task, config.train.seed)
+        examples = task_kind(config.task.name).count_train(config)
+    if examples is None:
+        examples = len(load_task(config, local_model(config.model.path, config.model.revision)).train)
     plan = make_plan(config, examples)
     console = Console()
     console.print(table(plan))

@@ -67,6 +67,8 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
     if before is not None:
         dist.on_main(lambda: _check_fits(setup, before[1]))
     dist.write_on_main(lambda: _make_ready(run_dir, config, unfinished, before and before[1]), run_dir)
+    for note in setup.task.notes if dist.is_main() else ():
+        print(f"data: {note}")
     if setup.new_weights and dist.is_main():
         print(f"new weights, which {config.model.path} lacks: {', '.join(setup.new_weights)}")
     try:

@@ -1,20 +1,41 @@
 """The kinds of task, by the name in ``task.name``."""
 
-from collections.abc import Callable
+from importlib import import_module
+from inspect import isabstract
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from distprune.config import Config
-from distprune.errors import unknown
+from distprune.errors import UserError, unknown
 from distprune.tasks.base import Task
 from distprune.tasks.text_classification import TextClassification
 
-__all__ = ["TASKS", "Task", "build_task"]
+__all__ = ["TASKS", "Task", "build_task", "task_kind"]
 
-TASKS: dict[str, Callable[[Config, PreTrainedTokenizerBase, Path | None], Task]] = {
+TASKS: dict[str, type[Task]] = {
     "text_classification": TextClassification,
 }
+
+
+def task_kind(name: str) -> type[Task]:
+    """Return a kind of task by its name, or by ``module:Class`` where it is of another package.
+
+    Raises:
+        UserError: where there is none of this name.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon or module[:1] in ("", "."):
+        raise unknown("task.name", name, TASKS)
+    try:
+        kind = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"task.name {name!r} cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Task)) or isabstract(kind):
+        raise UserError(f"task.name is {name!r}; allowed: module:Class of a subclass of distprune.tasks.Task")
+    return kind
 
 
 def build_task(config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> Task:
@@ -30,6 +51,4 @@ def build_task(config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Pa
     Raises:
         UserError: an unknown task, or input that it cannot use.
     """
-    if config.task.name not in TASKS:
-        raise unknown("task.name", config.task.name, TASKS)
-    return TASKS[config.task.name](config, tokenizer, cache_dir)
+    return task_kind(config.task.name)(config, tokenizer, cache_dir)

@@ -1,6 +1,7 @@
 """What the training loop needs to know about a task, and nothing more."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -8,6 +9,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from distprune.config import Config
 from distprune.errors import UserError
 
 Example = dict[str, Any]
@@ -17,52 +19,107 @@ Batch = dict[str, torch.Tensor]
 class Task(ABC):
     """Tokenised data, how it is batched, the loss and the metrics of one kind of task.
 
+    A row is what one forward pass reads of one example: the example itself, or a window of a long one.
+
     Attributes:
         auto_class: the transformers Auto class of the model.
-        train: training examples without padding: ``input_ids``, ``token_type_ids`` where the tokenizer
+        cacheable: whether the teacher's logits of a training row are the same in every epoch, and small enough to keep.
+        train: training rows without padding: ``input_ids``, ``token_type_ids`` where the tokenizer
             gives them, ``label``, and ``length`` (the number of tokens).
-        validation: evaluation examples, with the same columns.
+        validation: evaluation rows, with the same columns.
+        more_validation: further evaluation data, by the name that their metrics are given.
+        notes: what the user should know of the data: rows that were left out or cut short.
     """
 
     auto_class: ClassVar[Any]
+    cacheable: ClassVar[bool] = True
     train: Dataset
     validation: Dataset
+    more_validation: dict[str, Dataset]
+    notes: list[str]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Keep the tokenizer.
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
+        """Keep the tokenizer. Kinds of task load, check and tokenise the data of ``config.task``.
 
         Raises:
-            UserError: it has no padding token.
+            UserError: the tokenizer has no padding token.
         """
         if tokenizer.pad_token_id is None:
             raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no padding token, which batches need")
         self.tokenizer = tokenizer
+        self.more_validation, self.notes = {}, []
 
     @abstractmethod
     def model_options(self) -> dict[str, Any]:
         """Return what the task sets in the model's config."""
 
     @abstractmethod
-    def collate(self, examples: list[Example]) -> Batch:
-        """Return the model's inputs and ``labels`` for some examples, padded to the longest of them."""
+    def collate(self, rows: list[Example], draw: int = 0) -> Batch:
+        """Return the model's inputs and ``labels`` for some rows, padded to the longest of them.
+
+        Args:
+            rows: of `train` or `validation`.
+            draw: another one in each step of training, for what is drawn at random; together with the row it decides.
+        """
+
+    def forward(self, engine: Any, batch: Batch) -> torch.Tensor:
+        """Return a model's logits, each vector of the last dimension one prediction. Collective at ZeRO-3.
+
+        Args:
+            engine: of DeepSpeed.
+            batch: of `collate`, on the engine's device.
+        """
+        logits: torch.Tensor = engine(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+        return logits
 
     @abstractmethod
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss of a batch, a float32 scalar."""
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return the mean loss of a batch, a float32 scalar.
+
+        Args:
+            logits: of `forward`, any float type.
+            batch: of `collate`.
+        """
+
+    def split(self, logits: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+        """Return the logits of each row of a batch, without padding."""
+        return list(logits)
+
+    def join(self, rows: list[torch.Tensor], batch: Batch) -> torch.Tensor:
+        """Return the logits of a batch from those of its rows: the inverse of `split`."""
+        return torch.stack(rows)
+
+    def predictions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return what the metrics need of a batch, float32, shape [B, ...], with the same ... for all batches."""
+        return logits.float()
 
     @abstractmethod
-    def metrics(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """Return the metrics of all evaluation examples, the main one first."""
+    def metrics(self, predictions: torch.Tensor, data: Dataset) -> dict[str, float]:
+        """Return the metrics of evaluation data, the main one first.
+
+        Args:
+            predictions: of `predictions`, in the order of the rows, shape [N, ...], on the CPU.
+            data: the rows.
+        """
 
     @abstractmethod
     def check_labels(self, model_config: PretrainedConfig, who: str) -> None:
         """Check that a trained model predicts what the task asks for; ``who`` names it in the message."""
 
+    @classmethod
+    @abstractmethod
+    def count_train(cls, config: Config) -> int | None:
+        """Return the number of training rows without tokenising them; None where that cannot be known."""
+
+    def evaluations(self) -> dict[str, Dataset]:
+        """Return all evaluation data by what their metrics' names begin with; the main one with nothing."""
+        return {"": self.validation, **{f"{name}/": rows for name, rows in self.more_validation.items()}}
+
     def check_teacher(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the teacher reads the student's tokens and that its logits mean the same.
 
         Raises:
-            UserError: the vocabularies differ.
+            UserError: the vocabularies differ, or the labels do.
         """
         ours, theirs = self.tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
         if ours != theirs:
@@ -71,28 +128,26 @@ class Task(ABC):
                 f"the teacher's vocabulary ({len(theirs)} tokens) is not the student's ({len(ours)} tokens): "
                 f"{differing} entries differ, and distillation needs the same tokens with the same ids"
             )
+        self.check_labels(teacher_config, "the teacher")
 
-    def pad(self, examples: list[Example]) -> Batch:
-        """Pad tokens to the longest of the examples, on the tokenizer's side.
+    def pad(self, rows: list[Example]) -> Batch:
+        """Pad tokens to the longest of the rows, on the tokenizer's side.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and, where the examples have them, ``token_type_ids``: int64,
+            ``input_ids``, ``attention_mask`` and, where the rows have them, ``token_type_ids``: int64,
             shape [B, T].
         """
-
-        def stack(rows: list[list[int]], filler: int) -> torch.Tensor:
-            tensors = [torch.tensor(row) for row in rows]
-            side = self.tokenizer.padding_side
-            return pad_sequence(tensors, batch_first=True, padding_value=filler, padding_side=side)
-
         fillers = {
             "input_ids": self.tokenizer.pad_token_id,
             "token_type_ids": self.tokenizer.pad_token_type_id,
         }
         batch = {
-            name: stack([example[name] for example in examples], filler)
-            for name, filler in fillers.items()
-            if name in examples[0]
+            name: self.stack([row[name] for row in rows], filler) for name, filler in fillers.items() if name in rows[0]
         }
-        batch["attention_mask"] = stack([[1] * len(example["input_ids"]) for example in examples], 0)
+        batch["attention_mask"] = self.stack([[1] * len(row["input_ids"]) for row in rows], 0)
         return batch
+
+    def stack(self, rows: list[list[int]], filler: int) -> torch.Tensor:
+        """Return numbers of each token as one tensor, int64, shape [B, T], filled up on the tokenizer's side."""
+        tensors = [torch.tensor(row) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=filler, padding_side=self.tokenizer.padding_side)

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import xxhash
 from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
-from distprune.config import TaskConfig
+from distprune.config import Config, TaskConfig
 from distprune.errors import UserError, unknown
+from distprune.tasks.rows import screen, settle_length
 
 HOLDOUT_SEED = 0
 
@@ -33,10 +35,18 @@ UNREADABLE = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueErr
 
 
 class Split(NamedTuple):
-    """Rows as they were read, and how to call their source in a message."""
+    """Rows as they were read, numbered from 0 in their column ``_row``, and how to call their source in a message."""
 
     rows: Dataset
     origin: str
+
+
+class Splits(NamedTuple):
+    """All data of a task; with a holdout the validation rows are the training rows, before `choose` parts them."""
+
+    train: Split
+    validation: Split
+    more: dict[str, Split]
 
 
 @contextmanager
@@ -51,23 +61,24 @@ def quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
-def load_splits(task: TaskConfig, columns: Sequence[str], cache_dir: Path | None) -> tuple[Split, Split]:
-    """Read all training and evaluation rows; with a holdout both are the training rows.
+def load_splits(task: TaskConfig, columns: Sequence[str], cache_dir: Path | None, notes: list[str]) -> Splits:
+    """Read all training and evaluation rows.
 
     Args:
         task: where the data are.
-        columns: columns that must be there, without missing values.
+        columns: columns that must be there; rows without a value in one are refused or left out (``task.bad_rows``).
         cache_dir: of the datasets library; null: its default.
+        notes: a sentence is added for rows that are left out.
 
     Raises:
         UserError: a split, file or column that is not there or cannot be read, no rows, or missing values.
     """
-    names = [task.train] if task.holdout else [task.train, task.validation]
+    names = [task.train, *([] if task.holdout else [task.validation]), *task.more_validation]
     local = [] if task.hub else [_read_file(task, name, cache_dir) for name in names]
-    splits = local or _read_hub(task, names, cache_dir)
-    for split in splits:
-        _check(split, columns)
-    return splits[0], splits[-1]
+    splits = [_check(split, columns, task, notes) for split in local or _read_hub(task, names, cache_dir)]
+    more = splits[len(splits) - len(task.more_validation) :]
+    titles = [Path(name).name.split(".")[0] for name in task.more_validation]
+    return Splits(splits[0], splits[0 if task.holdout else 1], dict(zip(titles, more, strict=True)))
 
 
 def type_of(split: Split, column: str) -> str:
@@ -121,23 +132,66 @@ def choose(train: Dataset, validation: Dataset, task: TaskConfig, seed: int) -> 
     return train, validation
 
 
-def count_train(task: TaskConfig, seed: int) -> int:
-    """Return the number of training examples of a run, without tokenising them.
+def prepared(
+    splits: Splits,
+    config: Config,
+    notes: list[str],
+    label: Callable[[Split, TaskConfig], Dataset],
+    encode: Callable[[Dataset], Dataset],
+) -> tuple[Dataset, Dataset, dict[str, Dataset]]:
+    """Return tokenised training, validation and further evaluation rows: labelled, chosen, encoded, cut to length.
+
+    Args:
+        splits: the data.
+        config: of the run.
+        notes: a sentence is added for rows that are left out or cut short.
+        label: makes rows with what the model predicts of a split, or refuses it.
+        encode: tokenises rows, with a column ``cut``.
+
+    Raises:
+        UserError: as these do.
+    """
+    task = config.task
+    train, validation = choose(label(splits.train, task), label(splits.validation, task), task, config.train.seed)
+    parts = {"train": (train, splits.train.origin), "": (validation, splits.validation.origin)}
+    parts |= {f"more {name}": (label(split, task), split.origin) for name, split in splits.more.items()}
+    ready = {name: settle_length(encode(rows), origin, task, notes) for name, (rows, origin) in parts.items()}
+    return ready["train"], ready[""], {name: ready[f"more {name}"] for name in splits.more}
+
+
+def fingerprint(*parts: Dataset) -> str:
+    """Return a hash of rows, all columns but their numbers, that is the same wherever they are."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        for table in part.with_format("arrow").iter(1000):
+            columns = [name for name in table.column_names if name != "_row"]
+            batch = table.select(columns).replace_schema_metadata(None).combine_chunks()
+            digest.update(batch.schema.to_string().encode())
+            for written in batch.to_batches():
+                digest.update(written.serialize())
+    return digest.hexdigest()
+
+
+def count_train(task: TaskConfig, columns: Sequence[str], seed: int) -> int | None:
+    """Return the number of training examples of a run without tokenising them; None where it depends on their tokens.
 
     Args:
         task: the data's configuration.
+        columns: as of `load_splits`.
         seed: the run's.
 
     Raises:
         UserError: data that cannot be used.
     """
+    if task.too_long == "skip":
+        return None
     with quiet():
-        train, validation = load_splits(task, [*task.text, task.label], None)
-        return len(choose(train.rows, validation.rows, task, seed)[0])
+        splits = load_splits(task, columns, None, [])
+        return len(choose(splits.train.rows, splits.validation.rows, task, seed)[0])
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, text: list[str], max_length: int) -> Dataset:
-    """Replace text columns by tokens, truncated to ``max_length``; cached on disk by what goes in.
+    """Replace text columns by tokens, cut to ``max_length``; cached on disk by what goes in.
 
     Args:
         rows: with the text columns.
@@ -146,21 +200,45 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, text: list[str],
         max_length: tokens kept of an example, special tokens included.
 
     Returns:
-        The other columns, ``input_ids``, ``token_type_ids`` where the tokenizer gives them, and ``length``.
+        The other columns, ``input_ids``, ``token_type_ids`` where the tokenizer gives them, ``length``, and ``cut``:
+        whether some of the text was cut off.
 
     Raises:
         UserError: ``max_length`` is more than the tokenizer allows, or leaves no place for the text; a cache that
             cannot be written.
     """
-    least = tokenizer.num_special_tokens_to_add(pair=len(text) == 2) + len(text)
+    check_max_length(tokenizer, len(text), max_length)
+    return mapped(rows, _encode_and_count, text, tokenizer=tokenizer, text=text, max_length=max_length)
+
+
+def check_max_length(tokenizer: PreTrainedTokenizerBase, texts: int, max_length: int) -> None:
+    """Check that a tokenizer can cut to a length.
+
+    Raises:
+        UserError: it is more than the tokenizer allows, or leaves no place for this number of texts.
+    """
+    least = tokenizer.num_special_tokens_to_add(pair=texts == 2) + texts
     if not least <= max_length <= tokenizer.model_max_length:
         raise UserError(
-            f"task.max_length is {max_length}; this tokenizer and {len(text)} text columns allow {least} to "
+            f"task.max_length is {max_length}; this tokenizer and {texts} text columns allow {least} to "
             f"{tokenizer.model_max_length:g}"
         )
-    options = {"tokenizer": tokenizer, "text": text, "max_length": max_length}
+
+
+def mapped(rows: Dataset, function: Callable[..., Any], removed: Sequence[str], **options: Any) -> Dataset:
+    """Return what a function makes of batches of rows; cached on disk by what goes in, and by the function's name only.
+
+    Args:
+        rows: columns.
+        function: of a batch of rows, as lists by column, and ``options``.
+        removed: columns that are left out of what comes back.
+        options: of the function.
+
+    Raises:
+        UserError: a cache that cannot be written.
+    """
     try:
-        return rows.map(_encode, batched=True, remove_columns=text, fn_kwargs=options)
+        return rows.map(function, batched=True, remove_columns=list(removed), fn_kwargs=options)
     except OSError as error:
         raise UserError(
             f"the tokenised data cannot be written to the cache of the datasets library: {error}; allowed: "
@@ -168,13 +246,34 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, text: list[str],
         ) from error
 
 
-def _encode(
+def _encode_and_count(
     rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, text: list[str], max_length: int
 ) -> dict[str, list[Any]]:
     # The cache knows this function by its name only: when its output changes, so must the name.
     columns = [rows[name] for name in text]
     tokens = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
-    return {**tokens, "length": [len(ids) for ids in tokens["input_ids"]]}
+    lengths = [len(ids) for ids in tokens["input_ids"]]
+    return {**tokens, "length": lengths, "cut": are_cut(tokenizer, columns, lengths, max_length)}
+
+
+def are_cut(
+    tokenizer: PreTrainedTokenizerBase, columns: list[list[str]], lengths: list[int], max_length: int
+) -> list[bool]:
+    """Return which texts, or pairs of texts, have more tokens than those that were kept.
+
+    Args:
+        tokenizer: that they were tokenised by.
+        columns: one list of texts, or two.
+        lengths: tokens that were kept of each.
+        max_length: the most that are kept.
+    """
+    full = [place for place, length in enumerate(lengths) if length == max_length]
+    cut = [False] * len(lengths)
+    if full:  # few: only these can be longer
+        whole = tokenizer(*([column[place] for place in full] for column in columns), verbose=False)["input_ids"]
+        for place, ids in zip(full, whole, strict=True):
+            cut[place] = len(ids) > max_length
+    return cut
 
 
 def _read_hub(task: TaskConfig, names: list[str], cache_dir: Path | None) -> list[Split]:
@@ -186,7 +285,7 @@ def _read_hub(task: TaskConfig, names: list[str], cache_dir: Path | None) -> lis
     for name in names:
         if name not in splits:
             raise unknown(f"split of the data set {title}", name, splits)
-    return [Split(splits[name], f"split {name!r} of {title}") for name in names]
+    return [Split(_number(splits[name]), f"split {name!r} of {title}") for name in names]
 
 
 def _read_file(task: TaskConfig, name: str, cache_dir: Path | None) -> Split:
@@ -207,7 +306,11 @@ def _read_file(task: TaskConfig, name: str, cache_dir: Path | None) -> Split:
         rows = READERS[suffix](pattern, cache_dir=cache, **options)
     except UNREADABLE as error:
         raise UserError(f"the data file {name} cannot be read, or is empty: {_reason(error)}") from error
-    return Split(rows, name)
+    return Split(_number(rows), name)
+
+
+def _number(rows: Dataset) -> Dataset:
+    return rows if len(rows) == 0 else rows.add_column("_row", np.arange(len(rows)))
 
 
 def _reason(error: BaseException) -> str:
@@ -216,15 +319,14 @@ def _reason(error: BaseException) -> str:
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
-def _check(split: Split, columns: Sequence[str]) -> None:
+def _check(split: Split, columns: Sequence[str], task: TaskConfig, notes: list[str]) -> Split:
     if len(split.rows) == 0:
         raise UserError(f"{split.origin} has no rows; at least one is needed")
     for column in columns:
         if column not in split.rows.column_names:
             raise unknown(f"column of {split.origin}", column, split.rows.column_names)
-        missing = split.rows.data.column(column).null_count
-        if missing:
-            raise UserError(
-                f"column {column!r} of {split.origin} has no value in {missing} of {len(split.rows)} rows; "
-                "every row needs one"
-            )
+    wrong = {
+        f"have no value in column {column!r}": np.flatnonzero(split.rows.data.column(column).is_null()).tolist()
+        for column in columns
+    }
+    return Split(screen(split.rows, wrong, split.origin, task, notes), split.origin)

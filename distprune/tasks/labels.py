@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset
 
+from distprune.config import TaskConfig
 from distprune.errors import UserError
 from distprune.tasks.data import Split, is_text, type_of
+from distprune.tasks.rows import screen
 
 SHOWN = 8
 
@@ -25,20 +27,27 @@ class Classes:
     names: list[str]
     numbers: dict[int | str, int]
 
-    def encode(self, split: Split, column: str) -> npt.NDArray[np.int64]:
-        """Return the class numbers of a split, shape [N].
+    def encode(self, split: Split, column: str, task: TaskConfig, notes: list[str]) -> Dataset:
+        """Return the rows with the class numbers as ``label``.
+
+        Args:
+            split: with the labels.
+            column: that they are in.
+            task: ``bad_rows`` says what is done with labels that are none of the classes.
+            notes: a sentence is added for rows that are left out.
 
         Raises:
-            UserError: a label that is none of the classes.
+            UserError: such labels are refused.
         """
         values = _values(split, column)
         strange = set(values) - self.numbers.keys()
-        if strange:
-            raise UserError(
-                f"label {_show(strange)} in column {column!r} of {split.origin} is none of the classes "
-                f"{_show(self.numbers)}"
-            )
-        return np.array([self.numbers[value] for value in values], dtype=np.int64)
+        wrong = {
+            f"have label {_show(strange)} in column {column!r}, which is none of the classes {_show(self.numbers)}": [
+                place for place, value in enumerate(values) if value in strange
+            ]
+        }
+        numbers = np.array([self.numbers.get(value, -1) for value in values], dtype=np.int64)
+        return screen(_labelled(split.rows, numbers), wrong, split.origin, task, notes)
 
 
 def find_classes(split: Split, column: str, given: list[str]) -> Classes:
@@ -75,20 +84,38 @@ def find_classes(split: Split, column: str, given: list[str]) -> Classes:
     return classes
 
 
-def find_numbers(split: Split, column: str) -> npt.NDArray[np.float32]:
-    """Return the numbers that a regression predicts, shape [N].
+def encode_numbers(split: Split, column: str, task: TaskConfig, notes: list[str]) -> Dataset:
+    """Return the rows with the numbers that a regression predicts as ``label``, float32.
+
+    Args:
+        split: with the numbers; text is read as numbers.
+        column: that they are in.
+        task: ``bad_rows`` says what is done with what is no number, or not finite in float32.
+        notes: a sentence is added for rows that are left out.
 
     Raises:
-        UserError: the column holds no numbers, or one that is not finite.
+        UserError: such rows are refused, or the column holds something else.
     """
-    if not type_of(split, column).startswith(("int", "uint", "float")):
+    if not (is_text(split, column) or type_of(split, column).startswith(("int", "uint", "float"))):
         held = split.rows.features[column]
         raise UserError(f"column {column!r} of {split.origin} holds {held}; task.regression needs numbers")
     with np.errstate(over="ignore"):
-        numbers = np.asarray(split.rows[column][:], dtype=np.float32)
-    if not np.isfinite(numbers).all():
-        raise UserError(f"column {column!r} of {split.origin} holds numbers that are not finite in float32")
-    return numbers
+        numbers = np.array([_number(value) for value in split.rows[column][:]], dtype=np.float32)
+    wrong = {f"have no finite number in column {column!r}": np.flatnonzero(~np.isfinite(numbers)).tolist()}
+    return screen(_labelled(split.rows, numbers), wrong, split.origin, task, notes)
+
+
+def _number(value: str | float) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return float("nan")
+
+
+def _labelled(rows: Dataset, labels: npt.NDArray[Any]) -> Dataset:
+    """Return rows with a column ``label``, which may replace what the data call so."""
+    others = rows.remove_columns("label") if "label" in rows.column_names else rows
+    return others.add_column("label", labels)
 
 
 def _values(split: Split, column: str) -> list[int | str]:

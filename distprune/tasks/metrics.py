@@ -12,6 +12,8 @@ from distprune.errors import UserError, unknown
 
 Measure = Callable[[Any, Any], float]
 
+LOWER_IS_BETTER = {"nll", "perplexity"}
+
 
 def _accuracy(labels: Any, predicted: Any) -> float:
     return float(accuracy_score(labels, predicted))

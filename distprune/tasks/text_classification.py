@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from distprune.config import Config, TaskConfig
 from distprune.errors import UserError
 from distprune.tasks.base import Batch, Example, Task
-from distprune.tasks.data import Split, check_text, choose, load_splits, quiet, tokenize
-from distprune.tasks.labels import find_classes, find_numbers
+from distprune.tasks.data import Split, check_text, count_train, load_splits, prepared, quiet, tokenize
+from distprune.tasks.labels import encode_numbers, find_classes
 from distprune.tasks.metrics import check_metrics, measure
 
 
@@ -27,18 +27,23 @@ class TextClassification(Task):
         Raises:
             UserError: input that cannot be used.
         """
-        super().__init__(tokenizer)
+        super().__init__(config, tokenizer, cache_dir)
         task = config.task
-        self.metric_names = task.metrics
         self._pairs = len(task.text) == 2
         with quiet():
-            train, validation = load_splits(task, [*task.text, task.label], cache_dir)
-            for split in (train, validation):
+            splits = load_splits(task, [*task.text, task.label], cache_dir, self.notes)
+            for split in (splits.train, splits.validation, *splits.more.values()):
                 check_text(split, task.text)
-            self.classes = None if task.regression else find_classes(train, task.label, task.labels)
-            check_metrics(task.metrics, len(self.classes.names) if self.classes else 1, task.regression)
-            parts = choose(self._label(train, task), self._label(validation, task), task, config.train.seed)
-            self.train, self.validation = (tokenize(rows, tokenizer, task.text, task.max_length) for rows in parts)
+            self.classes = None if task.regression else find_classes(splits.train, task.label, task.labels)
+            self.metric_names = task.metrics or (["pearson", "spearman"] if task.regression else ["accuracy"])
+            check_metrics(self.metric_names, len(self.classes.names) if self.classes else 1, task.regression)
+            self.train, self.validation, self.more_validation = prepared(
+                splits,
+                config,
+                self.notes,
+                self._label,
+                lambda rows: tokenize(rows, tokenizer, task.text, task.max_length),
+            )
 
     def model_options(self) -> dict[str, Any]:
         """Return the number of labels, their names, and the problem type."""
@@ -52,31 +57,26 @@ class TextClassification(Task):
             "problem_type": "single_label_classification",
         }
 
-    def collate(self, examples: list[Example]) -> Batch:
+    def collate(self, rows: list[Example], draw: int = 0) -> Batch:
         """Return the padded tokens and ``labels``, shape [B]: int64 classes, or float32 numbers."""
         dtype = torch.float32 if self.classes is None else torch.int64
-        labels = torch.tensor([example["label"] for example in examples], dtype=dtype)
-        return {**self.pad(examples), "labels": labels}
+        return {**self.pad(rows), "labels": torch.tensor([row["label"] for row in rows], dtype=dtype)}
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross entropy, or the mean squared error of a regression.
-
-        Args:
-            logits: shape [B, C], any float type.
-            labels: shape [B], as :meth:`collate` gives them.
-        """
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return the mean cross entropy of logits [B, C], or the mean squared error of a regression."""
         if self.classes is None:
-            return F.mse_loss(logits.float().squeeze(-1), labels)
-        return F.cross_entropy(logits.float(), labels)
+            return F.mse_loss(logits.float().squeeze(-1), batch["labels"])
+        return F.cross_entropy(logits.float(), batch["labels"])
 
-    def metrics(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """Return ``task.metrics`` in their order.
+    def metrics(self, predictions: torch.Tensor, data: Dataset) -> dict[str, float]:
+        """Return ``task.metrics`` of logits [N, C], in their order."""
+        labels = torch.tensor(data["label"][:])
+        return measure(self.metric_names, predictions, labels, regression=self.classes is None)
 
-        Args:
-            logits: shape [N, C], float32 on the CPU.
-            labels: shape [N].
-        """
-        return measure(self.metric_names, logits, labels, regression=self.classes is None)
+    @classmethod
+    def count_train(cls, config: Config) -> int | None:
+        """Return the number of training texts."""
+        return count_train(config.task, [*config.task.text, config.task.label], config.train.seed)
 
     def check_teacher(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the teacher reads the student's tokens and predicts the same labels in the same order.
@@ -86,7 +86,6 @@ class TextClassification(Task):
                 texts apart by token types, where the student's tokenizer gives none.
         """
         super().check_teacher(teacher_config, teacher_tokenizer)
-        self.check_labels(teacher_config, "the teacher")
         has_types = getattr(teacher_config, "type_vocab_size", 0) > 1
         reads_types = has_types and "token_type_ids" in teacher_tokenizer.model_input_names
         if self._pairs and reads_types and "token_type_ids" not in self.train.column_names:
@@ -117,5 +116,5 @@ class TextClassification(Task):
 
     def _label(self, split: Split, task: TaskConfig) -> Dataset:
         """Return the text columns and the numbers that the model predicts, as ``label``."""
-        numbers = self.classes.encode(split, task.label) if self.classes else find_numbers(split, task.label)
-        return split.rows.select_columns(task.text).add_column("label", numbers)
+        encode = self.classes.encode if self.classes else encode_numbers
+        return encode(split, task.label, task, self.notes).select_columns([*task.text, "label", "_row"])

@@ -70,7 +70,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "tokenizer": ("model.tokenizer={root}/gone", "gone' gives no tokenizer: "),
     "run directory that is a file": ("train.output={root}/range.jsonl", "is a file; allowed: a new or empty directory"),
     "run directory on a disk that is read-only": ("train.output=/sys/run", "/sys/run cannot be written"),
-    "row without text": ("task.train={root}/no-text.jsonl", "'sentence' of {root}/no-text.jsonl has no value in 1 of 2"),
+    "row without text": ("task.train={root}/no-text.jsonl", "have no value in column 'sentence': row 2; allowed: none"),
     "row that is no text": ("task.train={root}/no-unicode.jsonl", "surrogate pair in string is invalid. in row 1"),
     "run directory in use": ("train.output={root}", "is not empty"),
 }

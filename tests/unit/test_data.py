@@ -20,7 +20,7 @@ from tests.unit.task_files import CLS, SEP, TRAIN, UNK, WORDS, ids, labelled, ma
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".parquet"])
 def test_every_kind_of_file_gives_the_same_tokens(build, suffix):
     task = build(suffix=suffix)
-    assert set(task.train.column_names) == {"input_ids", "token_type_ids", "label", "length"}
+    assert set(task.train.column_names) == {"input_ids", "token_type_ids", "label", "length", "_row"}
     assert task.train["input_ids"][:] == [ids(row["sentence"]) for row in TRAIN]
     assert task.train["label"][:] == [row["label"] for row in TRAIN]
     assert task.train["length"][:] == [len(row["sentence"].split()) + 2 for row in TRAIN]
@@ -57,6 +57,7 @@ def test_pairs_share_the_length_and_differ_in_token_type(build):
         "token_type_ids": [0] * 5 + [1] * 2,
         "label": 0,
         "length": 7,
+        "_row": 0,
     }
 
 
@@ -86,11 +87,17 @@ def test_columns_that_cannot_be_used(build):
         ({"held": [{"sentence": "a", "y": 1}]}, "validation.jsonl 'label' is unknown; allowed: sentence, y"),
         (
             {"rows": [{"sentence": None, "label": 0}, *TRAIN]},
-            "'sentence' of train.jsonl has no value in 1 of 21",
+            "1 of 21 rows of train.jsonl have no value in column 'sentence': row 1;",
         ),
-        ({"held": labelled(0, None)}, "'label' of validation.jsonl has no value in 1 of 2"),
-        ({"rows": labelled(0, 1, None), "suffix": ".csv"}, "'label' of train.csv has no value in 1 of 3"),
-        ({"rows": labelled("x", "y", ""), "suffix": ".csv"}, "'label' of train.csv has no value in 1 of 3"),
+        ({"held": labelled(0, None)}, "1 of 2 rows of validation.jsonl have no value in column 'label': row 2"),
+        (
+            {"rows": labelled(0, 1, None), "suffix": ".csv"},
+            "1 of 3 rows of train.csv have no value in column 'label': row 3",
+        ),
+        (
+            {"rows": labelled("x", "y", ""), "suffix": ".csv"},
+            "1 of 3 rows of train.csv have no value in column 'label': row 3",
+        ),
         ({"rows": labelled(0, 1, sentence=5)}, "'sentence' of train.jsonl holds .*int64.*text"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -147,7 +154,7 @@ def test_hub_data_that_cannot_be_used(build, hub, tmp_path):
         ({"validation": "tset"}, r"main\) 'tset' is unknown \(did you mean 'test'\?\)"),
         (
             {"validation": "test"},
-            r"label -1 in column 'label' of split 'test' of .* none of the classes 'yes', ",
+            r"split 'test' of .* have label -1 in column 'label', which is none of the classes 'yes', ",
         ),
         ({"labels": ["y", "n", "m"]}, "none of the classes 'y', 'n', 'm'"),
         ({"subset": "mian"}, "cannot be loaded: .*mian.*main"),

@@ -34,7 +34,7 @@ def test_labels_that_cannot_be_used(build):
             labelled(0, 1),
             labelled(2),
             {},
-            "label 2 in column 'label' of validation.jsonl is none of the classes 0, 1",
+            "1 of 1 rows of validation.jsonl have label 2 in column 'label', which is none of the classes 0, 1: row 1",
         ),
         (labelled(0, 2), labelled(0), {}, "are 0, 2; they must be 0, 1, ... without gaps"),
         (labelled(1, 2), labelled(1), {}, "without gaps, or task.labels"),
@@ -42,7 +42,7 @@ def test_labels_that_cannot_be_used(build):
             labelled(0, 2),
             labelled(0),
             {"labels": ["x", "y"]},
-            "label 2 .* train.jsonl is none of the classes 0, 1",
+            "train.jsonl have label 2 .*none of the classes 0, 1: row 2; allowed: none, or task.bad_rows=skip",
         ),
         (
             labelled("x", "z"),
@@ -54,7 +54,7 @@ def test_labels_that_cannot_be_used(build):
             labelled("x", "y"),
             labelled("w"),
             {},
-            "label 'w' .* validation.jsonl is none of the classes 'x', 'y'",
+            "validation.jsonl have label 'w' .* none of the classes 'x', 'y'",
         ),
         (labelled("0", "1"), labelled(0, 1), {}, "label 0, 1 .* none of the classes '0', '1'"),
         (labelled(0.5, 1), labelled(1), {}, "holds .*float64.*task.regression"),
@@ -65,7 +65,7 @@ def test_labels_that_cannot_be_used(build):
             labelled("x", "y"),
             labelled("x"),
             {"regression": True, "metrics": ["pearson"]},
-            "task.regression needs numbers",
+            "2 of 2 rows of train.jsonl have no finite number in column 'label': rows 1, 2",
         ),
         (labelled(0, 1, 2), labelled(1), {"metrics": ["f1"]}, "'f1' needs 2 classes"),
         (labelled(0, 1), labelled(1), {"metrics": ["acuracy"]}, "did you mean 'accuracy'"),
@@ -76,5 +76,30 @@ def test_labels_that_cannot_be_used(build):
 
 def test_a_number_that_is_not_finite_is_refused(build):
     rows = [{"sentence": "a", "label": 1e300}, {"sentence": "a", "label": 1.0}]
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="have no finite number"):
         build(rows, regression=True, metrics=["pearson"])
+
+
+def test_rows_that_cannot_be_used_are_left_out_where_that_is_asked_for(build):
+    rows = [{"sentence": "a", "label": label} for label in ("1.5", "n/a", "2", "x")]
+    task = build(rows, [{"sentence": "a", "label": "3"}], regression=True, bad_rows="skip")
+    assert task.train["label"][:] == [1.5, 2.0]
+    assert task.notes == ["2 of 4 rows of train.jsonl have no finite number in column 'label': rows 2, 4; left out"]
+    holes = [{"sentence": text, "label": label} for text, label in (("a", 0), (None, 1), ("b", 1))]
+    task = build(holes, labelled(0, 5), bad_rows="skip")
+    assert (task.train["label"][:], task.validation["label"][:]) == ([0, 1], [0])
+    assert [note.split(": ")[1] for note in task.notes] == ["row 2; left out", "row 2; left out"]
+    with pytest.raises(UserError, match=r"no row of train.jsonl can be used"):
+        build(labelled("x", "y"), labelled("1"), regression=True, bad_rows="skip")
+
+
+def test_texts_that_are_too_long_are_counted(build):
+    rows = [{"sentence": text, "label": n % 2} for n, text in enumerate(("a", "a b c d", "a b", "a b c d e"))]
+    cut = "2 of 4 rows of train.jsonl have more than task.max_length 4 tokens: rows 2, 4"
+    task = build(rows, max_length=4)
+    assert (task.train["length"][:], task.notes) == ([3, 4, 4, 4], [f"{cut}; cut short"])
+    task = build(rows, max_length=4, too_long="skip")
+    assert (task.train["length"][:], task.notes) == ([3, 4], [f"{cut}; left out"])
+    with pytest.raises(UserError, match=cut):
+        build(rows, max_length=4, too_long="refuse")
+    assert build(rows, max_length=7, too_long="refuse").notes == []

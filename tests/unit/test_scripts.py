@@ -142,7 +142,10 @@ def test_wrong_arguments_are_one_sentence(arguments: str, part: str) -> None:
     ("script", "program"),
     [
         ("launch/local.sh run.yaml", "exec image.sif deepspeed .*--module distprune train run.yaml"),
-        ("launch/multinode.sh -t head:1 -n 2 -r 0 -p 1 run.yaml", "exec image.sif torchrun .*-m distprune train run.yaml"),
+        (
+            "launch/multinode.sh -t head:1 -n 2 -r 0 -p 1 run.yaml",
+            "exec image.sif torchrun .*-m distprune train run.yaml",
+        ),
         ("launch/multinode.sh -H hosts run.yaml", "allowed with -H: none"),
     ],
 )

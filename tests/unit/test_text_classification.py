@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 from distprune.config import Config
 from distprune.errors import UserError
 from distprune.tasks import build_task
-from tests.unit.task_files import PAD, TRAIN, WORDS, ids, labelled, make_tokenizer
+from tests.unit.task_files import PAD, TRAIN, WORDS, ids, labelled, make_tokenizer, write
 
 # ---------------------------------------------------------------------------------- batches, loss, metrics
 
@@ -44,11 +44,11 @@ def test_token_types_are_left_out_where_the_tokenizer_gives_none(build):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_is_a_float32_mean(build, dtype):
     logits = torch.tensor([[0.0, 1.5], [0.0, -3.0], [0.0, 0.25]], dtype=dtype)
-    loss = build().loss(logits, torch.zeros(3, dtype=torch.long))
+    loss = build().loss(logits, {"labels": torch.zeros(3, dtype=torch.long)})
     assert loss.dtype == torch.float32
     assert torch.allclose(loss, torch.log1p(logits[:, 1].float().exp()).mean())
 
-    squared = build(regression=True, metrics=["pearson"]).loss(logits[:, 1:], torch.tensor([1.0, 0.0, 0.0]))
+    squared = build(regression=True, metrics=["pearson"]).loss(logits[:, 1:], {"labels": torch.tensor([1.0, 0.0, 0.0])})
     assert squared.dtype == torch.float32
     assert squared.item() == pytest.approx((0.25 + 9 + 0.0625) / 3)
 
@@ -66,7 +66,7 @@ def test_regression_from_data_to_metrics(build):
     batch = task.collate([task.validation[i] for i in range(3)])
     assert batch["labels"].dtype == torch.float32
     assert batch["labels"].tolist() == [0.5, 3.0, 4.25]
-    values = task.metrics(-2 * batch["labels"][:, None], batch["labels"])
+    values = task.metrics(-2 * batch["labels"][:, None], task.validation)
     assert list(values) == ["spearman", "pearson"]
     assert values["pearson"] == pytest.approx(-1)
     assert task.model_options() == {"num_labels": 1, "problem_type": "regression"}
@@ -80,8 +80,21 @@ def test_whole_numbers_can_be_regressed(build):
 def test_metrics_come_in_the_order_of_the_configuration(build):
     task = build(metrics=["matthews", "accuracy", "f1"])
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
-    assert task.metrics(logits, torch.tensor([0, 1])) == {"matthews": 1.0, "accuracy": 1.0, "f1": 1.0}
-    assert list(task.metrics(logits, torch.tensor([0, 1]))) == ["matthews", "accuracy", "f1"]
+    values = task.metrics(logits, task.validation)
+    assert values == {"matthews": 1.0, "accuracy": 1.0, "f1": 1.0}
+    assert list(values) == ["matthews", "accuracy", "f1"]
+
+
+def test_metrics_are_those_of_the_kind_where_none_are_given(build):
+    predictions = torch.tensor([[2.0], [1.0]])
+    assert list(build(regression=True).metrics(predictions, build().validation)) == ["pearson", "spearman"]
+    assert list(build().metrics(predictions, build().validation)) == ["accuracy"]
+
+
+def test_more_evaluation_data_have_the_name_of_their_file(build, tmp_path):
+    write(tmp_path / "other.jsonl", labelled(1, 1, 0))
+    task = build(more_validation=["other.jsonl"])
+    assert {name: rows["label"][:] for name, rows in task.evaluations().items()} == {"": [0, 1], "other/": [1, 1, 0]}
 
 
 # --------------------------------------------------------------------------------------- model and teacher
@@ -97,7 +110,7 @@ def test_model_options_reach_the_model_and_its_loss_agrees(build, tmp_path):
     batch = task.collate([task.train[i] for i in range(3)])
     model = task.auto_class.from_config(config).eval()
     output = model(**batch)
-    assert torch.allclose(task.loss(output.logits, batch["labels"]), output.loss)
+    assert torch.allclose(task.loss(output.logits, batch), output.loss)
 
 
 def teacher(*names: str) -> BertConfig:
