@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.runs import same_weights, told
 from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
 
-LONG = ("train.epochs=30", "checkpoint.steps=5", "train.log_every=1", "train.eval_every=10 epochs")
+LONG = ("train.epochs=40", "checkpoint.steps=5", "train.log_every=1", "train.eval_every=10 epochs")
 
 
 class Started:
@@ -98,7 +98,7 @@ def test_a_signal_saves_and_stops_all_ranks_and_the_same_command_goes_on(
     step = 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         run = begin(local(task, output))
-        run.wait_for(lambda step=step: steps(output) >= step + 12)
+        run.wait_for(lambda step=step: steps(output) >= step + 4)
         run.process.send_signal(number)
         assert run.end() == 75
         assert (f"from step {step} (" in run.said) == (step > 0)
