@@ -11,11 +11,35 @@ from typing import Any
 # Deliberately free of torch, deepspeed and transformers: `distprune config` answers at once.
 
 
+COMPONENTS = (
+    "attention",
+    "feed_forward",
+    "token_embedding",
+    "position_embedding",
+    "type_embedding",
+    "pooler",
+    "head",
+)
+ENCODER = COMPONENTS[:2]
+
+
 def key(default: Any, help: str) -> Any:
     """Return a dataclass field with its default and its one-line meaning."""
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class RecipeConfig:
+    """A rule, or a published recipe, that sets what is not given; ``recipe: NAME`` is short for its name."""
+
+    name: str | None = key(
+        None, "gmp, dense, obert_10, obert_30, smc_gmp or sparse_transfer (docs/recipes.md); null: all is given"
+    )
+    epochs: float = key(2.0, "gmp and dense: epochs of the task's dense recipe, which is replicated")
+    replicas: int | None = key(None, "gmp and dense: how often; null: as pruning.sparsity asks for, or once")
+    derived: list[str] = key([], "the keys that the recipe has set; written by distprune, not to be given")
 
 
 @dataclass
@@ -132,7 +156,8 @@ class PruningConfig:
     start: str = key("2 epochs", "time of the first pruning")
     end: str = key("8 epochs", "time of the last pruning; the mask is fixed from there on")
     every: str = key("0.1 epochs", "time between prunings")
-    include: list[str] = key([], "regexes of weights to prune; empty: every linear weight of the encoder's layers")
+    components: list[str] = key(list(ENCODER), f"whose matrices are pruned: some of {', '.join(COMPONENTS)}")
+    include: list[str] = key([], "regexes of weights to prune; empty: those of pruning.components")
     exclude: list[str] = key([], "regexes of weights to leave out of those")
     structure: str = key(
         "unstructured",
@@ -180,6 +205,7 @@ class WandbConfig:
 class Config:
     """Everything a run is made of."""
 
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     task: TaskConfig = field(default_factory=TaskConfig)

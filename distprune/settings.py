@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distprune import recipes
 from distprune.checks import CHECKS, value_of
 from distprune.config import Config
 from distprune.errors import UserError
@@ -37,7 +38,7 @@ TYPE_WORDS = {
 
 
 def load(path: str | None, overrides: list[str]) -> Config:
-    """Return the defaults, changed by a file, changed by overrides.
+    """Return the defaults, changed by a file, changed by overrides; a recipe sets what none of them gives.
 
     Args:
         path: YAML file; None: the defaults.
@@ -47,15 +48,33 @@ def load(path: str | None, overrides: list[str]) -> Config:
         UserError: a file that is missing, is no YAML or is its own base; an override that is not
             ``key=value``; an unknown key; a value of the wrong type.
     """
-    merged = OmegaConf.structured(Config)
+    config, given = load_given(path, overrides)
+    recipes.apply(config, given)
+    return config
+
+
+def load_given(path: str | None, overrides: list[str]) -> tuple[Config, set[str]]:
+    """Return the configuration before its recipe sets anything, and the dotted keys that are given.
+
+    Keys that a file lists in ``recipe.derived`` are not given by it, and are derived again: so a run's own config.yaml
+    can be the configuration of another run.
+
+    Args:
+        path: as `load`.
+        overrides: as `load`.
+
+    Raises:
+        UserError: as `load`.
+    """
+    merged, given = OmegaConf.structured(Config), set()
     layers = [] if path is None else _file_layers(Path(path), ())
     for origin, layer in [*layers, *map(_override_layer, overrides)]:
-        _merge(merged, layer, origin)
+        given |= _merge(merged, _without_derived(layer), origin)
     try:
         values: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key} cannot be resolved: {str(error).splitlines()[0]}") from error
-    return Config(**{section: schema(**values[section]) for section, schema in SECTIONS.items()})
+    return Config(**{section: schema(**values[section]) for section, schema in SECTIONS.items()}), given
 
 
 def load_valid(path: str | None, overrides: list[str]) -> Config:
@@ -123,11 +142,33 @@ def _override_layer(text: str) -> tuple[str, Layer]:
     return origin, layer
 
 
-def _merge(config: DictConfig, layer: Layer, origin: str) -> None:
-    """Set what a layer sets; DeepSpeed's options merge with those that are there, anything else replaces."""
+def _without_derived(layer: Layer) -> Layer:
+    """Return what a layer sets itself, without the keys that a recipe had set where it was written."""
+    recipe = layer.get("recipe")
+    derived = recipe.get("derived") if isinstance(recipe, dict) else None
+    if not isinstance(derived, list):
+        return layer
+    left_out = {*derived, "recipe.derived"}
+    return {
+        section: {name: value for name, value in keys.items() if f"{section}.{name}" not in left_out}
+        if isinstance(keys, dict)
+        else keys
+        for section, keys in layer.items()
+    }
+
+
+def _merge(config: DictConfig, layer: Layer, origin: str) -> set[str]:
+    """Set what a layer sets; DeepSpeed's options merge with those that are there, anything else replaces.
+
+    Returns:
+        The dotted keys.
+    """
+    given = set()
     for section, keys in layer.items():
         if section not in SECTIONS:
             raise _unknown(str(section), keys, origin)
+        if section == "recipe" and isinstance(keys, str | None):
+            keys = {"name": keys}
         if not isinstance(keys, dict):
             names = ", ".join(get_type_hints(SECTIONS[section]))
             raise UserError(f"{origin}: {section} is {keys!r}; allowed: a section with the keys {names}")
@@ -140,6 +181,8 @@ def _merge(config: DictConfig, layer: Layer, origin: str) -> None:
             except (OmegaConfBaseException, TypeError) as error:
                 allowed = TYPE_WORDS[TYPES[path]]
                 raise UserError(f"{origin}: {path} is {value!r}; allowed: {allowed}") from error
+            given.add(path)
+    return given
 
 
 def _unknown(key: str, value: Any, origin: str) -> UserError:

@@ -92,7 +92,9 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
         UserError: on every rank, where what is to be pruned, the structure or the score do not fit the model.
     """
     pruning = config.pruning
-    names = dist.agree(lambda: find_targets(student.module, pruning.include, pruning.exclude, pruning.structure))
+    names = dist.agree(
+        lambda: find_targets(student.module, pruning.include, pruning.exclude, pruning.structure, pruning.components)
+    )
     parameters = dist.agree(lambda: shards_of(student, names))
     heads = getattr(student.module.config, "num_attention_heads", None)
     shapes = {name: tuple(parameters.shape(name)) for name in names}

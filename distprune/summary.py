@@ -6,7 +6,7 @@ from distprune import dist
 from distprune.config import Config, PruningConfig
 from distprune.engine import stage_of
 from distprune.export import count_zeros
-from distprune.pruning.targets import layer_matrices
+from distprune.pruning.targets import matrices_of
 from distprune.report import environment
 from distprune.shards import held_bytes
 from distprune.train import Trainer
@@ -76,7 +76,7 @@ def _method(pruning: PruningConfig) -> str:
 def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:
     """Return the counts of the mask and of the written file, over all their denominators."""
     pruner, zeros = trainer.setup.pruner, count_zeros(trainer.run_dir / "final")
-    encoder = _total(zeros, layer_matrices(trainer.setup.student.module))
+    encoder = _total(zeros, matrices_of(trainer.setup.student.module))
     model = _total(zeros, [name for name, _ in trainer.setup.student.module.named_parameters()])
     masked, prunable = (0, 0) if pruner is None else (pruner.masked, pruner.total)
     in_file = _total(zeros, layers)[0]

@@ -31,7 +31,9 @@ def annotate(config: Config) -> str:
     for section, keys in sections.items():
         lines.append(f"{section}:  # {getattr(config, section).__doc__.splitlines()[0]}")
         for name, value in keys.items():
-            lines.append(f"  # {meanings[f'{section}.{name}']}")
+            key = f"{section}.{name}"
+            by_recipe = f" [set by the recipe {config.recipe.name}]" if key in config.recipe.derived else ""
+            lines.append(f"  # {meanings[key]}{by_recipe}")
             lines.append(indent(OmegaConf.to_yaml(OmegaConf.create({name: value})).rstrip("\n"), "  "))
         lines.append("")
     return "\n".join(lines)

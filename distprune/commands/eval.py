@@ -9,7 +9,7 @@ from distprune.errors import UserError
 from distprune.evaluate import evaluate
 from distprune.export import count_zeros
 from distprune.model_files import match_names, read_config
-from distprune.pruning.targets import layer_matrices
+from distprune.pruning.targets import matrices_of
 from distprune.setup import check_limits, load_task, local_model
 
 
@@ -38,7 +38,7 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
     metrics = evaluate(engine, task, config.train.eval_batch_size)
     if dist.is_main():
         counts = count_zeros(directory)
-        stored = match_names(sorted(layer_matrices(engine.module)), list(counts), engine.module.base_model_prefix)
+        stored = match_names(sorted(matrices_of(engine.module)), list(counts), engine.module.base_model_prefix)
         zeros, weights = (sum(counts[name][part] for name in stored.values()) for part in (0, 1))
         print(json.dumps({"model": model_dir, **metrics, "encoder_zeros": zeros, "encoder_weights": weights}))
     dist.shutdown()

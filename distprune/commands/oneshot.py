@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from distprune import dist, settings
 from distprune.checkpoints.files import is_checkpoint
-from distprune.checks import PRUNING
+from distprune.checks.sections import PRUNING
 from distprune.config import Config, PruningConfig
 from distprune.errors import UserError
 from distprune.lr import LrSchedule

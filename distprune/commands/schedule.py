@@ -11,7 +11,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
-from distprune import settings
+from distprune import recipes, settings
+from distprune.checks import value_of
+from distprune.config import Config
 from distprune.errors import UserError
 from distprune.plan import Plan, make_plan
 from distprune.setup import load_task, local_model
@@ -30,6 +32,8 @@ def run(config_path: str, overrides: list[str], examples: int | None, png: str) 
         examples: number of training examples; None: counted in the data.
         png: path of the picture.
     """
+    config, given = settings.load_given(config_path, overrides)
+    values = recipes.derive(config, given)
     config = settings.load_valid(config_path, overrides)
     if examples is None:
         examples = task_kind(config.task.name).count_train(config)
@@ -37,12 +41,24 @@ def run(config_path: str, overrides: list[str], examples: int | None, png: str) 
         examples = len(load_task(config, local_model(config.model.path, config.model.revision)).train)
     plan = make_plan(config, examples)
     console = Console()
+    if values:
+        console.print(recipe_table(config, values))
     console.print(table(plan))
     try:
         draw(plan, Path(png), Path(config_path).stem)
     except (OSError, ValueError) as error:
         raise UserError(f"--png {png!r} cannot be written: {error}") from error
     console.print(f"{plan.steps_per_epoch} steps per epoch, {plan.total_steps} steps; {png}", soft_wrap=True)
+
+
+def recipe_table(config: Config, values: recipes.Values) -> Table:
+    """Return a table of what the recipe has set and why, and what is given in its place."""
+    rows = Table("key", "value", "because", title=f"recipe {config.recipe.name}", title_justify="left")
+    for name, derived in values.items():
+        value = value_of(config, name)
+        is_given = name not in config.recipe.derived
+        rows.add_row(name, str(value), f"given; the recipe has {derived.value}" if is_given else derived.why)
+    return rows
 
 
 def sparsity_at(plan: Plan, step: int) -> float:

@@ -6,30 +6,38 @@ so its magnitudes mean nothing), norms and biases alone.
 """
 
 import re
+from collections.abc import Collection
 
 from torch import nn
 
+from distprune.components import component_matrices
+from distprune.config import ENCODER
 from distprune.errors import UserError
 from distprune.pruning.structures.attention import members
 
 
 def find_targets(
-    model: nn.Module, include: list[str], exclude: list[str], structure: str = "unstructured"
+    model: nn.Module,
+    include: list[str],
+    exclude: list[str],
+    structure: str = "unstructured",
+    components: Collection[str] = ENCODER,
 ) -> list[str]:
     """Return the names of the parameters to prune, in the model's order, tied ones once.
 
     Args:
         model: the student; its parameters may be partitioned.
-        include: regexes (searched) of parameter names; empty: every linear weight inside a stack of layers, of which
-            heads and neurons are parts of their own matrices only.
+        include: regexes (searched) of parameter names; empty: every matrix of the components, of which heads and
+            neurons are parts of their own matrices only.
         exclude: regexes of names to leave out.
         structure: as pruning.structure.
+        components: as pruning.components.
 
     Raises:
         UserError: where a regex is malformed or matches nothing, a frozen parameter is asked for, or none is left.
     """
     parameters = dict(model.named_parameters())
-    chosen = _matching(include, list(parameters), "pruning.include") if include else layer_matrices(model)
+    chosen = _matching(include, list(parameters), "pruning.include") if include else matrices_of(model, components)
     if structure in ("heads", "neurons") and not include:
         chosen = set(members(sorted(chosen), structure))
     left_out = _matching(exclude, list(parameters), "pruning.exclude") if exclude else set()
@@ -58,11 +66,9 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
         raise UserError(f"model.freeze is {patterns}, which matches every parameter; allowed: regexes that leave some")
 
 
-def layer_matrices(model: nn.Module) -> set[str]:
-    """Return the weights of all linear modules that stand in a numbered stack of layers."""
-    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    stacks = [f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    return {f"{path}.weight" for path in linear if any(path.startswith(stack) for stack in stacks)}
+def matrices_of(model: nn.Module, components: Collection[str] = ENCODER) -> set[str]:
+    """Return the names of the matrices of some components; those of the encoder's layers where none are named."""
+    return {name for name, component in component_matrices(model).items() if component in components}
 
 
 def _matching(patterns: list[str], names: list[str], key: str) -> set[str]:

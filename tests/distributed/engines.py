@@ -16,7 +16,6 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from distprune.config import Config, PruningConfig
 from distprune.engine import build_student
-from distprune.evaluate import forward
 from distprune.pruning.masks import PRUNED
 from distprune.setup import build_pruner
 from distprune.shards import Shard
@@ -32,6 +31,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "persistent": {"stage3_param_persistence_threshold": 110},
     "offload-parameters": {"offload_param": {"device": "cpu"}},
 }
+
+
+def forward(engine: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return a model's logits."""
+    logits: Tensor = engine(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+    return logits
 
 
 class Layout(NamedTuple):

@@ -22,13 +22,13 @@ from distprune import shards
 from distprune.distill import distillation_loss
 from distprune.engine import build_frozen
 from distprune.errors import UserError
-from distprune.evaluate import forward
 from distprune.export import count_zeros, export
 from distprune.shards import held_bytes, shards_of
 from tests.distributed.engines import (
     ALL_LAYOUTS,
     Layout,
     Student,
+    forward,
     plain_model,
     random_batch,
     rows,

@@ -14,12 +14,11 @@ from transformers import AutoTokenizer, MPNetConfig, MPNetForSequenceClassificat
 from distprune import dist
 from distprune.engine import set_learning_rate
 from distprune.errors import UserError
-from distprune.evaluate import forward
 from distprune.monitor import Monitor
 from distprune.pruning.pruner import Pruner
 from distprune.setup import prepare
 from distprune.shards import shards_of
-from tests.distributed.engines import write_model
+from tests.distributed.engines import forward, write_model
 from tests.distributed.runs import DENSE, run, run_patched, stage
 from tests.world import Worlds
 
@@ -309,12 +308,12 @@ class PoisonWeights:
 
 
 class PoisonOutputs:
-    """Stands in for `forward`: on the last rank, makes a module put out infinity from the sixth call on."""
+    """Stands in for a task's `forward`: on the last rank, a module puts out infinity from the sixth step on."""
 
     calls = 0
 
     def __call__(self, engine: Any, batch: Any) -> torch.Tensor:
-        self.calls += 1
+        self.calls += engine.module.training
         if self.calls == 6 and dist.detect().rank == dist.detect().size - 1:
             module = engine.module.get_submodule(LAYER)
             module.register_forward_hook(lambda _, __, output: output + math.inf)
@@ -331,7 +330,7 @@ def test_a_nan_stops_every_rank_with_the_step_and_the_layer(
     assert len(set(said)) == 1
     step = 6 if number else 5  # at stage 0 the optimizer's weights are those of the forward pass
     assert f"the loss is not finite at step {step}: the weights of {LAYER}.weight are not finite" in said[0]
-    target, poison = "distprune.train.forward", PoisonOutputs()
+    target, poison = "distprune.tasks.base.Task.forward", PoisonOutputs()
     said = world(2).run(run_patched, target, poison, task, tmp_path / "outputs", *options)
     assert len(set(said)) == 1
     assert f"the loss is not finite at step 5: the output of {LAYER} is not finite" in said[0]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -135,12 +136,13 @@ def measured(task: Path, *overrides: str) -> dict[str, float]:
     engine = build_frozen(section, directory, data.auto_class, data.model_options(), 4)
     seen: list[int] = []
 
-    def counting(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    def counting(logits: torch.Tensor, rows: Dataset) -> dict[str, float]:
+        labels = torch.tensor(rows["label"][:])
         seen.append(len(labels))
         return {**measure(data.metric_names, logits, labels, regression=False), "sum": float(logits.double().sum())}
 
     data.metrics = counting  # type: ignore[method-assign]
-    found = evaluate(engine, data, data.validation, 4)
+    found = evaluate(engine, data, 4)
     assert seen == [VALIDATION] * dist.is_main()
     engine.destroy()
     return found

@@ -8,7 +8,7 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from distprune import settings
-from distprune.checks import OWNED
+from distprune.checks.deepspeed import OWNED
 from distprune.config import Config, describe
 from distprune.errors import UserError
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from distprune.errors import UserError
-from distprune.pruning.targets import find_targets, freeze, layer_matrices
+from distprune.pruning.targets import find_targets, freeze, matrices_of
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
 BERT_MATRICES = [
@@ -63,7 +63,7 @@ def test_a_tied_weight_is_pruned_once() -> None:
 
 def test_a_linear_outside_of_a_numbered_stack_is_no_layer() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)]), "layers_head": nn.Linear(2, 2)})
-    assert layer_matrices(model) == {"layers.0.weight"}
+    assert matrices_of(model) == {"layers.0.weight"}
 
 
 @pytest.mark.parametrize("key", ["include", "exclude"])

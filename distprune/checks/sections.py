@@ -1,34 +1,14 @@
-"""The values and combinations that no run can have: a table of keys, words and conditions.
-
-What depends on the data (whole batches, times in steps against times in epochs) waits until they are known.
-"""
+"""The sections of a configuration but DeepSpeed's options."""
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import inf
 from operator import le, lt
 from typing import Any
 
-from distprune.config import Config
+from distprune.checks.check import Check, value_of
+from distprune.config import COMPONENTS, Config
 from distprune.durations import Duration, parse
-
-
-@dataclass(frozen=True)
-class Check:
-    """A key, what is allowed there in words, and whether that is so."""
-
-    key: str
-    allowed: str
-    holds: Callable[[Config], bool]
-
-
-def value_of(config: Config, key: str, default: Any = None) -> Any:
-    """Return the value at a dotted key; ``default`` for an option of DeepSpeed that is not set."""
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part, default) if isinstance(value, dict) else getattr(value, part, default)
-    return value
 
 
 def _time(config: Config, key: str) -> Duration:
@@ -79,6 +59,11 @@ def _at_least_one(key: str) -> Check:
 def _at_least_one_or_null(key: str) -> Check:
     return Check(key, "at least 1, or null", lambda c: value_of(c, key) is None or value_of(c, key) >= 1)
 
+
+RECIPE = (
+    Check("recipe.epochs", "more than 0", lambda c: 0 < c.recipe.epochs < inf),
+    _at_least_one_or_null("recipe.replicas"),
+)
 
 MODEL = (
     Check("model.path", "a model directory or hub id", lambda c: c.model.path not in ("", "???")),
@@ -213,6 +198,11 @@ PRUNING = (
         lambda c: _dense(c) or _compare(c, "pruning.end", lt, "train.epochs"),
     ),
     Check("pruning.every", "more than 0", lambda c: _dense(c) or _time(c, "pruning.every").amount > 0),
+    Check(
+        "pruning.components",
+        f"some of {', '.join(COMPONENTS)}",
+        lambda c: bool(c.pruning.components) and set(c.pruning.components) <= set(COMPONENTS),
+    ),
     _regexes("pruning.include"),
     _regexes("pruning.exclude"),
     _regexes("pruning.groups"),
@@ -246,103 +236,4 @@ WANDB = (
     ),
 )
 
-# DeepSpeed's options that distprune sets, with the keys that it sets them from.
-OWNED = {
-    "train_batch_size": "train.batch_size",
-    "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulation",
-    "gradient_accumulation_steps": "train.accumulation",
-    "gradient_clipping": "optimizer.clip",
-    "optimizer": "optimizer.*",
-    "scheduler": "lr.*",
-    "wandb": "wandb.*",
-    "tensorboard": "wandb.*, beside the metrics.jsonl of every run",
-    "csv_monitor": "wandb.*, beside the metrics.jsonl of every run",
-    "comet": "wandb.*, beside the metrics.jsonl of every run",
-    "bfloat16": "bf16, its name today",
-}
-
-READ_SECTIONS = (
-    "bf16",
-    "fp16",
-    "data_types",
-    "zero_optimization",
-    "zero_optimization.offload_optimizer",
-    "zero_optimization.offload_param",
-)
-
-
-def _unset(key: str, instead: str) -> Check:
-    return Check(key, f"nothing; use {instead} instead", lambda c: value_of(c, key) is None)
-
-
-def _section(key: str) -> Check:
-    return Check(key, "a section of options", lambda c: isinstance(value_of(c, key, {}), dict))
-
-
-def _offload(key: str) -> Check:
-    return Check(f"{key}.device", "cpu or none", lambda c: value_of(c, f"{key}.device", "none") in ("cpu", "none"))
-
-
-def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:
-    """Return the checks of one engine's DeepSpeed options.
-
-    Args:
-        root: dotted key of the engine's section.
-        stages: ZeRO stages that it may have.
-    """
-    zero, accumulated = f"{root}.zero_optimization", f"{root}.data_types.grad_accum_dtype"
-
-    def enabled(config: Config, name: str) -> bool:
-        return bool(value_of(config, f"{root}.{name}.enabled", False))
-
-    def known_wrapper(config: Config) -> bool:
-        """Whether DeepSpeed uses an optimizer whose slices are known; at stage 1 it would be BF16_Optimizer."""
-        single = value_of(config, accumulated) == "fp32"
-        return not (value_of(config, f"{zero}.stage", 0) in (0, 1) and enabled(config, "bf16") and single)
-
-    return (
-        *(_unset(f"{root}.{name}", instead) for name, instead in OWNED.items()),
-        *(_section(f"{root}.{name}") for name in READ_SECTIONS),
-        Check(
-            f"{zero}.stage",
-            f"one of {', '.join(map(str, stages))}",
-            lambda c: value_of(c, f"{zero}.stage", 0) in stages,
-        ),
-        _offload(f"{zero}.offload_optimizer"),
-        Check(
-            f"{zero}.offload_optimizer.device",
-            "none at ZeRO stage 0, which has no partitions to move",
-            lambda c: (
-                value_of(c, f"{zero}.stage", 0) != 0
-                or value_of(c, f"{zero}.offload_optimizer.device", "none") == "none"
-            ),
-        ),
-        _offload(f"{zero}.offload_param"),
-        Check(
-            f"{root}.fp16.enabled",
-            "true for one of fp16 and bf16 only",
-            lambda c: not (enabled(c, "fp16") and enabled(c, "bf16")),
-        ),
-        Check(
-            f"{root}.data_types",
-            "a section with grad_accum_dtype, fp32, fp16 or bf16",
-            lambda c: (
-                value_of(c, f"{root}.data_types", {}).keys() <= {"grad_accum_dtype"}
-                and value_of(c, accumulated) in (None, "fp32", "fp16", "bf16")
-            ),
-        ),
-        Check(accumulated, "bf16 at ZeRO stages 0 and 1 with bf16 weights; use stage 2 for fp32", known_wrapper),
-    )
-
-
-DEEPSPEED = (
-    *_engine("deepspeed.student", (0, 1, 2, 3)),
-    *_engine("deepspeed.teacher", (0, 3)),
-    Check(
-        "deepspeed.teacher.fp16.enabled",
-        "false; a teacher runs in fp32, or in bf16 with bf16.enabled",
-        lambda c: not value_of(c, "deepspeed.teacher.fp16.enabled", False),
-    ),
-)
-
-CHECKS = (*MODEL, *DISTILLATION, *TASK, *TRAIN, *CHECKPOINT, *OPTIMIZER, *LR, *PRUNING, *DEEPSPEED, *WANDB)
+SECTIONS = (*RECIPE, *MODEL, *DISTILLATION, *TASK, *TRAIN, *CHECKPOINT, *OPTIMIZER, *LR, *PRUNING, *WANDB)

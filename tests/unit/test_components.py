@@ -1,0 +1,88 @@
+"""Components are told by structure: the same for models that name their modules differently."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMultipleChoice,
+)
+
+from distprune.components import component_matrices, layer_of
+from distprune.config import COMPONENTS
+from distprune.pruning.targets import find_targets
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 30}
+BERT = {"token_embedding": 1, "position_embedding": 1, "type_embedding": 1, "attention": 8, "feed_forward": 4}
+
+
+def roberta() -> nn.Module:
+    return RobertaForMultipleChoice(RobertaConfig(**SMALL))
+
+
+def distilbert() -> nn.Module:
+    config = DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=30)
+    return DistilBertForSequenceClassification(config)
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2))
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=16))
+
+
+@pytest.mark.parametrize(
+    ("model", "counts"),
+    [
+        (lambda: BertForSequenceClassification(BertConfig(**SMALL)), BERT | {"pooler": 1, "head": 1}),
+        (lambda: BertForMaskedLM(BertConfig(**SMALL)), BERT | {"head": 1}),
+        (roberta, BERT | {"pooler": 1, "head": 1}),
+        (lambda: ElectraForSequenceClassification(ElectraConfig(**SMALL, embedding_size=8)), BERT | {"head": 2}),
+        (distilbert, {"token_embedding": 1, "position_embedding": 1, "attention": 8, "feed_forward": 4, "head": 2}),
+        (llama, {"token_embedding": 1, "attention": 8, "feed_forward": 6, "head": 1}),
+        (gpt2, {"token_embedding": 1, "position_embedding": 1, "attention": 4, "feed_forward": 4}),
+    ],
+    ids=["bert", "bert-mlm-tied", "roberta", "electra", "distilbert", "llama", "gpt2-tied"],
+)
+def test_matrices_have_their_component(model, counts):
+    with torch.device("meta"):
+        built = model()
+    found = component_matrices(built)
+    assert Counter(found.values()) == counts
+    assert set(found.values()) <= set(COMPONENTS)
+    parameters = dict(built.named_parameters())
+    assert all(parameters[name].dim() == 2 for name in found)
+
+
+def test_all_matrices_of_bert_are_in_a_component():
+    model = BertForSequenceClassification(BertConfig(**SMALL))
+    assert set(component_matrices(model)) == {name for name, p in model.named_parameters() if p.dim() == 2}
+
+
+def test_what_is_pruned_follows_the_components():
+    model = BertForSequenceClassification(BertConfig(**SMALL))
+    assert len(find_targets(model, [], [])) == 12
+    assert find_targets(model, [], [], components=["head"]) == ["classifier.weight"]
+    assert find_targets(model, ["pooler.dense.weight"], [], components=["head"]) == ["bert.pooler.dense.weight"]
+    every = find_targets(model, [], [], components=COMPONENTS)
+    assert every == [name for name, p in model.named_parameters() if p.dim() == 2]
+
+
+def test_layers_have_the_name_up_to_their_number():
+    assert layer_of("bert.encoder.layer.11.output.dense.weight") == "bert.encoder.layer.11"
+    assert layer_of("bert.embeddings.word_embeddings.weight") is None
