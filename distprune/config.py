@@ -60,6 +60,12 @@ class TeacherConfig:
 
     path: str | None = key(None, "fine-tuned model directory or hub id; needed where distillation.hardness > 0")
     revision: str | None = key(None, "branch, tag or commit, for a hub id")
+    cache: str | None = key(
+        "auto",
+        "folder of the teacher's outputs for the training rows, computed once; auto: in the user's cache; null: none, "
+        "the teacher is run in every step",
+    )
+    rebuild_cache: bool = key(False, "make the cache anew, also where there is one")
 
 
 @dataclass

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from distprune import dist
 from distprune.batches import check_batch_size
 from distprune.config import Config
-from distprune.engine import build_frozen, build_student
+from distprune.engine import build_student
 from distprune.errors import UserError
 from distprune.model_files import read_config, resolve
 from distprune.plan import Plan, make_plan
@@ -23,7 +23,7 @@ from distprune.shards import ShardedParameters, shards_of, trained_shards
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
 from distprune.tasks.data import fingerprint
-from distprune.teacher import LiveTeacher
+from distprune.teachers.choose import Teacher, teacher_of
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Setup:
     world: dist.World
     task: Task
     student: Any
-    teacher: LiveTeacher | None
+    teacher: Teacher | None
     pruner: Pruner | None
     plan: Plan
     new_weights: list[str]
@@ -173,11 +173,10 @@ def check_limits(directory: Path, task: Task) -> None:
         raise UserError(f"the tokenizer has {tokens} tokens; allowed: up to the model's vocab_size, {embeddings}")
 
 
-def _teacher(config: Config, task: Task, micro_batch: int) -> LiveTeacher:
+def _teacher(config: Config, task: Task, micro_batch: int) -> Teacher:
     """Collective: every rank calls it."""
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
     dist.agree(lambda: task.check_teacher(read_config(directory), load_tokenizer(str(directory))))
     dist.agree(lambda: check_limits(directory, task))
-    options = task.model_options()
-    return LiveTeacher(build_frozen(config.deepspeed.teacher, directory, task.auto_class, options, micro_batch), task)
+    return teacher_of(config, task, directory, micro_batch)

@@ -42,7 +42,7 @@ def write_task(directory: Path) -> Path:
     model = write_model(directory / "model", hidden_size=16, intermediate_size=24)
     (directory / "run.yaml").write_text(f"""
 model: {{path: {model}}}
-teacher: {{path: {model}}}
+teacher: {{path: {model}, cache: null}}
 task:
   train: {directory}/train.jsonl
   validation: {directory}/validation.jsonl

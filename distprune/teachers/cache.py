@@ -1,0 +1,214 @@
+"""The teacher's logits of every training row, computed once and found by row: any order, world size or later run.
+
+A cache is a folder with a file of each rank that computed it (safetensors: ``values``, the logits of its rows one
+after the other, fp32; ``rows`` and ``shapes`` say whose they are) and a manifest with checksums, and with fingerprints
+of what the logits depend on. It gets its name once it is complete, as a checkpoint does.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+
+from distprune import dist
+from distprune.batches import eval_batches
+from distprune.checkpoints.files import MANIFEST, Damaged, Entry, check, checksum, write_tensors
+from distprune.errors import UserError
+from distprune.evaluate import on_device
+from distprune.tasks.base import Batch, Task
+from distprune.tasks.data import fingerprint
+from distprune.teachers.live import LiveTeacher
+
+FORMAT = "distprune-teacher-1"
+WEIGHTS = ("*.safetensors", "*.bin", "*.json")
+
+Fingerprints = dict[str, str]
+
+
+@dataclass(frozen=True)
+class CacheManifest:
+    """What a cache says of itself.
+
+    Attributes:
+        fingerprints: of what the logits depend on (`fingerprints`).
+        rows: training rows that it has logits of.
+        metrics: the teacher's, on the evaluation data.
+        files: the others in the folder.
+    """
+
+    fingerprints: Fingerprints
+    rows: int
+    metrics: dict[str, float]
+    files: list[Entry]
+    format: str = FORMAT
+
+
+def fingerprints(directory: Path, task: Task, dtype: torch.dtype) -> Fingerprints:
+    """Return what tells whether a cache is that of a teacher, its tokenizer and these data.
+
+    Args:
+        directory: of the teacher's model.
+        task: with the tokenised data.
+        dtype: that the teacher runs in.
+    """
+    weights = xxhash.xxh3_128()
+    for path in sorted({path for pattern in WEIGHTS for path in directory.glob(pattern)}):
+        weights.update(f"{path.name} {checksum(path)};".encode())
+    vocabulary = json.dumps(sorted(task.tokenizer.get_vocab().items()))
+    return {
+        "the teacher": f"{weights.hexdigest()} {str(dtype).removeprefix('torch.')}",
+        "the tokenizer": xxhash.xxh3_128(vocabulary.encode()).hexdigest(),
+        "the training data": fingerprint(task.train),
+        "the evaluation data": fingerprint(*task.evaluations().values()),
+    }
+
+
+def folder_of(found: Fingerprints) -> Path:
+    """Return where a cache is kept for whoever may need it: in the user's folder for caches, by its fingerprints."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return root / "distprune" / "teachers" / xxhash.xxh3_128(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def find(folder: Path, expected: Fingerprints) -> CacheManifest | None:
+    """Return the manifest of a cache; None where there is none.
+
+    Raises:
+        UserError: it is damaged, or of another teacher, tokenizer or data; or the folder holds something else.
+    """
+    if not (folder / MANIFEST).exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"teacher.cache is {folder}, which holds something else; allowed: a new folder, or a cache")
+        return None
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+        manifest = CacheManifest(**(content | {"files": [Entry(**entry) for entry in content["files"]]}))
+        check(folder, manifest.files)
+    except (OSError, ValueError, KeyError, TypeError, Damaged) as error:
+        raise _refusal(folder, f"is damaged: {error}") from error
+    differing = [what for what, value in expected.items() if manifest.fingerprints.get(what) != value]
+    if differing or manifest.format != FORMAT:
+        raise _refusal(folder, f"is not of {' and '.join(differing) or FORMAT} of this run")
+    return manifest
+
+
+def build(folder: Path, teacher: LiveTeacher, task: Task, found: Fingerprints, batch_size: int) -> None:
+    """Compute a cache; where another run has made it meanwhile, that one stays. Collective: every rank calls it.
+
+    Args:
+        folder: where it goes.
+        teacher: is run over all training and evaluation data.
+        task: gives the data.
+        found: its fingerprints.
+        batch_size: rows in a forward pass on one rank.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    world = dist.detect()
+    partial = folder.with_name(f"{folder.name}.partial-{dist.on_main(os.getpid)}")
+    dist.write_on_main(lambda: partial.mkdir(parents=True), partial)
+    tensors = _logits_of_rank(teacher, task, batch_size)
+    path = partial / f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
+
+    def write() -> list[Entry]:
+        try:
+            return [write_tensors(path, tensors)]
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written: {error}; allowed: teacher.cache=null runs the teacher"
+            ) from error
+
+    files = dist.gather(dist.agree(write))
+    manifest = CacheManifest(found, len(task.train), teacher.measure(batch_size), files)
+    dist.write_on_main(lambda: _complete(partial, folder, manifest), folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a cache, and nothing else. Collective: every rank calls it."""
+    dist.write_on_main(lambda: shutil.rmtree(folder) if (folder / MANIFEST).exists() else None, folder)
+
+
+class CachedTeacher:
+    """A teacher that is not run: its logits are read from a cache."""
+
+    def __init__(self, folder: Path, manifest: CacheManifest, task: Task, device: torch.device):
+        self._task, self._device, self._metrics = task, device, manifest.metrics
+        self._values: list[Any] = []
+        self._places: dict[int, tuple[int, int, list[int]]] = {}
+        for number, entry in enumerate(manifest.files):
+            reader: Any = safe_open(folder / entry.name, framework="pt")
+            self._values.append(reader.get_slice("values"))
+            start = 0
+            for row, shape in zip(
+                reader.get_tensor("rows").tolist(), reader.get_tensor("shapes").tolist(), strict=True
+            ):
+                self._places[row] = (number, start, shape)
+                start += torch.Size(shape).numel()
+        assert self._places.keys() == set(range(manifest.rows)), f"{folder} lacks rows"
+
+    def logits(self, batch: Batch, rows: list[int]) -> Tensor:
+        """Return the teacher's logits for a batch.
+
+        Args:
+            batch: on the student's device.
+            rows: the training rows that it holds.
+        """
+        return self._task.join([self._read(row) for row in rows], batch).to(self._device)
+
+    def _read(self, row: int) -> Tensor:
+        number, start, shape = self._places[row]
+        values: Tensor = self._values[number][start : start + torch.Size(shape).numel()]
+        return values.reshape(shape)
+
+    def measure(self, batch_size: int) -> dict[str, float]:
+        """Return the teacher's metrics on the evaluation data, as they were when the cache was made."""
+        return self._metrics
+
+    def held_bytes(self) -> dict[str, int]:
+        """Return the bytes that it holds on this rank: none."""
+        return dict.fromkeys(("weights", "master", "moments"), 0)
+
+
+@torch.no_grad()
+def _logits_of_rank(teacher: LiveTeacher, task: Task, batch_size: int) -> Mapping[str, Tensor]:
+    """Return this rank's share of the logits. Collective: every rank calls it."""
+    world = dist.detect()
+    rows: list[int] = []
+    parts: list[Tensor] = []
+    for share in eval_batches(task.train["length"], batch_size, world.rank, world.size):
+        batch = on_device(task.collate(task.train.__getitems__(share.indices)), teacher.engine)
+        logits = task.split(teacher.logits(batch, share.indices).float(), batch)
+        for row, is_valid, part in zip(share.indices, share.valid, logits, strict=True):
+            if is_valid:
+                rows.append(row)
+                parts.append(part.cpu())
+    dimensions = parts[0].dim() if parts else 0
+    return {
+        "rows": torch.tensor(rows, dtype=torch.int64),
+        "shapes": torch.tensor([part.shape for part in parts], dtype=torch.int64).reshape(len(parts), dimensions),
+        "values": torch.cat([part.flatten() for part in parts] or [torch.empty(0)]),
+    }
+
+
+def _complete(partial: Path, folder: Path, manifest: CacheManifest) -> None:
+    (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not (folder / MANIFEST).exists():
+            raise
+        shutil.rmtree(partial)
+
+
+def _refusal(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"the teacher's cache {folder} {why}; allowed: another teacher.cache, or teacher.rebuild_cache=true"
+    )

@@ -1,0 +1,67 @@
+"""Which teacher a run gets: none, a cached one, or a live one."""
+
+from pathlib import Path
+from typing import Any
+
+from distprune import dist
+from distprune.config import Config
+from distprune.engine import build_frozen, dtype_of
+from distprune.errors import UserError
+from distprune.tasks.base import Task
+from distprune.teachers import cache
+from distprune.teachers.cache import CachedTeacher, CacheManifest, Fingerprints
+from distprune.teachers.live import LiveTeacher
+
+Teacher = LiveTeacher | CachedTeacher
+
+
+def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int) -> Teacher:
+    """Return the teacher; where a cache is asked for and is not there, it is made. Collective: every rank calls it.
+
+    Args:
+        config: of the run.
+        task: with the tokenised data.
+        directory: of the teacher's model, which fits the task.
+        micro_batch: examples in a training forward pass on one rank.
+
+    Raises:
+        UserError: on every rank, where the cache is of something else, damaged, or cannot be written or seen by all.
+    """
+    if config.teacher.cache is None or not task.cacheable:
+        return LiveTeacher(_engine(config, task, directory, micro_batch), task)
+    dtype = dtype_of(config.deepspeed.teacher)
+    found = dist.on_main(lambda: cache.fingerprints(directory, task, dtype))
+    folder = cache.folder_of(found) if config.teacher.cache == "auto" else Path(config.teacher.cache).expanduser()
+    if config.teacher.rebuild_cache:
+        cache.remove(folder)
+    manifest = dist.on_main(lambda: cache.find(folder, found))
+    if manifest is None:
+        manifest = _build(config, task, directory, folder, found)
+    files = manifest.files
+
+    def is_seen() -> None:
+        if not all((folder / entry.name).exists() for entry in files):
+            raise UserError(
+                f"the teacher's cache {folder} is not seen on all nodes; allowed: a teacher.cache on a disk that all "
+                "share, or null to run the teacher"
+            )
+
+    dist.agree(is_seen)
+    return CachedTeacher(folder, manifest, task, dist.detect().device)
+
+
+def _build(config: Config, task: Task, directory: Path, folder: Path, found: Fingerprints) -> CacheManifest:
+    """Make a cache, and let the teacher go. Collective: every rank calls it."""
+    batch_size = config.train.eval_batch_size
+    engine = _engine(config, task, directory, batch_size)
+    if dist.is_main():
+        print(f"the teacher's outputs for {len(task.train):,} training rows are computed once, into {folder}")
+    cache.build(folder, LiveTeacher(engine, task), task, found, batch_size)
+    engine.destroy()
+    manifest = dist.on_main(lambda: cache.find(folder, found))
+    assert manifest is not None
+    return manifest
+
+
+def _engine(config: Config, task: Task, directory: Path, micro_batch: int) -> Any:
+    return build_frozen(config.deepspeed.teacher, directory, task.auto_class, task.model_options(), micro_batch)

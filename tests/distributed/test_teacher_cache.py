@@ -1,0 +1,117 @@
+"""The teacher's cache: the same training as with the teacher itself, for one pass of it; never another teacher's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.distributed.engines import write_model
+from tests.distributed.runs import EVERY_STEP, cut_off, heard, records, run, run_patched, same_weights
+from tests.world import Worlds
+
+MADE = "the teacher's outputs for 96 training rows are computed once"
+
+
+@pytest.fixture(scope="module")
+def task(task: Path) -> Path:
+    """Give the task a teacher that is not the student."""
+    write_model(task / "teacher", hidden_size=20)
+    return task
+
+
+SHORT = ("pruning.sparsity=0", "train.epochs=1")
+
+
+def cached(task: Path, folder: Path) -> tuple[str, ...]:
+    return (f"teacher.path={task / 'teacher'}", f"teacher.cache={folder}", *SHORT)
+
+
+def losses(output: Path) -> list[float]:
+    return [record["distillation_loss"] for record in records(output, "train")]
+
+
+class NoTeacher:
+    """Stands in for what builds a teacher's engine."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        raise AssertionError("the teacher was built")
+
+
+def test_a_cached_teacher_teaches_as_a_live_one_at_every_world_size(world: Worlds, task: Path, tmp_path: Path) -> None:
+    (live, *_) = world(2).run(run, task, tmp_path / "live", f"teacher.path={task / 'teacher'}", *SHORT)
+    folder = tmp_path / "cache"
+    for size, name in ((3, "made"), (1, "one"), (4, "four")):
+        function = (
+            (heard, run) if name == "made" else (heard, run_patched, "distprune.teachers.choose._engine", NoTeacher())
+        )
+        (summary, said), *_ = world(size).run(*function, task, tmp_path / name, *cached(task, folder))
+        assert (MADE in said) == (name == "made")
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "live"), rel=1e-4)
+        assert summary["dense_metrics"] == live["dense_metrics"]
+        assert summary["bytes_per_rank"]["teacher"] == [{"weights": 0, "master": 0, "moments": 0}] * size
+
+
+def test_a_run_with_a_cache_goes_on_exactly(world: Worlds, task: Path, tmp_path: Path) -> None:
+    options = cached(task, tmp_path / "cache")
+    world(2).run(run, task, tmp_path / "whole", *options)
+    cut_off(world, 2, task, tmp_path / "run", 5, *options, *EVERY_STEP)
+    world(2).run(run, task, tmp_path / "run", *options, *EVERY_STEP)
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_cache_of_something_else_is_refused_and_made_anew_where_asked(
+    world: Worlds, task: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    world(1).run(run, task, tmp_path / "first", *cached(task, folder))
+    for override, what in (
+        (f"teacher.path={task / 'model'}", "the teacher"),
+        ("deepspeed.teacher.bf16.enabled=true", "the teacher"),
+        ("task.limit=90", "the training data"),
+        ("task.max_length=8", "the training data and the evaluation data"),
+    ):
+        (said,) = world(1).run(run, task, tmp_path / "second", *cached(task, folder), override)
+        assert (
+            f"{folder} is not of {what} of this run; allowed: another teacher.cache, or teacher.rebuild_cache" in said
+        )
+    again = (*cached(task, folder), f"teacher.path={task / 'model'}", "teacher.rebuild_cache=true")
+    (_, said), _ = world(2).run(heard, run, task, tmp_path / "third", *again)
+    assert MADE in said
+    assert len(list(folder.glob("rank-*"))) == 2
+
+
+def test_a_damaged_cache_is_refused(world: Worlds, task: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    world(1).run(run, task, tmp_path / "first", *cached(task, folder))
+    (path,) = folder.glob("rank-*")
+    tensors = load_file(path)
+    tensors["values"][0] += 1
+    save_file(tensors, path)
+    (said,) = world(1).run(run, task, tmp_path / "second", *cached(task, folder))
+    assert f"the teacher's cache {folder} is damaged: {path} has another checksum than it had" in said
+    (folder / "manifest.json").write_text("{")
+    (said,) = world(1).run(run, task, tmp_path / "second", *cached(task, folder))
+    assert "is damaged" in said
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").touch()
+    for rebuild in ("false", "true"):
+        options = (*cached(task, tmp_path / "other"), f"teacher.rebuild_cache={rebuild}")
+        (said,) = world(1).run(run, task, tmp_path / "second", *options)
+        assert "which holds something else; allowed: a new folder, or a cache" in said
+    assert (tmp_path / "other" / "mine").exists()
+
+
+def with_cache_home(home: Path, *arguments: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        return heard(run, *arguments)
+
+
+def test_other_teachers_have_other_places_in_the_users_cache(world: Worlds, task: Path, tmp_path: Path) -> None:
+    said = {}
+    for name, path in (("a", "teacher"), ("b", "model"), ("c", "teacher")):
+        options = ("teacher.cache=auto", f"teacher.path={task / path}", *SHORT)
+        ((_, said[name]),) = world(1).run(with_cache_home, tmp_path / "home", task, tmp_path / name, *options)
+    assert [MADE in said[name] for name in "abc"] == [True, True, False]
+    assert len(list((tmp_path / "home" / "distprune" / "teachers").iterdir())) == 2
