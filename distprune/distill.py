@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return ``T^2 * KL(teacher || student)`` of the softened distributions, the mean over examples.
+    """Return ``T^2 * KL(teacher || student)`` of the softened distributions, the mean over all distributions.
 
     T^2 keeps the gradient's size the same at any temperature.
 
     Args:
-        student: logits, shape [N, C]; C = 1 is a regression, where the squared error to the teacher is returned.
-        teacher: logits, shape [N, C].
+        student: logits, shape [..., C]; C = 1 is a regression, where the squared error to the teacher is returned.
+        teacher: logits, shape [..., C].
         temperature: T > 0.
 
     Returns:
         A scalar, fp32.
     """
-    student, teacher = student.float(), teacher.float()
+    student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
     if student.shape[-1] == 1:
         return F.mse_loss(student, teacher)
     divergence = F.kl_div(

@@ -57,6 +57,13 @@ def test_batches_are_averaged_over_examples() -> None:
     assert torch.allclose(distillation_loss(student, teacher, 2.0), torch.stack(single).mean())
 
 
+def test_several_distributions_of_an_example_count_alike_and_padding_for_nothing() -> None:
+    student, teacher = torch.randn(2, 3, 2, 5, generator=torch.Generator().manual_seed(0))
+    sides = [distillation_loss(student[:, side], teacher[:, side], 2.0) for side in (0, 1)]
+    padded = [torch.nn.functional.pad(each, (0, 2), value=-1e4) for each in (student, teacher)]
+    assert torch.allclose(distillation_loss(padded[0], padded[1], 2.0), torch.stack(sides).mean())
+
+
 def test_low_precision_logits_are_compared_in_fp32() -> None:
     student, teacher = torch.tensor([[3.0, -2.0]]), torch.tensor([[1.0, 0.5]])
     loss = distillation_loss(student.bfloat16(), teacher.bfloat16(), 5.5)
