@@ -9,11 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from distprune.config import Config
 from distprune.errors import UserError, unknown
 from distprune.tasks.base import Task
+from distprune.tasks.question_answering import QuestionAnswering
 from distprune.tasks.text_classification import TextClassification
 
 __all__ = ["TASKS", "Task", "build_task", "task_kind"]
 
 TASKS: dict[str, type[Task]] = {
+    "question_answering": QuestionAnswering,
     "text_classification": TextClassification,
 }
 
