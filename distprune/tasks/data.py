@@ -152,7 +152,9 @@ def prepared(
         UserError: as these do.
     """
     task = config.task
-    train, validation = choose(label(splits.train, task), label(splits.validation, task), task, config.train.seed)
+    train = label(splits.train, task)
+    validation = train if task.holdout else label(splits.validation, task)
+    train, validation = choose(train, validation, task, config.train.seed)
     parts = {"train": (train, splits.train.origin), "": (validation, splits.validation.origin)}
     parts |= {f"more {name}": (label(split, task), split.origin) for name, split in splits.more.items()}
     ready = {name: settle_length(encode(rows), origin, task, notes) for name, (rows, origin) in parts.items()}
