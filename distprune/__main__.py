@@ -145,6 +145,17 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check nodes, network and disk on every rank, before a job")
     _configurable(doctor, optional=True)
 
+    analyze = commands.add_parser("analyze", help="what your teacher, model and data say about a recipe's choices")
+    subjects = analyze.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
+    teacher = subjects.add_parser("teacher", help="how much the teacher says over the temperature")
+    _configurable(teacher)
+    teacher.add_argument(
+        "--rows", type=int, default=2000, metavar="N", help="training rows that are drawn [%(default)s]"
+    )
+    teacher.add_argument("--temperatures", type=float, nargs="+", default=[], metavar="T", help="left out: 0.5 to 16")
+    teacher.add_argument("--png", default="teacher.png", metavar="PATH", help="where the picture goes [%(default)s]")
+    teacher.add_argument("--json", dest="json_path", metavar="PATH", help="where to write all numbers")
+
     bench = commands.add_parser("bench", help="measure what pruning costs on this machine")
     kinds = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     select = kinds.add_parser("select", help="a pruning: time, memory and wire, beside torch's own ways")

@@ -157,6 +157,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_teacher(directory: Path, task: Task) -> None:
+    """Refuse a teacher that reads other tokens, predicts other labels, or is too small for the task.
+
+    Raises:
+        UserError: as said.
+    """
+    task.check_teacher(read_config(directory), load_tokenizer(str(directory)))
+    check_limits(directory, task)
+
+
 def check_limits(directory: Path, task: Task) -> None:
     """Refuse examples that are longer than the model's positions, and tokens that it has no embedding for.
 
@@ -177,6 +187,5 @@ def _teacher(config: Config, task: Task, micro_batch: int) -> Teacher:
     """Collective: every rank calls it."""
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
-    dist.agree(lambda: task.check_teacher(read_config(directory), load_tokenizer(str(directory))))
-    dist.agree(lambda: check_limits(directory, task))
+    dist.agree(lambda: check_teacher(directory, task))
     return teacher_of(config, task, directory, micro_batch)

@@ -1,0 +1,114 @@
+"""``distprune analyze``: what a user's own teacher, model and data say about the choices of a recipe."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from distprune import dist, settings
+from distprune.analysis.temperature import ENOUGH, TEMPERATURES, Softness, recommended, softness
+from distprune.batches import eval_batches
+from distprune.engine import build_frozen
+from distprune.errors import UserError
+from distprune.evaluate import on_device
+from distprune.monitor.plots import BLUE, GREEN, GREY, RED
+from distprune.report import environment, write_json
+from distprune.setup import check_teacher, load_task, local_model
+from distprune.tasks.base import Task
+
+
+def run(subject: str, config_path: str, overrides: list[str], png: str, json_path: str | None, **options: Any) -> None:
+    """Analyse, print a table, draw it and write JSON on rank 0. Collective: every rank calls it."""
+    dist.init()
+    _teacher(config_path, overrides, png, json_path, **options)
+    dist.shutdown()
+
+
+def _teacher(
+    config_path: str, overrides: list[str], png: str, json_path: str | None, rows: int, temperatures: list[float]
+) -> None:
+    """Collective: every rank calls it."""
+    config = dist.agree(lambda: settings.load_valid(config_path, overrides))
+    path = config.teacher.path
+    if path is None:
+        raise UserError("teacher.path is not set; allowed: the model to analyse")
+    if rows < 1 or not all(0 < each < float("inf") for each in temperatures):
+        raise UserError(
+            f"--rows is {rows} and --temperatures {temperatures}; allowed: at least 1, and more than 0 each"
+        )
+    task = load_task(config, local_model(config.model.path, config.model.revision))
+    directory = local_model(path, config.teacher.revision)
+    dist.agree(lambda: check_teacher(directory, task))
+    size = config.train.eval_batch_size
+    engine = build_frozen(config.deepspeed.teacher, directory, task.auto_class, task.model_options(), size)
+    means = soften(engine, task, sorted(temperatures or TEMPERATURES), rows, size, config.train.seed)
+    best = recommended(means)
+    if dist.is_main():
+        Console().print(_table(means, best))
+        _draw(means, best, Path(png), f"the teacher {path} on {min(rows, len(task.train)):,} training rows")
+        if json_path is not None:
+            results = [vars(each) for each in means]
+            write_json(Path(json_path), {"environment": environment(), "recommended": best, "results": results})
+        print(f"distillation.temperature={best:g} is the lowest at which the teacher is soft; {png}")
+
+
+def soften(engine: Any, task: Task, temperatures: list[float], rows: int, batch_size: int, seed: int) -> list[Softness]:
+    """Return the means over training rows for each temperature, the same on every rank. Collective.
+
+    Args:
+        engine: the teacher's.
+        task: gives the rows.
+        temperatures: ascending.
+        rows: how many are drawn; all where there are no more.
+        batch_size: rows in a forward pass on one rank.
+        seed: draws them.
+
+    Raises:
+        UserError: a regression, which has no distribution.
+    """
+    world = dist.detect()
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(task.train))[:rows])
+    data = task.train.select(drawn)
+    sums = {each: Softness(each) for each in temperatures}
+    for share in eval_batches(data["length"], batch_size, world.rank, world.size):
+        batch = on_device(task.collate(data.__getitems__(share.indices)), engine)
+        with torch.no_grad():
+            logits = task.split(task.forward(engine, batch).float(), batch)
+        for part, is_valid in zip(logits, share.valid, strict=True):
+            if part.shape[-1] == 1:
+                raise UserError("the task is a regression, whose teacher has no temperature; allowed: another task")
+            for each in temperatures if is_valid else ():
+                sums[each] += softness(part[None], each)
+    return [Softness(each, *dist.all_sum(sums[each].sums())).mean() for each in temperatures]
+
+
+def _table(means: list[Softness], best: float) -> Table:
+    table = Table(title="what the teacher says over the temperature", title_justify="left")
+    for name in ("temperature", "entropy / log C", "top probability", "gradient", ""):
+        table.add_column(name, justify="left" if not name else "right")
+    for each in means:
+        remark = f"lowest with an entropy of at least {ENOUGH:g}" if each.temperature == best else ""
+        table.add_row(f"{each.temperature:g}", f"{each.entropy:.4f}", f"{each.top:.4f}", f"{each.gradient:.4f}", remark)
+    return table
+
+
+def _draw(means: list[Softness], best: float, path: Path, title: str) -> None:
+    figure = Figure(figsize=(8, 14 / 3), dpi=150, layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    temperatures = [each.temperature for each in means]
+    left.plot(temperatures, [each.entropy for each in means], color=BLUE, marker="o", label="entropy / log C")
+    left.plot(temperatures, [each.top for each in means], color=GREEN, marker="s", label="top probability")
+    right.plot(temperatures, [each.gradient for each in means], color=RED, marker="^", label="gradient (right)")
+    left.axvline(best, color=GREY, linestyle="--", label=f"T = {best:g}")
+    left.set(xlabel="temperature", ylabel="mean over rows", ylim=(0, 1.02), title=title)
+    right.set(ylabel="norm of the gradient", ylim=(0, None))
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UserError(f"--png {str(path)!r} cannot be written: {error}") from error

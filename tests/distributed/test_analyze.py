@@ -1,0 +1,66 @@
+"""`distprune analyze` says the same on any number of ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from distprune.commands import analyze
+from distprune.errors import UserError
+from tests.world import Worlds
+
+
+def analyse(task: Path, folder: Path, *overrides: str, rows: int = 50) -> str:
+    """Collective."""
+    try:
+        analyze.run(
+            "teacher",
+            str(task / "run.yaml"),
+            list(overrides),
+            png=str(folder / "t.png"),
+            json_path=str(folder / "t.json"),
+            rows=rows,
+            temperatures=[],
+        )
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(autouse=True)
+def _stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distprune.dist.init", lambda: None)
+
+
+def test_a_teacher_is_analysed_alike_on_any_number_of_ranks(world: Worlds, task: Path, tmp_path: Path) -> None:
+    found = []
+    for size in (1, 3):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        assert world(size).run(analyse, task, folder) == [""] * size
+        found.append(json.loads((folder / "t.json").read_text()))
+        assert imread(folder / "t.png").shape == (700, 1200, 4)
+    first, second = found
+    assert first["recommended"] == second["recommended"]
+    assert len(first["results"]) == 11
+    for one, other in zip(first["results"], second["results"], strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows", "part"),
+    [
+        (["teacher.path=null", "distillation.hardness=0"], 50, "teacher.path is not set"),
+        ([], 0, "--rows is 0"),
+        (["task.regression=true", "task.metrics=[]", "teacher.path={regression}"], 50, "the task is a regression"),
+    ],
+)
+def test_what_cannot_be_analysed_is_refused(
+    world: Worlds, task: Path, tmp_path: Path, overrides: list[str], rows: int, part: str
+) -> None:
+    from tests.distributed.engines import write_model
+
+    model = write_model(tmp_path / "regression", num_labels=1)
+    (said,) = world(1).run(analyse, task, tmp_path, *(each.format(regression=model) for each in overrides), rows=rows)
+    assert part in said
