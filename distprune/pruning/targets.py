@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from distprune.components import component_matrices
 from distprune.config import ENCODER
@@ -34,7 +35,8 @@ def find_targets(
         components: as pruning.components.
 
     Raises:
-        UserError: where a regex is malformed or matches nothing, a frozen parameter is asked for, or none is left.
+        UserError: where a regex is malformed or matches nothing, a frozen parameter is asked for, or none is left, or
+            a matrix is stored the other way round than the structure asks for.
     """
     parameters = dict(model.named_parameters())
     chosen = _matching(include, list(parameters), "pruning.include") if include else matrices_of(model, components)
@@ -50,6 +52,12 @@ def find_targets(
     frozen = [name for name in names if not parameters[name].requires_grad]
     if frozen:
         raise UserError(f"{frozen[0]} is to be pruned, but model.freeze keeps it fixed; allowed: one of the two")
+    turned = [name for name in names if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)]
+    if turned and structure != "unstructured":
+        raise UserError(
+            f"{turned[0]} is stored as inputs by outputs, which pruning.structure={structure} would misread; allowed: "
+            "unstructured"
+        )
     return names
 
 

@@ -9,6 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from distprune.config import Config
 from distprune.errors import UserError, unknown
 from distprune.tasks.base import Task
+from distprune.tasks.choice_by_masked_lm import ChoiceByMaskedLM
+from distprune.tasks.language_modelling import CausalLM, MaskedLM
+from distprune.tasks.multiple_choice import MultipleChoice
 from distprune.tasks.question_answering import QuestionAnswering
 from distprune.tasks.text_classification import TextClassification
 
@@ -17,6 +20,10 @@ __all__ = ["TASKS", "Task", "build_task", "task_kind"]
 TASKS: dict[str, type[Task]] = {
     "question_answering": QuestionAnswering,
     "text_classification": TextClassification,
+    "multiple_choice": MultipleChoice,
+    "choice_by_masked_lm": ChoiceByMaskedLM,
+    "masked_lm": MaskedLM,
+    "causal_lm": CausalLM,
 }
 
 

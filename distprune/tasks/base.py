@@ -23,6 +23,7 @@ class Task(ABC):
 
     Attributes:
         auto_class: the transformers Auto class of the model.
+        pads: whether rows differ in length, so that batches need a padding token.
         cacheable: whether the teacher's logits of a training row are the same in every epoch, and small enough to keep.
         train: training rows without padding: ``input_ids``, ``token_type_ids`` where the tokenizer
             gives them, ``label``, and ``length`` (the number of tokens).
@@ -32,6 +33,7 @@ class Task(ABC):
     """
 
     auto_class: ClassVar[Any]
+    pads: ClassVar[bool] = True
     cacheable: ClassVar[bool] = True
     train: Dataset
     validation: Dataset
@@ -42,9 +44,9 @@ class Task(ABC):
         """Keep the tokenizer. Kinds of task load, check and tokenise the data of ``config.task``.
 
         Raises:
-            UserError: the tokenizer has no padding token.
+            UserError: the tokenizer has no padding token, and batches need one.
         """
-        if tokenizer.pad_token_id is None:
+        if self.pads and tokenizer.pad_token_id is None:
             raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no padding token, which batches need")
         self.tokenizer = tokenizer
         self.more_validation, self.notes = {}, []
@@ -129,6 +131,20 @@ class Task(ABC):
                 f"{differing} entries differ, and distillation needs the same tokens with the same ids"
             )
         self.check_labels(teacher_config, "the teacher")
+
+    def check_token_types(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
+        """Check that a teacher that tells the texts of a pair apart by token types is given them.
+
+        Raises:
+            UserError: the student's tokenizer gives none.
+        """
+        has_types = getattr(teacher_config, "type_vocab_size", 0) > 1
+        reads_types = has_types and "token_type_ids" in teacher_tokenizer.model_input_names
+        if reads_types and "token_type_ids" not in self.train.column_names:
+            raise UserError(
+                "the teacher tells the two texts of a pair apart by token_type_ids, and the student's tokenizer gives "
+                "none; allowed: a teacher of the student's kind, or model.tokenizer set to the teacher's"
+            )
 
     def pad(self, rows: list[Example]) -> Batch:
         """Pad tokens to the longest of the rows, on the tokenizer's side.

@@ -76,6 +76,17 @@ def check_metrics(names: list[str], num_labels: int, regression: bool) -> None:
         raise UserError(f"metric 'f1' needs 2 classes and there are {num_labels}; 'macro_f1' takes any number")
 
 
+def check_suited(names: list[str], allowed: list[str], kind: str) -> None:
+    """Check that metrics are among those of a kind of task.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in names:
+        if name not in allowed:
+            raise UserError(f"metric {name!r} does not suit {kind}; allowed: {', '.join(allowed)}")
+
+
 def measure(names: list[str], logits: torch.Tensor, labels: torch.Tensor, regression: bool) -> dict[str, float]:
     """Measure predictions; a constant one gives a number too (0 for correlations).
 

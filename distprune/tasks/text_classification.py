@@ -86,13 +86,8 @@ class TextClassification(Task):
                 texts apart by token types, where the student's tokenizer gives none.
         """
         super().check_teacher(teacher_config, teacher_tokenizer)
-        has_types = getattr(teacher_config, "type_vocab_size", 0) > 1
-        reads_types = has_types and "token_type_ids" in teacher_tokenizer.model_input_names
-        if self._pairs and reads_types and "token_type_ids" not in self.train.column_names:
-            raise UserError(
-                "the teacher tells the two texts of a pair apart by token_type_ids, and the student's tokenizer gives "
-                "none; allowed: a teacher of the student's kind, or model.tokenizer set to the teacher's"
-            )
+        if self._pairs:
+            self.check_token_types(teacher_config, teacher_tokenizer)
 
     def check_labels(self, model_config: PretrainedConfig, who: str) -> None:
         """Check that a model predicts the task's labels in the task's order.

@@ -63,3 +63,9 @@ VALIDATION = [{"sentence": "a b", "label": 0}, {"sentence": "c zzz", "label": 1}
 
 def labelled(*labels, sentence="a b") -> list[dict]:
     return [{"sentence": sentence, "label": label} for label in labels]
+
+
+def make_masked_tokenizer(**options) -> PreTrainedTokenizerFast:
+    """Return `make_tokenizer`'s with a mask token, which knows its separators."""
+    special = {"mask_token": "[MASK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return make_tokenizer([*WORDS, "[MASK]"], **(special | options))

@@ -1,9 +1,24 @@
+import re
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
 
 from distprune.errors import UserError
 from distprune.pruning.targets import find_targets, freeze, matrices_of
@@ -39,6 +54,47 @@ def test_default_leaves_embeddings_head_norms_and_biases_of_a_decoder() -> None:
     assert len(names) == 2 * 7
     assert all(name.startswith("model.layers.") for name in names)
     assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(names)
+
+
+DISTILBERT = {"dim": 8, "hidden_dim": 12, "n_layers": 2, "n_heads": 2, "vocab_size": 9}
+OPT = {"hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+GPT2 = {"n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 9}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "auto_class", "matrices"),
+    [
+        ("bert", SIZES, AutoModelForMaskedLM, 6),
+        ("roberta", SIZES, AutoModelForMaskedLM, 6),
+        ("deberta-v2", SIZES, AutoModelForMaskedLM, 6),
+        ("electra", {**SIZES, "embedding_size": 6}, AutoModelForMaskedLM, 6),
+        ("distilbert", DISTILBERT, AutoModelForMaskedLM, 6),
+        ("gpt_neox", SIZES, AutoModelForCausalLM, 4),
+        ("llama", {**SIZES, "num_key_value_heads": 1}, AutoModelForCausalLM, 7),
+        ("qwen2", {**SIZES, "num_key_value_heads": 1}, AutoModelForCausalLM, 7),
+        ("opt", OPT, AutoModelForCausalLM, 6),
+        ("gpt2", GPT2, AutoModelForCausalLM, 4),
+    ],
+)
+def test_the_layers_of_many_kinds_are_found(kind: str, sizes: dict[str, int], auto_class: Any, matrices: int) -> None:
+    with torch.device("meta"):
+        model = auto_class.from_config(AutoConfig.for_model(kind, **sizes))
+    names = find_targets(model, [], [])
+    numbers = [re.search(r"\.(\d+)\.", name) for name in names]
+    assert [number and number[1] for number in numbers] == ["0"] * matrices + ["1"] * matrices
+    modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
+    assert {type(module) for module in modules} == {Conv1D if kind == "gpt2" else nn.Linear}
+    assert not {id(model.get_input_embeddings()), id(model.get_output_embeddings())} & {*map(id, modules)}
+    left = {name for name, parameter in model.named_parameters() if parameter.ndim == 2 and name not in names}
+    assert not [name for name in left if re.search(r"\.\d+\.", name)], "every matrix of a layer"
+
+
+def test_a_matrix_that_is_stored_the_other_way_round_is_pruned_weight_by_weight_only() -> None:
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(**GPT2))
+    with pytest.raises(UserError, match=r"c_attn.weight is stored as inputs by outputs, which pruning.structure=2:4"):
+        find_targets(model, [], [], "2:4")
+    assert find_targets(model, ["wte"], [], "2:4") == ["transformer.wte.weight"]
 
 
 def test_include_replaces_the_default_and_keeps_the_models_order(bert: nn.Module) -> None:

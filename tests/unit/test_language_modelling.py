@@ -1,0 +1,207 @@
+"""Plain text: blocks, masks, losses, perplexity."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, LlamaConfig
+
+from distprune.errors import UserError
+from tests.unit.task_files import CLS, SEP, WORDS, ids, make_masked_tokenizer, make_tokenizer
+
+MASK = len(WORDS)
+TEXTS = [{"text": " ".join("abcdefghij"[i % 5 : i % 5 + 1 + i % 6])} for i in range(40)]
+SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+@pytest.fixture
+def lm(build):
+    """Return a function that builds either task from texts."""
+
+    def run(name="masked_lm", rows=TEXTS, held=TEXTS, tokenizer=None, **options):
+        made = tokenizer or (make_masked_tokenizer() if name == "masked_lm" else decoder())
+        return build(rows, held, tokenizer=made, **({"name": name, "text": ["text"], "max_length": 16} | options))
+
+    return run
+
+
+def decoder(**options):
+    """Return a tokenizer without a padding token that adds nothing to a text."""
+    tokenizer = make_tokenizer(pad_token=None, eos_token="[SEP]", **options)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    return tokenizer
+
+
+def model_of(task):
+    torch.manual_seed(0)
+    kind = BertConfig if type(task).__name__ == "MaskedLM" else LlamaConfig
+    return task.auto_class.from_config(kind(vocab_size=MASK + 1, **SIZES)).eval()
+
+
+def all_rows(data):
+    return data.__getitems__(list(range(len(data))))
+
+
+# ---------------------------------------------------------------------------------- blocks
+
+
+def test_texts_are_joined_and_cut_into_blocks(lm):
+    joined = [token for row in TEXTS for token in ids(row["text"])]
+    task = lm()
+    assert set(task.train.column_names) == {"input_ids", "length", "_row"}
+    assert task.train["input_ids"][:] == [joined[i : i + 16] for i in range(0, len(joined) - 15, 16)]
+    assert set(task.train["length"][:]) == {16}
+    assert task.train["_row"][:] == list(range(len(joined) // 16))
+
+
+def test_a_tokenizer_that_adds_nothing_ends_a_text_with_its_end(lm):
+    joined = [token for row in TEXTS for token in [*ids(row["text"])[1:-1], SEP]]
+    task = lm("causal_lm")
+    assert task.train["input_ids"][:] == [joined[i : i + 16] for i in range(0, len(joined) - 15, 16)]
+    assert task.tokenizer.pad_token_id is None
+
+
+def test_texts_without_tokens_and_blocks_without_text_are_dropped(lm):
+    rows = [{"text": text} for text in ["", "a", " ", "b c", ""]]
+    task = lm(rows=rows, held=rows, max_length=3)
+    assert task.train["input_ids"][:] == [ids("a"), ids("b c")[:3]]
+    odd = [{"text": "a b c [CLS] [SEP] [SEP] d"}]
+    special = make_masked_tokenizer()
+    special.add_special_tokens({"additional_special_tokens": ["[SEP]", "[CLS]"]})
+    blocks = lm(rows=odd, held=odd, tokenizer=special, max_length=3).train
+    assert blocks["_row"][:] == list(range(len(blocks)))
+    assert all(set(block) - {CLS, SEP} for block in blocks["input_ids"][:])
+
+
+def test_limit_and_holdout_count_texts(lm):
+    task = lm(holdout=0.25, validation="train.jsonl")
+    tokens = sum(len(ids(row["text"])) for row in TEXTS)
+    assert len(task.train) + len(task.validation) in (tokens // 16, tokens // 16 - 1)
+    assert len(lm(limit=10).train) < len(lm().train) / 2
+
+
+def test_settings_that_cannot_be_used(lm):
+    few = [{"text": "a b"}]
+    for options, message in [
+        ({"rows": few}, "'text' of train.jsonl gives no block: it has 4 tokens; allowed: at least task.max_length, 16"),
+        ({"held": few}, "'text' of validation.jsonl gives no block"),
+        ({"text": ["text", "more"]}, "allowed for masked_lm: one column"),
+        ({"text": ["txt"]}, r"'txt' is unknown \(did you mean 'text'"),
+        ({"rows": [{"text": 5}]}, "holds .*int64.*task.text needs text"),
+        ({"rows": [*few, {"text": None}]}, "have no value in column 'text': row 2"),
+        ({"tokenizer": make_tokenizer()}, "has no mask token"),
+        ({"max_length": 2}, "task.max_length is 2; this tokenizer and 1 text columns allow 3"),
+        ({"name": "causal_lm", "max_length": 1}, "task.max_length is 1; allowed for causal_lm: at least 2"),
+        ({"name": "causal_lm", "metrics": ["accuracy"]}, "does not suit causal_lm; allowed: perplexity, nll"),
+        ({"metrics": ["f1"]}, "metric 'f1' does not suit masked_lm; allowed: perplexity, nll, accuracy"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            lm(**options)
+
+
+# ---------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize(("mask", "length", "number"), [(0.15, 16, 2), (0.5, 16, 8), (0.01, 16, 1)])
+def test_each_block_has_as_many_masks_and_none_on_separators(lm, mask, length, number):
+    task = lm(mask=mask, max_length=length)
+    batch = task.collate(all_rows(task.train))
+    original = torch.tensor(task.train["input_ids"][:])
+    chosen = batch["labels"] != -100
+    assert chosen.sum(1).tolist() == [number] * len(task.train)
+    assert torch.equal(batch["labels"][chosen], original[chosen])
+    assert torch.equal(batch["input_ids"][~chosen], original[~chosen])
+    assert not torch.isin(batch["labels"], torch.tensor([CLS, SEP])).any()
+
+
+def test_masks_depend_on_the_block_and_the_draw_only(lm):
+    task = lm()
+    rows = all_rows(task.train)
+    whole = task.collate(rows, draw=7)
+    for first, last in ((0, 3), (3, len(rows))):
+        part = task.collate(rows[first:last], draw=7)
+        assert all(torch.equal(part[name], whole[name][first:last]) for name in whole)
+    assert all(torch.equal(tensor, lm().collate(rows, draw=7)[name]) for name, tensor in whole.items())
+    assert not torch.equal(task.collate(rows, draw=8)["labels"], whole["labels"])
+    assert all(torch.equal(task.collate(rows)[name], task.collate(rows, draw=0)[name]) for name in whole)
+
+
+def test_masked_tokens_are_hidden_replaced_or_left(lm):
+    task = lm(mask=0.5)
+    rows, counts = all_rows(task.train), Counter()
+    for draw in range(200):
+        batch = task.collate(rows, draw)
+        chosen = batch["labels"] != -100
+        given, wanted = batch["input_ids"][chosen], batch["labels"][chosen]
+        counts["hidden"] += int((given == MASK).sum())
+        counts["same"] += int((given == wanted).sum())
+        counts["all"] += len(given)
+    words = MASK + 1
+    assert counts["hidden"] / counts["all"] == pytest.approx(0.8 + 0.1 / words, abs=0.01)
+    assert counts["same"] / counts["all"] == pytest.approx(0.1 + 0.1 / words, abs=0.01)
+
+
+# ---------------------------------------------------------------------------------- losses and metrics
+
+
+@pytest.mark.parametrize("name", ["masked_lm", "causal_lm"])
+def test_the_loss_is_the_models_own(lm, name):
+    task = lm(name)
+    model, batch = model_of(task), task.collate(all_rows(task.train)[:4], draw=3)
+    logits = task.forward(model, batch)
+    assert logits.shape == (int((batch["labels"] != -100).sum()), MASK + 1)
+    labels = batch["labels"] if name == "masked_lm" else batch["input_ids"]
+    assert torch.allclose(task.loss(logits, batch), model(input_ids=batch["input_ids"], labels=labels).loss)
+    assert task.loss(logits.bfloat16(), batch).dtype == torch.float32
+    rows = task.split(logits, batch)
+    assert [len(row) for row in rows] == (batch["labels"] != -100).sum(1).tolist()
+    assert torch.equal(task.join(rows, batch), logits)
+    alone = [task.forward(model, task.collate([row], draw=3)) for row in all_rows(task.train)[:4]]
+    assert torch.allclose(torch.cat(alone), logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_perplexity_is_that_of_a_plain_loop(lm):
+    task = lm("causal_lm")
+    model, nats, tokens = model_of(task), 0.0, 0
+    for block in task.validation["input_ids"][:]:
+        found = F.log_softmax(model(torch.tensor([block])).logits[0], dim=-1)
+        for place in range(1, len(block)):
+            nats, tokens = nats - float(found[place - 1, block[place]]), tokens + 1
+    batch = task.collate(all_rows(task.validation))
+    measured = task.metrics(task.predictions(task.forward(model, batch), batch), task.validation)
+    assert list(measured) == ["perplexity", "nll"]
+    assert measured["nll"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert measured["perplexity"] == pytest.approx(np.exp(nats / tokens), rel=1e-4)
+
+
+def test_masked_tokens_have_an_accuracy(lm):
+    task = lm(metrics=["accuracy", "nll"])
+    batch = task.collate(all_rows(task.validation))
+    targets = batch["labels"][batch["labels"] != -100]
+    logits = 50 * F.one_hot(targets, MASK + 1).float()
+    logits[0] = 50 * F.one_hot((targets[0] + 1) % MASK, MASK + 1)
+    measured = task.metrics(task.predictions(logits, batch), task.validation)
+    assert measured["accuracy"] == pytest.approx(1 - 1 / len(targets))
+    assert measured["nll"] == pytest.approx(50 / len(targets), rel=1e-3)
+    assert list(lm().metrics(torch.ones(2, 3), task.validation)) == ["perplexity", "nll"]
+
+
+def test_a_teacher_has_the_students_vocabulary(lm, tmp_path, monkeypatch):
+    task = lm()
+    BertConfig(vocab_size=20, **SIZES).save_pretrained(tmp_path / "student")
+    task._model.path = str(tmp_path / "student")
+    (tmp_path / "student" / "model.safetensors").touch()
+    task.check_teacher(BertConfig(vocab_size=20), make_masked_tokenizer())
+    with pytest.raises(UserError, match="the teacher's vocab_size is 24 and the student's 20; they must be equal"):
+        task.check_teacher(BertConfig(vocab_size=24), make_masked_tokenizer())
+    with pytest.raises(UserError, match="vocabulary"):
+        task.check_teacher(BertConfig(vocab_size=20), make_tokenizer())
+
+
+def test_logits_are_not_kept_from_epoch_to_epoch(lm):
+    assert not lm().cacheable
+    assert not lm("causal_lm").cacheable
