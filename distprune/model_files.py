@@ -8,7 +8,16 @@ from typing import Any, Protocol
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 
 from distprune.checkpoints.files import is_checkpoint
 from distprune.checkpoints.pieces import Pieces
@@ -16,6 +25,16 @@ from distprune.errors import UserError
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _LEGACY = {"gamma": "weight", "beta": "bias"}
+
+AUTO_CLASSES = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForMultipleChoice": AutoModelForMultipleChoice,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+    "ForMaskedLM": AutoModelForMaskedLM,
+    "ForCausalLM": AutoModelForCausalLM,
+    "LMHeadModel": AutoModelForCausalLM,
+}
+"""By what the names of models' classes hold."""
 
 
 class Source(Protocol):
@@ -151,5 +170,5 @@ def read_config(directory: Path, options: dict[str, Any] | None = None) -> Pretr
 
 def auto_class_of(directory: Path) -> Any:
     """Return the transformers auto class that a run would load a directory's model with."""
-    classes = read_config(directory).architectures or []
-    return AutoModelForSequenceClassification if "SequenceClassification" in "".join(classes) else AutoModel
+    names = "".join(read_config(directory).architectures or [])
+    return next((auto_class for part, auto_class in AUTO_CLASSES.items() if part in names), AutoModel)

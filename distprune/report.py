@@ -121,8 +121,8 @@ def write_json(path: Path, data: object) -> None:
 
 def model_card(
     summary: Mapping[str, Any],
-    auto_class: str = "AutoModelForSequenceClassification",
-    task_type: str = "text-classification",
+    auto_class: str,
+    task_type: str,
 ) -> str:
     """Return the README.md of a pruned or a dense model, for the hub or a directory.
 

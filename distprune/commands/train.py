@@ -135,10 +135,10 @@ def _make_ready(run_dir: Path, config: Config, unfinished: bool, manifest: Manif
 
 
 def _write_reports(trainer: Trainer, summary: dict[str, Any]) -> None:
-    run_dir = trainer.run_dir
+    run_dir, task = trainer.run_dir, trainer.setup.task
     if summary["masked_weights"]:
         write_json(run_dir / "final" / "pruning.json", pruning_record(trainer, summary))
-    (run_dir / "final" / "README.md").write_text(model_card(summary))
+    (run_dir / "final" / "README.md").write_text(model_card(summary, task.auto_class.__name__, task.hub_task))
     if layers := summary["layers"]:
         sparsities = {name: layer["masked"] / layer["weights"] for name, layer in layers.items()}
         plot_layers(sparsities, run_dir / "layers.png")

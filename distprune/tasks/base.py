@@ -23,6 +23,7 @@ class Task(ABC):
 
     Attributes:
         auto_class: the transformers Auto class of the model.
+        hub_task: the hub's name of this kind of task.
         pads: whether rows differ in length, so that batches need a padding token.
         cacheable: whether the teacher's logits of a training row are the same in every epoch, and small enough to keep.
         train: training rows without padding: ``input_ids``, ``token_type_ids`` where the tokenizer
@@ -33,6 +34,7 @@ class Task(ABC):
     """
 
     auto_class: ClassVar[Any]
+    hub_task: ClassVar[str]
     pads: ClassVar[bool] = True
     cacheable: ClassVar[bool] = True
     train: Dataset

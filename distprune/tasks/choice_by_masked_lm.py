@@ -31,6 +31,7 @@ class ChoiceByMaskedLM(ChoiceTask):
     """
 
     auto_class = AutoModelForMaskedLM
+    hub_task = "fill-mask"
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
         """Load, check and tokenise the data.

@@ -164,6 +164,7 @@ class MaskedLM(LanguageModelling):
     """
 
     auto_class = AutoModelForMaskedLM
+    hub_task = "fill-mask"
     allowed: ClassVar[list[str]] = ["perplexity", "nll", "accuracy"]
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
@@ -199,6 +200,7 @@ class CausalLM(LanguageModelling):
     """Causal language modelling: each token of a block but the first is predicted from those before it."""
 
     auto_class = AutoModelForCausalLM
+    hub_task = "text-generation"
 
     def collate(self, rows: list[Example], draw: int = 0) -> Batch:
         """Return the tokens, and as ``labels`` the next ones; -100 at the end of a block."""

@@ -33,6 +33,7 @@ class MultipleChoice(ChoiceTask):
     """
 
     auto_class = AutoModelForMultipleChoice
+    hub_task = "multiple-choice"
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
         """Load, check and tokenise the data.

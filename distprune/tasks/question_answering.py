@@ -41,6 +41,7 @@ class QuestionAnswering(Task):
     """
 
     auto_class = AutoModelForQuestionAnswering
+    hub_task = "question-answering"
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
         """Load, check and tokenise the data.

@@ -20,6 +20,7 @@ class TextClassification(Task):
     """Classification of one or two text columns; all tasks of GLUE are of this kind."""
 
     auto_class = AutoModelForSequenceClassification
+    hub_task = "text-classification"
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
         """Load, check and tokenise the data.

@@ -170,6 +170,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
 
 
+KIND = ("AutoModelForSequenceClassification", "text-classification")
 SUMMARY = {
     "base_model": "google-bert/bert-base-uncased",
     "teacher": "someone/teacher",
@@ -188,7 +189,7 @@ SUMMARY = {
 
 
 def test_model_card_is_valid_for_the_hub() -> None:
-    card = ModelCard(model_card(SUMMARY))
+    card = ModelCard(model_card(SUMMARY, *KIND))
     assert card.data.base_model == "google-bert/bert-base-uncased"
     assert card.data.datasets == ["nyu-mll/glue"]
     assert card.data.tags == ["pruned", "distprune"]
@@ -211,7 +212,7 @@ def test_model_card_is_valid_for_the_hub() -> None:
 
 
 def test_model_card_of_a_dense_model_tells_of_no_pruning() -> None:
-    card = ModelCard(model_card(SUMMARY | {"masked_weights": 0, "prunable_weights": 0, "zeros_in_file": 0}))
+    card = ModelCard(model_card(SUMMARY | {"masked_weights": 0, "prunable_weights": 0, "zeros_in_file": 0}, *KIND))
     assert card.data.tags == ["distprune"]
     assert card.data.model_name == "bert-base-uncased-fine-tuned"
     assert "0.5812" in card.text
@@ -243,4 +244,4 @@ def test_model_card_of_local_files_names_no_machine(tmp_path: Path) -> None:
 def test_a_directory_that_looks_like_a_hub_id_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert ModelCard(model_card(SUMMARY | {"base_model": "models/mine"})).data.base_model is None
+    assert ModelCard(model_card(SUMMARY | {"base_model": "models/mine"}, *KIND)).data.base_model is None
