@@ -180,10 +180,18 @@ class PruningConfig:
 
 @dataclass
 class DistillationConfig:
-    """Knowledge distillation: (1 - hardness) * task loss + hardness * T^2 KL(teacher || student)."""
+    """Knowledge distillation: (1 - hardness) * task loss + hardness * T^2 KL(teacher || student), and features."""
 
-    hardness: float = key(0.0, "weight of the teacher's loss, [0, 1]; 0 loads no teacher")
+    hardness: float = key(0.0, "weight of the teacher's loss, [0, 1]; 0, as the next ones, loads no teacher")
     temperature: float = key(5.5, "softening T of both distributions, > 0")
+    hidden: float = key(0.0, "weight of the squared error of hidden states; needs a live teacher of the same width")
+    attention: float = key(0.0, "weight of the divergence of attention; needs a live teacher with as many heads")
+    layers: list[int] = key([], "the teacher's layer that each of the student's follows, from 1; empty: evenly spread")
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is a teacher."""
+        return max(self.hardness, self.hidden, self.attention) > 0
 
 
 @dataclass

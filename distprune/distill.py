@@ -8,6 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distprune.errors import UserError
+
+SMALLEST = 1e-6
+"""A probability below this one counts as this one."""
+
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return ``T^2 * KL(teacher || student)`` of the softened distributions, the mean over all distributions.
@@ -32,6 +37,51 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
         log_target=True,
     )
     return divergence * temperature**2
+
+
+def layer_pairs(layers: list[int], student: int, teacher: int) -> list[tuple[int, int]]:
+    """Return which of the teacher's layers each of the student's follows, both counted from 0.
+
+    Args:
+        layers: the teacher's layer for each of the student's, counted from 1; empty: spread evenly, last to last.
+        student: layers of the student.
+        teacher: layers of the teacher.
+
+    Raises:
+        UserError: another number of them than the student has layers, or one that the teacher does not have.
+    """
+    chosen = layers or [-(-teacher * layer // student) for layer in range(1, student + 1)]
+    if len(chosen) != student or not all(1 <= layer <= teacher for layer in chosen):
+        raise UserError(
+            f"distillation.layers is {layers}; allowed: one of the teacher's layers 1 to {teacher} for each of the "
+            f"student's {student}"
+        )
+    return [(number, layer - 1) for number, layer in enumerate(chosen)]
+
+
+def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean squared error of hidden states over the tokens that count, a scalar, fp32.
+
+    Args:
+        student: shape [B, T, H].
+        teacher: shape [B, T, H].
+        mask: 1 where a token counts, shape [B, T].
+    """
+    errors = (student.float() - teacher.float()).square().mean(-1)
+    return (errors * mask).sum() / mask.sum()
+
+
+def attention_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Return ``KL(teacher || student)`` of attention, the mean over heads and the tokens that attend; a scalar, fp32.
+
+    Args:
+        student: probabilities, shape [B, heads, T, T]; those who attend in the third dimension.
+        teacher: as the student's.
+        mask: 1 where a token counts, shape [B, T].
+    """
+    ours, theirs = student.float().clamp_min(SMALLEST).log(), teacher.float().clamp_min(SMALLEST).log()
+    divergences = (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
+    return (divergences * mask).sum() / mask.sum()
 
 
 def mix(task_loss: Tensor, distillation: Tensor | None, hardness: float) -> Tensor:

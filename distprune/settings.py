@@ -30,6 +30,7 @@ TYPE_WORDS = {
     bool: "true or false",
     list[str]: "a list of texts",
     list[float]: "a list of numbers",
+    list[int]: "a list of whole numbers",
     dict[str, Any]: "a section of DeepSpeed's options",
     str | None: "text or null",
     int | None: "a whole number or null",

@@ -71,9 +71,11 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     dist.agree_equal(data, "the fingerprints of the data")
     dist.agree(lambda: check_limits(directory, task))
     teacher = None
-    if config.distillation.hardness > 0:
+    if config.distillation.teaches:
         teacher = _teacher(config, task, micro_batch)
     student, fresh = build_student(config, directory, task.auto_class, task.model_options(), micro_batch)
+    if config.distillation.attention > 0:
+        student.module.set_attn_implementation("eager")  # the only one that puts out its attention
     dist.agree(lambda: trained_shards(student))  # a layout that is not known is refused now, not at the export
     prunes = bool(plan.ladder) or config.pruning.start_sparse
     pruner = build_pruner(config, student, resumes=checkpoint is not None) if prunes else None

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from distprune import dist
 from distprune.batches import rank_part, stream_seed, train_batches
@@ -25,7 +24,6 @@ from distprune.checkpoints.saver import Saver
 from distprune.checkpoints.state import owned_tensors, restore, state_of
 from distprune.config import Config
 from distprune.diagnose import refuse_nonfinite, refuse_nonfinite_weights
-from distprune.distill import distillation_loss, mix
 from distprune.engine import set_learning_rate
 from distprune.errors import UserError
 from distprune.evaluate import evaluate, on_device
@@ -34,6 +32,7 @@ from distprune.interrupts import Interrupted, StopRequests
 from distprune.monitor import Monitor
 from distprune.monitor.resources import memory_mib
 from distprune.monitor.wandb import stored_id
+from distprune.objective import Losses, Objective
 from distprune.pruning.pruner import Pruner
 from distprune.setup import Setup
 from distprune.tasks.base import Batch
@@ -70,6 +69,7 @@ class Trainer:
     _logged_at: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
+        self.objective = Objective(self.setup.task, self.setup.teacher, self.config.distillation)
         self.saver = Saver(self.run_dir / FOLDER, self.config.checkpoint.keep, self._describe_model)
 
     def run(self) -> None:
@@ -109,13 +109,14 @@ class Trainer:
         world, task = self.setup.world, self.setup.task
         set_learning_rate(student, plan.lr.at(self.step))
         parts = rank_part(batch, world.rank, world.size, self.config.train.accumulation)
-        sums, draw = [0.0, 0.0, 0.0], stream_seed(self.config.train.seed, self.step, [])
+        sums, draw = [0.0] * len(Losses._fields), stream_seed(self.config.train.seed, self.step, [])
         for number, rows in enumerate(parts, start=1):
             micro_batch = on_device(task.collate(task.train.__getitems__(rows), draw), student)
             if all(map(math.isfinite, sums)):
                 suspect = micro_batch  # in the end the first with a loss that is not finite, where there is one
             torch.manual_seed(stream_seed(self.config.train.seed, self.step, rows))
-            losses = self._backward(micro_batch, rows)
+            losses = self.objective.losses(student, micro_batch, rows)
+            student.backward(losses.total)
             sums = [total + float(loss) / len(parts) for total, loss in zip(sums, losses, strict=True)]
             if number == len(parts):
                 self.saver.before_change()
@@ -131,22 +132,6 @@ class Trainer:
             pruner.after_backward(sparsity)
         except UserError as error:
             raise UserError(f"at step {self.step} {error}") from error
-
-    def _backward(self, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the total, the task's and the distillation loss of a micro batch, which holds these training rows."""
-        student, teacher, distillation = self.setup.student, self.setup.teacher, self.config.distillation
-        logits = self.setup.task.forward(student, batch)
-        task_loss = self.setup.task.loss(logits, batch)
-        teacher_loss = None
-        if teacher is not None:
-            teacher_loss = distillation_loss(logits, teacher.logits(batch, rows), distillation.temperature)
-        loss = mix(task_loss, teacher_loss, distillation.hardness)
-        student.backward(loss)
-        return (
-            loss.detach(),
-            task_loss.detach(),
-            torch.zeros(()) if teacher_loss is None else teacher_loss.detach(),
-        )
 
     def _agree(self, sums: list[float], batch: Batch) -> _Asked:
         """Average the step's losses over the ranks, and stop all of them where they are not finite.
@@ -167,16 +152,15 @@ class Trainer:
     def _log_training(self) -> None:
         plan, pruner, student = self.setup.plan, self.setup.pruner, self.setup.student
         now = time.perf_counter()
-        loss, task_loss, teacher_loss = (sum(column) / len(self.losses) for column in zip(*self.losses, strict=True))
+        means = Losses(*(sum(column) / len(self.losses) for column in zip(*self.losses, strict=True)))
         norm = student.get_global_grad_norm()
         steps = self.step - self._logged_step  # of this process, where a resumed run's losses are of more
         record = {
             "step": self.step,
             "epoch": self.step / plan.steps_per_epoch,
             "split": "train",
-            "loss": loss,
-            "task_loss": task_loss,
-            "distillation_loss": teacher_loss,
+            "loss": means.total,
+            **{f"{name}_loss": value for name, value in means._asdict().items() if name != "total"},
             "lr": plan.lr.at(self.step - 1),
             "sparsity": pruner.sparsity if pruner else 0.0,
             "threshold": pruner.threshold if pruner else 0.0,
@@ -186,7 +170,9 @@ class Trainer:
         }
         self.losses, self._logged_step, self._logged_at = [], self.step, now
         self.monitor.log(record)
-        self.monitor.progress(self.step, loss=loss, sparsity=record["sparsity"], lr=record["lr"], **self._main_metric())
+        self.monitor.progress(
+            self.step, loss=means.total, sparsity=record["sparsity"], lr=record["lr"], **self._main_metric()
+        )
 
     def _evaluate(self) -> None:
         """Measure, and keep the state where it is the best one at the target sparsity."""

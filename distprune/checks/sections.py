@@ -78,10 +78,13 @@ MODEL = (
 DISTILLATION = (
     Check("distillation.hardness", "0 to 1", lambda c: 0 <= c.distillation.hardness <= 1),
     Check("distillation.temperature", "more than 0", lambda c: 0 < c.distillation.temperature < inf),
+    Check("distillation.hidden", "at least 0", lambda c: 0 <= c.distillation.hidden < inf),
+    Check("distillation.attention", "at least 0", lambda c: 0 <= c.distillation.attention < inf),
+    Check("distillation.layers", "layers from 1", lambda c: all(layer >= 1 for layer in c.distillation.layers)),
     Check(
         "teacher.path",
-        "a model directory or hub id where distillation.hardness is more than 0",
-        lambda c: bool(c.teacher.path) or c.distillation.hardness == 0,
+        "a model directory or hub id where distillation.hardness, hidden or attention is more than 0",
+        lambda c: bool(c.teacher.path) or not c.distillation.teaches,
     ),
 )
 

@@ -14,7 +14,7 @@ def run(config_path: str, overrides: list[str]) -> None:
     config = settings.load_valid(config_path, overrides)
     directory = local_model(config.model.path, config.model.revision)
     print(f"model    {config.model.path}: {directory}")
-    if config.distillation.hardness > 0 and config.teacher.path is not None:
+    if config.distillation.teaches and config.teacher.path is not None:
         print(f"teacher  {config.teacher.path}: {local_model(config.teacher.path, config.teacher.revision)}")
     task = load_task(config, directory)
     check_limits(directory, task)

@@ -66,15 +66,28 @@ class Task(ABC):
             draw: another one in each step of training, for what is drawn at random; together with the row it decides.
         """
 
-    def forward(self, engine: Any, batch: Batch) -> torch.Tensor:
-        """Return a model's logits, each vector of the last dimension one prediction. Collective at ZeRO-3.
+    def inputs(self, batch: Batch) -> Batch:
+        """Return what of a batch the model is given."""
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+    def logits(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """Return the logits in a model's outputs, each vector of the last dimension one prediction."""
+        logits: torch.Tensor = outputs.logits
+        return logits
+
+    def run(self, engine: Any, batch: Batch, **options: bool) -> Any:
+        """Return a model's outputs. Collective at ZeRO-3.
 
         Args:
             engine: of DeepSpeed.
             batch: of `collate`, on the engine's device.
+            options: of the model's forward pass.
         """
-        logits: torch.Tensor = engine(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
-        return logits
+        return engine(**self.inputs(batch), **options)
+
+    def forward(self, engine: Any, batch: Batch) -> torch.Tensor:
+        """Return the logits of a model for a batch, as `run` and `logits` do. Collective at ZeRO-3."""
+        return self.logits(self.run(engine, batch), batch)
 
     @abstractmethod
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -81,12 +81,15 @@ class ChoiceByMaskedLM(ChoiceTask):
         targets = self.stack([choice for row in rows for choice in row["targets"]], IGNORED)
         return {**super().collate(rows, draw), "targets": by_choice(targets, len(rows))}
 
-    def forward(self, engine: Any, batch: Batch) -> torch.Tensor:
-        """Return the score of each choice, float32, shape [B, 2]. Collective at ZeRO-3."""
-        inputs = {name: tensor.flatten(0, 1) for name, tensor in batch.items() if name not in ("targets", "labels")}
+    def inputs(self, batch: Batch) -> Batch:
+        """Return the tokens of all choices, shape [2 B, T]."""
+        return {name: tensor.flatten(0, 1) for name, tensor in batch.items() if name not in ("targets", "labels")}
+
+    def logits(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """Return the score of each choice, float32, shape [B, 2]."""
         targets = batch["targets"].flatten(0, 1)
         masked = targets != IGNORED
-        found = -F.cross_entropy(engine(**inputs).logits[masked].float(), targets[masked], reduction="none")
+        found = -F.cross_entropy(outputs.logits[masked].float(), targets[masked], reduction="none")
         scores = torch.zeros(targets.shape, device=targets.device).masked_scatter(masked, found)
         return (scores.sum(-1) / masked.sum(-1)).view(-1, 2)
 

@@ -74,9 +74,9 @@ class LanguageModelling(Task):
     def collate(self, rows: list[Example], draw: int = 0) -> Batch:
         """Return ``input_ids`` and ``labels``, int64, shape [B, T]: what each place's logits predict, or -100."""
 
-    def forward(self, engine: Any, batch: Batch) -> torch.Tensor:
-        """Return the logits where something is predicted, shape [N, V], row by row. Collective at ZeRO-3."""
-        return super().forward(engine, batch)[batch["labels"] != IGNORED]
+    def logits(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """Return the logits where something is predicted, shape [N, V], row by row."""
+        return super().logits(outputs, batch)[batch["labels"] != IGNORED]
 
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the mean cross entropy of logits [N, V], in nats."""

@@ -78,17 +78,9 @@ class QuestionAnswering(Task):
             labels += batch["input_ids"].shape[1] - torch.tensor([[len(row["input_ids"])] for row in rows])
         return {**batch, "labels": labels}
 
-    def forward(self, engine: Any, batch: Batch) -> torch.Tensor:
-        """Return the logits of starts and of ends, shape [B, 2, T]. Collective at ZeRO-3.
-
-        They are `PADDING` where there is no token.
-
-        Args:
-            engine: of DeepSpeed.
-            batch: of `collate`, on the engine's device.
-        """
-        output = engine(**{name: tensor for name, tensor in batch.items() if name != "labels"})
-        logits = torch.stack([output.start_logits, output.end_logits], dim=1)
+    def logits(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """Return the logits of starts and of ends, shape [B, 2, T], `PADDING` where there is no token."""
+        logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=1)
         return logits.masked_fill(batch["attention_mask"][:, None] == 0, PADDING)
 
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -25,7 +25,7 @@ from distprune.errors import UserError
 from distprune.evaluate import on_device
 from distprune.tasks.base import Batch, Task
 from distprune.tasks.data import fingerprint
-from distprune.teachers.live import LiveTeacher
+from distprune.teachers.live import LiveTeacher, Taught
 
 FORMAT = "distprune-teacher-1"
 WEIGHTS = ("*.safetensors", "*.bin", "*.json")
@@ -154,14 +154,16 @@ class CachedTeacher:
                 start += torch.Size(shape).numel()
         assert self._places.keys() == set(range(manifest.rows)), f"{folder} lacks rows"
 
-    def logits(self, batch: Batch, rows: list[int]) -> Tensor:
+    def outputs(self, batch: Batch, rows: list[int], **options: bool) -> Taught:
         """Return the teacher's logits for a batch.
 
         Args:
             batch: on the student's device.
             rows: the training rows that it holds.
+            options: none; there is no forward pass.
         """
-        return self._task.join([self._read(row) for row in rows], batch).to(self._device)
+        assert not options, "hidden states and attention are not kept"
+        return Taught(self._task.join([self._read(row) for row in rows], batch).to(self._device))
 
     def _read(self, row: int) -> Tensor:
         number, start, shape = self._places[row]
@@ -185,7 +187,7 @@ def _logits_of_rank(teacher: LiveTeacher, task: Task, batch_size: int) -> Mappin
     parts: list[Tensor] = []
     for share in eval_batches(task.train["length"], batch_size, world.rank, world.size):
         batch = on_device(task.collate(task.train.__getitems__(share.indices)), teacher.engine)
-        logits = task.split(teacher.logits(batch, share.indices).float(), batch)
+        logits = task.split(task.forward(teacher.engine, batch).float(), batch)
         for row, is_valid, part in zip(share.indices, share.valid, logits, strict=True):
             if is_valid:
                 rows.append(row)

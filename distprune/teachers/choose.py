@@ -27,8 +27,12 @@ def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int) ->
     Raises:
         UserError: on every rank, where the cache is of something else, damaged, or cannot be written or seen by all.
     """
-    if config.teacher.cache is None or not task.cacheable:
-        return LiveTeacher(_engine(config, task, directory, micro_batch), task)
+    keeps_logits_only = config.distillation.hidden == config.distillation.attention == 0
+    if config.teacher.cache is None or not task.cacheable or not keeps_logits_only:
+        teacher = LiveTeacher(_engine(config, task, directory, micro_batch), task)
+        if config.distillation.attention > 0:
+            teacher.engine.module.set_attn_implementation("eager")  # the only one that puts out its attention
+        return teacher
     dtype = dtype_of(config.deepspeed.teacher)
     found = dist.on_main(lambda: cache.fingerprints(directory, task, dtype))
     folder = cache.folder_of(found) if config.teacher.cache == "auto" else Path(config.teacher.cache).expanduser()

@@ -1,6 +1,6 @@
 """A teacher that is run beside the student."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,21 +10,30 @@ from distprune.shards import held_bytes
 from distprune.tasks.base import Batch, Task
 
 
+class Taught(NamedTuple):
+    """A teacher's logits for a batch, and, of a live one, all that its model put out."""
+
+    logits: Tensor
+    outputs: Any = None
+
+
 class LiveTeacher:
     """A teacher that is run for every batch, replicated or sharded as its engine is."""
 
     def __init__(self, engine: Any, task: Task):
         self.engine, self._task = engine, task
 
-    def logits(self, batch: Batch, rows: list[int]) -> Tensor:
-        """Return the teacher's logits for a batch. Collective at ZeRO-3.
+    def outputs(self, batch: Batch, rows: list[int], **options: bool) -> Taught:
+        """Return the teacher's outputs for a batch. Collective at ZeRO-3.
 
         Args:
             batch: on the engine's device.
             rows: the training rows that it holds.
+            options: of the model's forward pass.
         """
         with torch.no_grad():
-            return self._task.forward(self.engine, batch)
+            outputs = self._task.run(self.engine, batch, **options)
+            return Taught(self._task.logits(outputs, batch), outputs)
 
     def measure(self, batch_size: int) -> dict[str, float]:
         """Return its metrics on the evaluation data. Collective: every rank calls it."""

@@ -1,13 +1,14 @@
-"""The teacher's cache: the same training as with the teacher itself, for one pass of it; never another teacher's."""
+"""Teachers: a cached one teaches as a live one, is never another's, and gives way where more than logits is asked."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.engines import write_model
-from tests.distributed.runs import EVERY_STEP, cut_off, heard, records, run, run_patched, same_weights
+from tests.distributed.runs import EVERY_STEP, cut_off, heard, records, run, run_patched, same_weights, stage
 from tests.world import Worlds
 
 MADE = "the teacher's outputs for 96 training rows are computed once"
@@ -115,3 +116,18 @@ def test_other_teachers_have_other_places_in_the_users_cache(world: Worlds, task
         ((_, said[name]),) = world(1).run(with_cache_home, tmp_path / "home", task, tmp_path / name, *options)
     assert [MADE in said[name] for name in "abc"] == [True, True, False]
     assert len(list((tmp_path / "home" / "distprune" / "teachers").iterdir())) == 2
+
+
+def test_features_of_the_teacher_are_learnt_at_every_world_and_stage(world: Worlds, task: Path, tmp_path: Path) -> None:
+    features = ("distillation.hidden=0.5", "distillation.attention=0.5", "teacher.cache=auto", *SHORT)
+    seen = []
+    for size, number in ((1, 0), (2, 2), (2, 3)):
+        output = tmp_path / f"{size}-{number}"
+        (summary, *_) = world(size).run(run, task, output, *features, *stage(number))
+        assert summary["bytes_per_rank"]["teacher"][0]["weights"] > 0, "what is not kept needs the teacher itself"
+        lines = records(output, "train")
+        seen.append([(line["hidden_loss"], line["attention_loss"], line["loss"]) for line in lines])
+    for other in seen[1:]:
+        assert torch.allclose(torch.tensor(seen[0]), torch.tensor(other), rtol=1e-3, atol=1e-5)
+    assert seen[0][0][:2] == (0.0, pytest.approx(0, abs=1e-6)), "the student begins as its teacher"
+    assert max(line[0] for line in seen[0]) > 0

@@ -1,0 +1,107 @@
+"""What a step minimises, against the formulas written out on a small model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import BertConfig, BertForSequenceClassification
+
+from distprune.config import DistillationConfig
+from distprune.distill import attention_loss, hidden_loss, layer_pairs
+from distprune.errors import UserError
+from distprune.objective import Objective
+from distprune.teachers.live import LiveTeacher
+from tests.unit.task_files import WORDS
+
+SIZES = {"vocab_size": len(WORDS), "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+def model(layers: int, seed: int, **sizes: int) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    built = BertForSequenceClassification(BertConfig(**SIZES | sizes, num_hidden_layers=layers)).eval()
+    built.set_attn_implementation("eager")
+    with torch.no_grad():
+        built.classifier.weight.mul_(50)  # or all logits are alike
+    return built
+
+
+@pytest.fixture
+def batch_of(build):
+    task = build()
+    rows = [0, 3, 4]
+    return task, task.collate([task.train[row] for row in rows]), rows
+
+
+def test_all_parts_add_up(batch_of) -> None:
+    task, batch, rows = batch_of
+    student, teacher = model(2, 0), model(4, 1)
+    config = DistillationConfig(hardness=0.75, temperature=3.0, hidden=0.5, attention=2.0)
+    losses = Objective(task, LiveTeacher(teacher, task), config).losses(student, batch, rows)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    options = {"output_hidden_states": True, "output_attentions": True}
+    ours, theirs = student(**inputs, **options), teacher(**inputs, **options)
+    real = batch["attention_mask"].bool()
+    hidden = sum(F.mse_loss(ours.hidden_states[a][real], theirs.hidden_states[b][real]) for a, b in ((1, 2), (2, 4)))
+    attention = 0.0
+    for a, b in ((0, 1), (1, 3)):
+        kl = F.kl_div(ours.attentions[a].clamp_min(1e-6).log(), theirs.attentions[b].clamp_min(1e-6), reduction="none")
+        attention += kl.sum(-1).mean(1)[real].mean().item()
+    soft = F.kl_div(F.log_softmax(ours.logits / 3, -1), F.softmax(theirs.logits / 3, -1), reduction="batchmean")
+    assert losses.task.item() == pytest.approx(F.cross_entropy(ours.logits, batch["labels"]).item())
+    assert losses.distillation.item() == pytest.approx(9 * soft.item(), rel=1e-4)
+    assert losses.hidden.item() == pytest.approx(hidden.item() / 2, rel=1e-5)
+    assert losses.attention.item() == pytest.approx(attention / 2, rel=1e-3)
+    total = 0.25 * losses.task + 0.75 * losses.distillation + 0.5 * losses.hidden + 2 * losses.attention
+    assert losses.total.item() == pytest.approx(total.item(), rel=1e-6)
+    losses.total.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(batch_of) -> None:
+    task, batch, rows = batch_of
+    same = model(2, 0)
+    config = DistillationConfig(hardness=1.0, hidden=1.0, attention=1.0)
+    losses = Objective(task, LiveTeacher(same, task), config).losses(same, batch, rows)
+    assert losses.total.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_without_a_teacher_there_is_the_task_alone(batch_of) -> None:
+    task, batch, rows = batch_of
+    losses = Objective(task, None, DistillationConfig()).losses(model(1, 0), batch, rows)
+    assert losses.total is losses.task
+    assert losses[2:] == (0, 0, 0)
+
+
+def test_padding_does_not_count() -> None:
+    torch.manual_seed(0)
+    student, teacher, mask = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    before = hidden_loss(student, teacher, mask)
+    student[mask == 0] += 100
+    assert torch.equal(hidden_loss(student, teacher, mask), before)
+    ours, theirs = (torch.rand(2, 2, 3, 3).softmax(-1) for _ in range(2))
+    before = attention_loss(ours, theirs, mask)
+    ours[:, :, 2] = torch.tensor([1.0, 0.0, 0.0])
+    assert torch.allclose(attention_loss(ours, theirs, mask), before)
+    assert torch.isfinite(attention_loss(torch.eye(3).expand(2, 2, 3, 3), theirs, mask))
+
+
+def test_layers_are_spread_or_as_given() -> None:
+    assert layer_pairs([], 3, 6) == [(0, 1), (1, 3), (2, 5)]
+    assert layer_pairs([], 6, 6) == [(layer, layer) for layer in range(6)]
+    assert layer_pairs([], 4, 6)[-1] == (3, 5)
+    assert layer_pairs([1, 6], 2, 6) == [(0, 0), (1, 5)]
+    for layers in ([1], [1, 7], [0, 1]):
+        with pytest.raises(UserError, match=r"allowed: one of the teacher's layers 1 to 6 for each of the student's 2"):
+            layer_pairs(layers, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes", "message"),
+    [
+        (DistillationConfig(hidden=1.0), {"hidden_size": 12}, "hidden states of 8 and the teacher hidden states of 12"),
+        (DistillationConfig(attention=1.0), {"num_attention_heads": 4}, "attention heads: 2 and the teacher attention"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(batch_of, config, sizes, message) -> None:
+    task, batch, rows = batch_of
+    with pytest.raises(UserError, match=message):
+        Objective(task, LiveTeacher(model(2, 1, **sizes), task), config).losses(model(2, 0), batch, rows)
