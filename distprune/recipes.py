@@ -104,8 +104,8 @@ def obert_10(config: Config, given: Collection[str]) -> Values:
 def obert_30(config: Config, given: Collection[str]) -> Values:
     """Thirty epochs (oBERT, arXiv 2203.07259, and the recipe that sparseml published for it)."""
     source = "oBERT and sparseml's recipe"
-    peak = 8e-5 if _answers(config) else 5e-5
-    return _obert(config, source, final=peak / 10, peak=peak) | {
+    peak, final = (8e-5, 8e-6) if _answers(config) else (5e-5, 5e-6)
+    return _obert(config, source, peak, final) | {
         "train.epochs": Derived(30.0, source),
         "lr.rewind_first": Derived("2 epochs", source),
         "lr.rewind_every": Derived("4 epochs", source),

@@ -14,11 +14,13 @@ from distprune.lr import LrSchedule, lr_schedule
 from distprune.pruning.schedule import sparsity_ladder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# Recipes are bases of runs and set no data.
-PARTS = sorted(CONFIGS.glob("**/recipes/*.yaml"))
+# Bases of runs: tasks, and what the runs of a folder share.
+TASK_PARTS = sorted((CONFIGS / "tasks").glob("*.yaml"))
+PARTS = [*TASK_PARTS, *CONFIGS.glob("*/model.yaml"), CONFIGS / "small" / "minilm.yaml"]
 RUNS = sorted(set(CONFIGS.glob("**/*.y*ml")) - set(PARTS))
-PRUNED_BERT = [path for path in RUNS if re.fullmatch(r"(sst2|mnli|qqp)_\d+_\d+ep", path.stem)]
+PRUNED_BERT = [path for path in RUNS if re.fullmatch(r"(sst2|mnli|qqp|squad)_\d+_\d+ep", path.stem)]
 EPOCH = 1000
+GRID = [0.2, 0.36, 0.488, 0.59, 0.672, 0.738, 0.791, 0.8325, 0.866, 0.893]
 
 
 @cache
@@ -45,9 +47,35 @@ def test_run_is_valid_and_its_schedule_ends_at_the_target(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PARTS, ids=name)
-def test_recipe_is_used_and_has_no_unknown_key(path: Path) -> None:
+def test_part_has_no_unknown_key(path: Path) -> None:
     load(path)
-    assert any(f"recipes/{path.name}" in run.read_text() for run in path.parents[1].glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", TASK_PARTS, ids=name)
+def test_a_task_and_a_target_make_a_run(path: Path) -> None:
+    config = settings.load_valid(
+        str(path), ["recipe=gmp", "pruning.sparsity=0.9", "model.path=m", "teacher.path=t", "train.batch_size=8"]
+    )
+    ladder, _ = schedules(config)
+    assert ladder[max(ladder)] == Fraction(9, 10)
+
+
+def test_the_tasks_of_glue_have_their_official_metrics() -> None:
+    metrics = {path.stem: load(path).task.metrics for path in TASK_PARTS if load(path).task.hub == "nyu-mll/glue"}
+    assert metrics == {
+        "cola": ["matthews"],
+        "sst2": ["accuracy"],
+        "mrpc": ["f1", "accuracy"],
+        "stsb": ["pearson", "spearman"],
+        "qqp": ["accuracy", "f1"],
+        "mnli": ["accuracy"],
+        "qnli": ["accuracy"],
+        "rte": ["accuracy"],
+        "wnli": ["accuracy"],
+    }
+    mnli = load(CONFIGS / "tasks" / "mnli.yaml").task
+    assert (mnli.validation, mnli.more_validation) == ("validation_matched", ["validation_mismatched"])
+    assert load(CONFIGS / "tasks" / "stsb.yaml").task.regression
 
 
 def test_runs_write_to_different_directories() -> None:
@@ -69,12 +97,11 @@ def test_teachers_are_outputs_of_dense_runs_that_read_the_same_data() -> None:
 
 
 def test_all_combinations_of_bert_base_are_there() -> None:
-    stems = {f"{task}_{sparsity}_{epochs}ep" for task in TEXT for sparsity in (80, 90, 97) for epochs in (10, 30)}
+    tasks = ("sst2", "mnli", "qqp", "squad")
+    stems = {f"{task}_{sparsity}_{epochs}ep" for task in tasks for sparsity in (80, 90, 97) for epochs in (10, 30)}
     assert {path.stem for path in PRUNED_BERT} == stems
-    assert {path.stem for path in RUNS if path.parent.name == "bert_base"} - stems == {f"{task}_dense" for task in TEXT}
-
-
-TEXT = {"sst2": ["sentence"], "mnli": ["premise", "hypothesis"], "qqp": ["question1", "question2"]}
+    others = {f"{task}_{kind}" for task in tasks for kind in ("dense", "gmp")}
+    assert {path.stem for path in RUNS if path.parent.name == "bert_base"} - stems == others
 
 
 @pytest.mark.parametrize("path", PRUNED_BERT, ids=name)
@@ -83,10 +110,10 @@ def test_bert_base_follows_the_recipe_that_its_name_says(path: Path) -> None:
     config = load(path)
     ladder, lr = schedules(config)
     assert config.model.path == "google-bert/bert-base-uncased"
-    assert (config.task.subset, config.task.text, config.task.max_length) == (task, TEXT[task], 128)
-    assert config.task.validation == ("validation_matched" if task == "mnli" else "validation")
-    assert config.task.metrics == (["accuracy", "f1"] if task == "qqp" else [])
-    assert (config.train.batch_size, config.train.seed, config.train.epochs) == (32, 42, int(epochs))
+    assert config.task == load(CONFIGS / "tasks" / f"{task}.yaml").task
+    answers = task == "squad"
+    assert (config.train.batch_size, config.task.max_length) == ((16, 384) if answers else (32, 128))
+    assert (config.train.seed, config.train.epochs) == (42, int(epochs))
     assert (config.optimizer.weight_decay, config.lr.warmup) == (0.0, "0 epochs")
     assert (config.distillation.hardness, config.distillation.temperature) == (1.0, 2.0)
     assert config.deepspeed.student["zero_optimization"]["stage"] == 2
@@ -94,10 +121,25 @@ def test_bert_base_follows_the_recipe_that_its_name_says(path: Path) -> None:
     assert (min(ladder.values()), max(ladder.values())) == (Fraction(7, 10), Fraction(int(percent), 100))
     if epochs == "10":
         assert list(ladder) == list(range(2000, 8001, 500))
-        assert (lr.peak, lr.final, lr.rewinds) == (8e-5, 2e-5, (8000,))
+        assert (lr.peak, lr.final, lr.rewinds) == (8e-5, 3e-5 if answers else 2e-5, (8000,))
     else:
         assert list(ladder) == list(lr.rewinds) == list(range(2000, 26_001, 4000))
-        assert (lr.peak, lr.final) == (5e-5, 5e-6)
+        assert (lr.peak, lr.final) == ((8e-5, 8e-6) if answers else (5e-5, 5e-6))
+
+
+@pytest.mark.parametrize("kind", ["gmp", "smc_gmp"])
+@pytest.mark.parametrize("task", ["commonsense_qa", "winogrande", "race"])
+def test_roberta_large_runs_on_the_grid_of_smc_bench(task: str, kind: str) -> None:
+    path = CONFIGS / "roberta_large" / f"{task}_{kind}.yaml"
+    (sweep,) = re.findall(r"--sweep pruning.sparsity=(\S+)", path.read_text())
+    assert [float(each) for each in sweep.split(",")] == GRID
+    for sparsity in GRID:
+        config = settings.load_valid(str(path), [f"pruning.sparsity={sparsity}"])
+        ladder, _ = schedules(config)
+        assert ladder[max(ladder)] == Fraction(str(sparsity))
+        assert config.model.path == "FacebookAI/roberta-large"
+    assert config.distillation.hardness == (kind == "gmp")
+    assert ("head" in config.pruning.components) == (kind == "smc_gmp")
 
 
 @pytest.mark.parametrize(("stem", "sparsity"), [("sst2_minilm_80", 0.8), ("sst2_minilm_90", 0.9)])
