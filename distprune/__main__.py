@@ -167,12 +167,16 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--stage", type=int, default=2, choices=range(4), help="ZeRO stage of the student [%(default)s]")
     step.add_argument("--batch-size", type=int, default=32, metavar="N", help="over all ranks [%(default)s]")
     step.add_argument("--length", type=int, default=128, metavar="N", help="tokens of an example [%(default)s]")
+    train = kinds.add_parser("train", help="whole training steps, beside transformers' Trainer")
+    train.add_argument("--stage", type=int, default=2, choices=range(4), help="ZeRO stage of the student [%(default)s]")
+    train.add_argument("--batch-size", type=int, default=32, metavar="N", help="over all ranks [%(default)s]")
+    train.add_argument("--steps", type=int, default=40, metavar="N", help="counted in each turn [%(default)s]")
     checkpoint = kinds.add_parser("checkpoint", help="what training stands still for a checkpoint")
     checkpoint.add_argument("--folder", metavar="PATH", help="on the disk to measure; left out: the system's own")
-    for kind in (step, checkpoint):
+    for kind in (step, train, checkpoint):
         kind.add_argument("--model", default="bert-base", choices=["bert-base", "minilm", "tiny"], help="[%(default)s]")
     checkpoint.add_argument("--stage", type=int, default=3, choices=range(4), help="ZeRO stage [%(default)s]")
-    for kind, dtype, repeat in ((select, "fp32", 5), (step, "bf16", 10), (checkpoint, "bf16", 5)):
+    for kind, dtype, repeat in ((select, "fp32", 5), (step, "bf16", 10), (train, "bf16", 3), (checkpoint, "bf16", 5)):
         kind.add_argument("--dtype", default=dtype, choices=["fp32", "bf16"], help="of the weights [%(default)s]")
         kind.add_argument("--repeat", type=int, default=repeat, metavar="N", help="measurements [%(default)s]")
         kind.add_argument("--threads", type=int, default=1, metavar="N", help="of each rank [%(default)s]")

@@ -117,7 +117,7 @@ class Trainer:
             torch.manual_seed(stream_seed(self.config.train.seed, self.step, rows))
             losses = self.objective.losses(student, micro_batch, rows)
             student.backward(losses.total)
-            sums = [total + float(loss) / len(parts) for total, loss in zip(sums, losses, strict=True)]
+            sums = [total + float(loss.detach()) / len(parts) for total, loss in zip(sums, losses, strict=True)]
             if number == len(parts):
                 self.saver.before_change()
                 if pruner is not None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune import dist
-from distprune.benchmarks import checkpoints, selection, steps
+from distprune.benchmarks import checkpoints, selection, steps, training
 from distprune.errors import UserError
 from distprune.report import environment, write_json
 
@@ -25,7 +25,7 @@ def run(benchmark: str, threads: int, repeat: int, json_path: str | None, **opti
         raise UserError(f"--repeat is {repeat} and --threads {threads}; allowed: at least 1")
     torch.set_num_threads(threads)
     measures: dict[str, Callable[..., tuple[Table, list[dict[str, Any]]]]]
-    measures = {"select": _select, "step": _step, "checkpoint": _checkpoint}
+    measures = {"select": _select, "step": _step, "train": _train, "checkpoint": _checkpoint}
     table, records = measures[benchmark](repeat, **options)
     if dist.is_main():
         Console(width=140).print(table)
@@ -82,6 +82,28 @@ def _step(
         interval = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
         table.add_row(label, f"{middle[name]:.3f}", f"{ratio['median']:.3f}", interval)
     table.add_row("masks by themselves", f"{each.masking:.4f}", f"{each.masking / middle['dense']:.4f}")
+    return table, [each.record()]
+
+
+def _train(
+    repeat: int, model: str, dtype: str, stage: int, batch_size: int, steps: int
+) -> tuple[Table, list[dict[str, Any]]]:
+    world = dist.detect()
+    if batch_size % world.size or steps < 1:
+        given = f"--batch-size is {batch_size} and --steps {steps}"
+        raise UserError(f"{given}; allowed: a multiple of the {world.size} ranks, and at least 1")
+    section: dict[str, Any] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": dtype == "bf16"}}
+    with tempfile.TemporaryDirectory() as own:
+        each = training.measure(Path(dist.gather([own])[0]), model, section, batch_size, steps, repeat)
+        dist.barrier()
+    table = Table(title=f"{model}, {dtype}, ZeRO-{stage}, {world.size} ranks: whole training steps of {batch_size}")
+    table.add_column("")
+    table.add_column("examples/s", justify="right")
+    for name in ("dense", "pruned", "cached", "live", "trainer"):
+        table.add_row(name, f"{median(getattr(each, name)):.1f}")
+    table.add_section()
+    for name, ratio in each.ratios.items():
+        table.add_row(name, f"{ratio:.3f}")
     return table, [each.record()]
 
 
