@@ -54,6 +54,7 @@ def test_every_other_command_runs_as_it_stands(tmp_path: Path) -> None:
     assert len(others) >= 5
     environment = os.environ | {
         "VENV": sys.prefix,
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}",
     }
     for command in others:

@@ -151,9 +151,7 @@ class ChoiceTask(Task):
 
     @classmethod
     def count_train(cls, config: Config) -> int | None:
-        """Return the number of training rows; None where rows that cannot be used are left out."""
-        if config.task.bad_rows == "skip":
-            return None
+        """Return the number of training rows; None where some may be left out."""
         return count_train(config.task, _columns(config.task), config.train.seed)
 
 

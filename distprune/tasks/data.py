@@ -175,7 +175,7 @@ def fingerprint(*parts: Dataset) -> str:
 
 
 def count_train(task: TaskConfig, columns: Sequence[str], seed: int) -> int | None:
-    """Return the number of training examples of a run without tokenising them; None where it depends on their tokens.
+    """Return the number of training examples of a run without tokenising them; None where some may be left out.
 
     Args:
         task: the data's configuration.
@@ -185,7 +185,7 @@ def count_train(task: TaskConfig, columns: Sequence[str], seed: int) -> int | No
     Raises:
         UserError: data that cannot be used.
     """
-    if task.too_long == "skip":
+    if "skip" in (task.bad_rows, task.too_long):
         return None
     with quiet():
         splits = load_splits(task, columns, None, [])

@@ -76,7 +76,7 @@ class TextClassification(Task):
 
     @classmethod
     def count_train(cls, config: Config) -> int | None:
-        """Return the number of training texts."""
+        """Return the number of training texts; None where some may be left out."""
         return count_train(config.task, [*config.task.text, config.task.label], config.train.seed)
 
     def check_teacher(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
