@@ -153,8 +153,15 @@ def _parser() -> argparse.ArgumentParser:
         "--rows", type=int, default=2000, metavar="N", help="training rows that are drawn [%(default)s]"
     )
     teacher.add_argument("--temperatures", type=float, nargs="+", default=[], metavar="T", help="left out: 0.5 to 16")
-    teacher.add_argument("--png", default="teacher.png", metavar="PATH", help="where the picture goes [%(default)s]")
-    teacher.add_argument("--json", dest="json_path", metavar="PATH", help="where to write all numbers")
+    components = subjects.add_parser("components", help="what each component of a model costs, and where pruning pays")
+    _configurable(components)
+    components.add_argument(
+        "--sparsities", type=float, nargs="+", default=[0.5, 0.8], metavar="S", help="of a component alone [0.5 0.8]"
+    )
+    components.add_argument("--layers", action="store_true", help="each layer's attention and feed-forward as well")
+    for name, subject in (("teacher", teacher), ("components", components)):
+        subject.add_argument("--png", default=f"{name}.png", metavar="PATH", help="where to draw it [%(default)s]")
+        subject.add_argument("--json", dest="json_path", metavar="PATH", help="where to write all numbers")
 
     bench = commands.add_parser("bench", help="measure what pruning costs on this machine")
     kinds = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)

@@ -9,12 +9,18 @@ import psutil
 import torch
 
 
+def wait(device: torch.device) -> None:
+    """Return once the device's queue is empty."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Return how long one call takes, the device's queue emptied before and after."""
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     work()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
@@ -41,8 +47,3 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
         return None
     (peak,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
     return max(0, int(peak.split()[1]) * 1024 - before)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -12,10 +12,11 @@ from rich.table import Table
 from distprune import dist, settings
 from distprune.analysis.temperature import ENOUGH, TEMPERATURES, Softness, recommended, softness
 from distprune.batches import eval_batches
+from distprune.commands.analyze_components import analyse_components
 from distprune.engine import build_frozen
 from distprune.errors import UserError
 from distprune.evaluate import on_device
-from distprune.monitor.plots import BLUE, GREEN, GREY, RED
+from distprune.monitor.plots import BLUE, GREEN, GREY, RED, save_png
 from distprune.report import environment, write_json
 from distprune.setup import check_teacher, load_task, local_model
 from distprune.tasks.base import Task
@@ -24,7 +25,10 @@ from distprune.tasks.base import Task
 def run(subject: str, config_path: str, overrides: list[str], png: str, json_path: str | None, **options: Any) -> None:
     """Analyse, print a table, draw it and write JSON on rank 0. Collective: every rank calls it."""
     dist.init()
-    _teacher(config_path, overrides, png, json_path, **options)
+    if subject == "teacher":
+        _teacher(config_path, overrides, png, json_path, **options)
+    else:
+        analyse_components(config_path, overrides, png, json_path, **options)
     dist.shutdown()
 
 
@@ -49,7 +53,7 @@ def _teacher(
     best = recommended(means)
     if dist.is_main():
         Console().print(_table(means, best))
-        _draw(means, best, Path(png), f"the teacher {path} on {min(rows, len(task.train)):,} training rows")
+        _draw(means, best, png, f"the teacher {path} on {min(rows, len(task.train)):,} training rows")
         if json_path is not None:
             results = [vars(each) for each in means]
             write_json(Path(json_path), {"environment": environment(), "recommended": best, "results": results})
@@ -96,7 +100,7 @@ def _table(means: list[Softness], best: float) -> Table:
     return table
 
 
-def _draw(means: list[Softness], best: float, path: Path, title: str) -> None:
+def _draw(means: list[Softness], best: float, path: str, title: str) -> None:
     figure = Figure(figsize=(8, 14 / 3), dpi=150, layout="constrained")
     left = figure.subplots()
     right = left.twinx()
@@ -108,7 +112,4 @@ def _draw(means: list[Softness], best: float, path: Path, title: str) -> None:
     left.set(xlabel="temperature", ylabel="mean over rows", ylim=(0, 1.02), title=title)
     right.set(ylabel="norm of the gradient", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise UserError(f"--png {str(path)!r} cannot be written: {error}") from error
+    save_png(figure, path)

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from distprune.errors import UserError
+
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # of Okabe and Ito: colour-blind safe
 NOT_METRICS = {"step", "epoch", "split", "loss", "task_loss", "distillation_loss", "sparsity", "threshold"}
 
@@ -35,6 +37,18 @@ def plot_run(metrics: Metrics, path: Path, dense: float | None, title: str) -> N
     figure.suptitle(title, weight="bold")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, format="png")
+
+
+def save_png(figure: Figure, path: str) -> None:
+    """Write a figure where ``--png`` says.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UserError(f"--png {path!r} cannot be written: {error}") from error
 
 
 def _series(metrics: Metrics, name: str, split: str | None = None) -> tuple[list[int], list[float]]:

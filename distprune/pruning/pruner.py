@@ -64,7 +64,7 @@ class Pruner:
         """Whether a step has carried the newest masks into the low-precision weights: DeepSpeed may skip one."""
         self._started_sparse = False
         self._moments_to_zero: set[int] = set()
-        optimizer.register_step_post_hook(self._after_optimizer_step)
+        self._hook = optimizer.register_step_post_hook(self._after_optimizer_step)
 
     @property
     def shards(self) -> list[Shard]:
@@ -146,6 +146,10 @@ class Pruner:
         self.carried = False
         if self.masked > before:
             self.threshold = choice.threshold
+
+    def detach(self) -> None:
+        """Let go of the optimizer: later steps are those of a dense model."""
+        self._hook.remove()
 
     def verify(self) -> None:
         """Assert that every masked weight is +0.0 in the fp32 master, in the low-precision copy and in the moments.

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from matplotlib.image import imread
@@ -12,25 +13,21 @@ from tests.world import Worlds
 
 
 def analyse(task: Path, folder: Path, *overrides: str, rows: int = 50) -> str:
-    """Collective."""
+    """Collective; the ranks stay together."""
     try:
-        analyze.run(
-            "teacher",
-            str(task / "run.yaml"),
-            list(overrides),
-            png=str(folder / "t.png"),
-            json_path=str(folder / "t.json"),
-            rows=rows,
-            temperatures=[],
-        )
+        with patch("distprune.dist.shutdown"):
+            analyze.run(
+                "teacher",
+                str(task / "run.yaml"),
+                list(overrides),
+                png=str(folder / "t.png"),
+                json_path=str(folder / "t.json"),
+                rows=rows,
+                temperatures=[],
+            )
     except UserError as error:
         return str(error)
     return ""
-
-
-@pytest.fixture(autouse=True)
-def _stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distprune.dist.init", lambda: None)
 
 
 def test_a_teacher_is_analysed_alike_on_any_number_of_ranks(world: Worlds, task: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ BENCH = {"threads": 1, "json_path": None}
 def calls(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """What the commands that need an engine were called with."""
     seen: list[dict] = []
-    for name in ("train", "eval", "oneshot", "schedule", "export", "bench"):
+    for name in ("train", "eval", "oneshot", "schedule", "export", "bench", "analyze"):
         command = SimpleNamespace(run=lambda **options: seen.append(options))
         monkeypatch.setitem(sys.modules, f"distprune.commands.{name}", command)
     return seen
@@ -83,6 +83,16 @@ def calls(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         (
             ["bench", "select", "--sizes", "1e3", "2e3", "--alone"],
             {"benchmark": "select", "sizes": [1e3, 2e3], "alone": True, "dtype": "fp32", "repeat": 5} | BENCH,
+        ),
+        (
+            ["analyze", "components", "run.yaml", "--sparsities", "0.6", "0.9", "--layers"],
+            {"subject": "components", "config_path": "run.yaml", "overrides": [], "sparsities": [0.6, 0.9]}
+            | {"layers": True, "png": "components.png", "json_path": None},
+        ),
+        (
+            ["analyze", "teacher", "run.yaml", "a=1", "--json", "t.json"],
+            {"subject": "teacher", "config_path": "run.yaml", "overrides": ["a=1"], "rows": 2000, "temperatures": []}
+            | {"png": "teacher.png", "json_path": "t.json"},
         ),
         (
             ["bench", "step", "--stage", "3", "--repeat", "2"],
