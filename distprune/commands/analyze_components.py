@@ -20,7 +20,7 @@ from rich.table import Table
 from distprune import dist, settings
 from distprune.analysis.components import Part, measure_parts, pays, reason, record, setting
 from distprune.batches import eval_batches
-from distprune.config import ENCODER, Config, PruningConfig
+from distprune.config import ENCODER, Config, DistillationConfig, PruningConfig
 from distprune.engine import set_learning_rate
 from distprune.errors import UserError
 from distprune.evaluate import evaluate, on_device
@@ -74,7 +74,7 @@ def dense_setup(config: Config) -> Setup:
     config.task.more_validation = []
     config.model.dropout, config.model.freeze = 0.0, []
     config.train.batch_size, config.train.accumulation = dist.detect().size, 1
-    config.pruning, config.distillation.hardness = PruningConfig(), 0.0
+    config.pruning, config.distillation = PruningConfig(), DistillationConfig()
     setup = prepare(config)
     set_learning_rate(setup.student, 0.0)
     return setup
