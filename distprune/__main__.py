@@ -114,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     schedule.add_argument("--png", default="schedule.png", metavar="PATH", help="where to draw it [%(default)s]")
     _configurable(schedule)
 
+    plan = commands.add_parser("plan", help="memory, wire and hours of a run, before its job is queued")
+    plan.add_argument("--world", type=int, required=True, metavar="N", help="ranks that it is planned for")
+    plan.add_argument("--examples-per-s", type=float, metavar="X", help="over all ranks; left out: measured here")
+    _configurable(plan)
+
     oneshot = commands.add_parser("oneshot", help="prune a model directory without training")
     oneshot.add_argument("model_dir", metavar="MODEL_DIR", help="Hugging Face model directory or hub id")
     oneshot.add_argument("out", metavar="OUT", help="new directory for the pruned copy")
@@ -180,10 +185,24 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=int, default=40, metavar="N", help="counted in each turn [%(default)s]")
     checkpoint = kinds.add_parser("checkpoint", help="what training stands still for a checkpoint")
     checkpoint.add_argument("--folder", metavar="PATH", help="on the disk to measure; left out: the system's own")
-    for kind in (step, train, checkpoint):
+    memory = kinds.add_parser("memory", help="the memory of a rank at its peak, and what distprune plan says of it")
+    memory.add_argument(
+        "--stage", type=int, default=2, choices=range(4), help="ZeRO stage of the student [%(default)s]"
+    )
+    memory.add_argument("--batch-size", type=int, default=8, metavar="N", help="over all ranks [%(default)s]")
+    memory.add_argument("--length", type=int, default=128, metavar="N", help="tokens of an example [%(default)s]")
+    memory.add_argument("--teacher", type=int, choices=(0, 3), metavar="STAGE", help="beside one at ZeRO 0 or 3")
+    for kind in (step, train, checkpoint, memory):
         kind.add_argument("--model", default="bert-base", choices=["bert-base", "minilm", "tiny"], help="[%(default)s]")
     checkpoint.add_argument("--stage", type=int, default=3, choices=range(4), help="ZeRO stage [%(default)s]")
-    for kind, dtype, repeat in ((select, "fp32", 5), (step, "bf16", 10), (train, "bf16", 3), (checkpoint, "bf16", 5)):
+    defaults = (
+        (select, "fp32", 5),
+        (step, "bf16", 10),
+        (train, "bf16", 3),
+        (checkpoint, "bf16", 5),
+        (memory, "fp32", 3),
+    )
+    for kind, dtype, repeat in defaults:
         kind.add_argument("--dtype", default=dtype, choices=["fp32", "bf16"], help="of the weights [%(default)s]")
         kind.add_argument("--repeat", type=int, default=repeat, metavar="N", help="measurements [%(default)s]")
         kind.add_argument("--threads", type=int, default=1, metavar="N", help="of each rank [%(default)s]")

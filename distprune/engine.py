@@ -122,17 +122,26 @@ def build_student(
     )
     freeze(model, config.model.freeze)
     if config.model.activation_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UserError(f"model.activation_checkpointing is True; allowed: false for a {type(model).__name__}")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     optimizer = torch.optim.AdamW(
-        _decay_groups(model, config.optimizer.weight_decay),
+        decay_groups(model, config.optimizer.weight_decay),
         lr=config.lr.peak,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         eps=config.optimizer.eps,
         fused=True,
     )
     return _initialize("deepspeed.student", model, section, optimizer), fresh
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let a model recompute its activations in the backward pass.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"model.activation_checkpointing is True; allowed: false for a {type(model).__name__}")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def build_frozen(
@@ -175,7 +184,7 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate
 
 
-def _decay_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW's groups: weight decay on matrices and embeddings, none on biases and norms."""
     norms = {
         f"{path}.{name}"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune import dist
-from distprune.benchmarks import checkpoints, selection, steps, training
+from distprune.benchmarks import checkpoints, memory, selection, steps, training
 from distprune.errors import UserError
 from distprune.report import environment, write_json
 
@@ -25,7 +25,13 @@ def run(benchmark: str, threads: int, repeat: int, json_path: str | None, **opti
         raise UserError(f"--repeat is {repeat} and --threads {threads}; allowed: at least 1")
     torch.set_num_threads(threads)
     measures: dict[str, Callable[..., tuple[Table, list[dict[str, Any]]]]]
-    measures = {"select": _select, "step": _step, "train": _train, "checkpoint": _checkpoint}
+    measures = {
+        "select": _select,
+        "step": _step,
+        "train": _train,
+        "checkpoint": _checkpoint,
+        "memory": _memory,
+    }
     table, records = measures[benchmark](repeat, **options)
     if dist.is_main():
         Console(width=140).print(table)
@@ -127,4 +133,27 @@ def _checkpoint(
         ("step", "(a forward and backward pass)"),
     ):
         table.add_row(label, f"{median(getattr(each, name)):.3f}", f"{each.ratio(name):.3f}")
+    return table, [each.record()]
+
+
+def _memory(
+    repeat: int, model: str, dtype: str, stage: int, batch_size: int, length: int, teacher: int | None
+) -> tuple[Table, list[dict[str, Any]]]:
+    world = dist.detect()
+    if batch_size % world.size:
+        raise UserError(f"--batch-size is {batch_size}; allowed: a multiple of the {world.size} ranks")
+    section: dict[str, Any] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": dtype == "bf16"}}
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(dist.gather([own])[0])  # that of rank 0
+        each = memory.measure(folder, model, section, batch_size, length, repeat, teacher)
+        dist.barrier()
+    table = Table(title=f"{model}, {dtype}, ZeRO-{stage}, {world.size} ranks: MB of the rank that takes most")
+    table.add_column("")
+    table.add_column("MB", justify="right")
+    for name, size in each.parts.items():
+        table.add_row(name, f"{size / 1e6:,.0f}")
+    table.add_section()
+    table.add_row("estimated", f"{each.estimated / 1e6:,.0f}")
+    table.add_row("measured, above the imports", f"{each.measured / 1e6:,.0f}")
+    table.add_row("estimated over measured", f"{each.estimated / each.measured:.3f}")
     return table, [each.record()]

@@ -60,3 +60,14 @@ def test_what_cannot_be_measured_is_refused() -> None:
     done = start([BIN / "distprune", "bench", "select", "--repeat", "0"])
     assert done.returncode == 2
     assert "--repeat is 0" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [[BIN / "distprune"], TORCHRUN])
+def test_memory_is_what_the_plan_says(tmp_path: Path, launch: Command) -> None:
+    out = tmp_path / "memory.json"
+    done = start([*launch, "bench", "memory", "--dtype", "bf16", "--repeat", "2", "--json", out])
+    assert done.returncode == 0, done.stderr
+    (each,) = json.loads(out.read_text())["results"]
+    assert each["estimated"] == sum(each["parts"].values())
+    assert each["estimated"] == pytest.approx(each["measured"], rel=0.15)

@@ -51,7 +51,7 @@ BENCH = {"threads": 1, "json_path": None}
 def calls(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """What the commands that need an engine were called with."""
     seen: list[dict] = []
-    for name in ("train", "eval", "oneshot", "schedule", "export", "bench", "analyze"):
+    for name in ("train", "eval", "oneshot", "schedule", "export", "bench", "analyze", "plan"):
         command = SimpleNamespace(run=lambda **options: seen.append(options))
         monkeypatch.setitem(sys.modules, f"distprune.commands.{name}", command)
     return seen
@@ -93,6 +93,10 @@ def calls(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
             ["analyze", "teacher", "run.yaml", "a=1", "--json", "t.json"],
             {"subject": "teacher", "config_path": "run.yaml", "overrides": ["a=1"], "rows": 2000, "temperatures": []}
             | {"png": "teacher.png", "json_path": "t.json"},
+        ),
+        (
+            ["plan", "x.yaml", "--world", "4", "a.b=1"],
+            {"config_path": "x.yaml", "overrides": ["a.b=1"], "world": 4, "examples_per_s": None},
         ),
         (
             ["bench", "step", "--stage", "3", "--repeat", "2"],

@@ -1,0 +1,137 @@
+"""The peak of a rank's resident memory in training steps, beside what the plan says of it."""
+
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForSequenceClassification
+
+from distprune import dist
+from distprune.benchmarks.steps import write_random_model
+from distprune.config import Config
+from distprune.distill import distillation_loss
+from distprune.engine import build_frozen, build_student, decay_groups
+from distprune.errors import UserError
+from distprune.planning import memory
+from distprune.planning.activations import count
+from distprune.planning.memory import Need
+from distprune.planning.shapes import layout_of, shapes_of
+from distprune.planning.subject import stand_in
+from distprune.pruning.targets import find_targets
+from distprune.setup import build_pruner
+from distprune.weights import skeleton
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CLEAR_PEAK = "5"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the rank that took most, above what a process held after its imports."""
+
+    ranks: int
+    dtype: str
+    stage: int
+    teacher: int | None
+    measured: int
+    estimated: int
+    parts: dict[str, int]
+
+    def record(self) -> dict[str, Any]:
+        """Return everything, as JSON takes it."""
+        return asdict(self)
+
+
+def resident(kind: str) -> int:
+    """Return this process's resident memory in bytes: ``VmRSS`` now, or ``VmHWM`` at its highest."""
+    found = [line for line in _STATUS.read_text().splitlines() if line.startswith(kind)]
+    return int(found[0].split()[1]) << 10
+
+
+def measure(
+    folder: Path, model: str, section: dict[str, Any], batch_size: int, length: int, steps: int, teacher: int | None
+) -> Memory:
+    """Measure a student that is pruned in each step. Collective: every rank calls it.
+
+    Args:
+        folder: where the random model is written.
+        model: a name of `steps.SHAPES`.
+        section: DeepSpeed's options of the student.
+        batch_size: examples in a step over all ranks.
+        length: tokens of each.
+        steps: how many; the moments are there from the second on.
+        teacher: ZeRO stage of one that is run beside the student; None: none is.
+
+    Raises:
+        UserError: where the system has no /proc to measure by.
+    """
+    if not _CLEAR.exists():
+        raise UserError(f"{_CLEAR} is not there; allowed: bench memory on Linux")
+    world = dist.detect()
+    dist.write_on_main(lambda: write_random_model(folder, model), folder)
+    micro_batch = batch_size // world.size
+    frozen = None if teacher is None else section | {"zero_optimization": {"stage": teacher}}
+    before = resident("VmRSS")
+    _CLEAR.write_text(_CLEAR_PEAK)
+    stage = _train(folder, section, frozen, batch_size, length, steps)
+    measured = max(dist.gather([resident("VmHWM") - before]))
+    need = _need(folder, section, frozen, micro_batch, length)
+    estimate = memory.peak(need)
+    dtype = str(need.layout.dtype).removeprefix("torch.")
+    return Memory(world.size, dtype, stage, teacher, measured, estimate.device.total(), dict(estimate.device))
+
+
+def _train(
+    folder: Path, section: dict[str, Any], frozen: dict[str, Any] | None, batch_size: int, length: int, steps: int
+) -> int:
+    """Take some steps; return the student's stage. Collective: every rank calls it."""
+    world, config = dist.detect(), Config()
+    config.train.batch_size, config.deepspeed.student, config.pruning.sparsity = batch_size, section, 0.8
+    micro_batch = batch_size // world.size
+    teacher = None
+    if frozen is not None:
+        teacher = build_frozen(frozen, folder, AutoModelForSequenceClassification, {}, micro_batch)
+    student, _ = build_student(config, folder, AutoModelForSequenceClassification, {}, micro_batch)
+    pruner = build_pruner(config, student)
+    batch = _batch(micro_batch, length)
+    for step in range(steps):
+        logits = student(**batch).logits
+        if teacher is None:
+            loss = _loss(logits)
+        else:
+            with torch.no_grad():
+                target = teacher(**batch).logits
+            loss = distillation_loss(logits, target, config.distillation.temperature)
+        student.backward(loss)
+        pruner.after_backward(Fraction(4 * (step + 1), 5 * steps))
+        student.step()
+    return int(student.zero_optimization_stage())
+
+
+def _batch(examples: int, length: int) -> dict[str, Tensor]:
+    ids = torch.randint(0, 1000, (examples, length), generator=torch.Generator().manual_seed(dist.detect().rank))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _loss(logits: Tensor) -> Tensor:
+    return cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long))
+
+
+def _need(folder: Path, section: dict[str, Any], frozen: dict[str, Any] | None, micro_batch: int, length: int) -> Need:
+    """Return what a plan of the same run is made from."""
+    world = dist.detect().size
+    model, _ = skeleton(folder, AutoModelForSequenceClassification, {})
+    shapes = shapes_of(model, decay_groups(model, 0.0), find_targets(model, [], []))
+    layout = layout_of("the student", section, world)
+    teacher = None
+    if frozen is not None:
+        dense, _ = skeleton(folder, AutoModelForSequenceClassification, {})
+        teacher = shapes_of(dense.requires_grad_(False), [], ()), layout_of("the teacher", frozen, world)
+    student = stand_in(model, layout.dtype).train()
+    batch = _batch(1, length)
+    activations = count(student, lambda: _loss(student(**batch).logits))
+    return Need(shapes, layout, teacher, activations, micro_batch, on_gpu=False)

@@ -1,0 +1,184 @@
+"""The memory of a rank in its fullest moment of a step: arithmetic from shapes, after what DeepSpeed 0.19 allocates.
+
+A step has three moments that may be the fullest: the end of the forward pass, with all activations; the reduction of
+the gradients, at the end of the backward pass; and the update. On a CPU, what torch frees in pieces of less than 32
+MiB stays with the process: the C library keeps it, and uses it again only where it fits. So activations, and the
+weights as they were loaded where DeepSpeed moves them into flat tensors, count in every moment.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from distprune.planning.activations import Activations
+from distprune.planning.held import MASTER, mask_bytes, reduced, state_bytes, stepped, weight_bytes
+from distprune.planning.shapes import Layout, Shapes
+
+KEPT_BELOW = 32 << 20
+"""glibc's largest threshold, in bytes, from which memory goes back to the system as soon as it is freed."""
+LIBRARIES = 100 << 20
+"""Bytes that libraries take beside tensors on a CPU once a step has run: measured on one machine, 90 to 110 MiB."""
+_STAGE_0_BUCKET = 500_000_000
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Need:
+    """Everything that a rank's memory depends on.
+
+    Attributes:
+        student: sizes of its parameters.
+        layout: of the student.
+        teacher: sizes and layout of one that is run beside it.
+        activations: of the student, for one example.
+        micro_batch: examples in a forward pass on one rank.
+        on_gpu: whether ranks have GPUs.
+    """
+
+    student: Shapes
+    layout: Layout
+    teacher: tuple[Shapes, Layout] | None
+    activations: Activations
+    micro_batch: int
+    on_gpu: bool
+
+
+class Bytes(NamedTuple):
+    """Bytes by what they are for: on the rank's device, and beside a GPU in the host's memory."""
+
+    device: Counter[str]
+    host: Counter[str]
+
+
+def moments(need: Need) -> dict[str, Bytes]:
+    """Return what is held in each moment of a step that may be the fullest, by its name."""
+    found = {"forward pass": _forward(need), "reduction": _reduction(need), "update": _update(need)}
+    lasting = _lasting(need)
+    return {name: Bytes(lasting.device + each.device, lasting.host + each.host) for name, each in found.items()}
+
+
+def peak(need: Need) -> Bytes:
+    """Return what is held in a step's fullest moment, by the device."""
+    return max(moments(need).values(), key=lambda moment: moment.device.total())
+
+
+def _lasting(need: Need) -> Bytes:
+    """Return what is held from step to step."""
+    student, layout = need.student, need.layout
+    states = state_bytes(student, layout) | {"masks": mask_bytes(student, layout)}
+    weights = Counter({"weights": weight_bytes(student, layout)})
+    device, host = Counter[str](), Counter[str]()
+    (host if layout.offload_optimizer else device).update(states)
+    (host if layout.offload_weights else device).update(weights)
+    if need.teacher is not None:
+        device["teacher"] = weight_bytes(*need.teacher)
+    if layout.stage == 3:
+        (host if layout.offload_optimizer else device)["gradients"] += sum(stepped(student, layout)) * layout.width
+        device["buckets"] = _bucket(need)
+    if layout.offload_optimizer:
+        host["gradients"] += sum(stepped(student, layout)) * _FP32
+        _add_offload_buffers(need, device, host)
+    return _placed(need, device, host)
+
+
+def _add_offload_buffers(need: Need, device: Counter[str], host: Counter[str]) -> None:
+    if need.layout.stage < 3:
+        largest = max(need.student.trained) * need.layout.width
+        device["buckets"] += largest
+        host["buckets"] += largest + sum(stepped(need.student, need.layout)) * need.layout.width
+
+
+def _placed(need: Need, device: Counter[str], host: Counter[str]) -> Bytes:
+    """Return both; on a CPU all is in one memory, with what the C library keeps and libraries take."""
+    if need.on_gpu:
+        return Bytes(device, host)
+    loaded = need.student.trained if need.layout.stage in (1, 2) else []
+    if need.layout.stage == 3:
+        loaded = [need.layout.piece(size) for size in need.student.trained]
+    small = [size for each in loaded if (size := each * need.layout.width) < KEPT_BELOW]
+    return Bytes(device + host + Counter({"kept when freed": sum(small), "libraries": LIBRARIES}), Counter())
+
+
+def gathered(shapes: Shapes, layout: Layout) -> int:
+    """Return the weights that ZeRO-3 has gathered at once in a pass forward and backward.
+
+    One is kept whose next use is nearer than ``layout.reuse``: the last ones of the forward pass come first in the
+    backward pass, so half of that distance stays; beside it what is in use and what is fetched ahead.
+    """
+    if layout.world == 1:
+        return 0
+    return min(sum(shapes.sizes), max(shapes.sizes) + layout.prefetch + layout.reuse // 2)
+
+
+def _gathered(need: Need) -> Counter[str]:
+    """Return what ZeRO-3 has gathered of the student until the update, before which it lets all of it go."""
+    size = gathered(need.student, need.layout) * need.layout.width if need.layout.stage == 3 else 0
+    return Counter({"gathered weights": size})
+
+
+def _forward(need: Need) -> Bytes:
+    device = _gathered(need) + Counter({"activations": need.activations.total(need.micro_batch)})
+    if need.teacher is not None and need.teacher[1].stage == 3 and need.teacher[1].world > 1:
+        shapes, layout = need.teacher  # it is gathered once in a pass, so nothing is kept for a next use
+        device["teacher's gathered weights"] = gathered(shapes, replace(layout, reuse=0)) * layout.width
+    return Bytes(device, Counter())
+
+
+def _freed_activations(need: Need) -> Counter[str]:
+    """Return what of the activations a process still holds after the backward pass."""
+    kept = 0 if need.on_gpu else need.activations.total(need.micro_batch, KEPT_BELOW)
+    return Counter({"kept when freed": kept})
+
+
+def _bucket(need: Need) -> int:
+    """Return the bytes of the buckets: on a CPU of what is written of them."""
+    size = need.layout.bucket * need.layout.buckets
+    return (size if need.on_gpu else min(size, sum(need.student.trained))) * need.layout.width
+
+
+def _reduction(need: Need) -> Bytes:
+    """Return what is held while a bucket of gradients is reduced."""
+    student, layout = need.student, need.layout
+    trained = sum(student.trained)
+    in_bucket = min(layout.bucket, trained) * layout.width
+    device = _freed_activations(need)
+    flat = in_bucket if layout.world > 1 else 0
+    if layout.stage == 0:
+        device.update({"gradients": trained * layout.width})
+        device["copies"] = min(trained, _STAGE_0_BUCKET) * layout.width
+        return Bytes(device, Counter())
+    if layout.stage == 3:
+        device["copies"] = in_bucket * (1 if need.on_gpu else 2)  # gloo makes its own
+        return Bytes(device + _gathered(need), Counter())
+    own = 0 if layout.offload_optimizer else reduced(student, layout) * layout.width
+    device["buckets"] = _bucket(need)
+    if layout.stage == 1 and (need.on_gpu or layout.bucket < trained):
+        device["gradients"] = trained * layout.width  # they wait for the last backward pass of a step
+    elif layout.bucket < trained:
+        device["activations"] = need.activations.total(need.micro_batch)  # the first reduction comes early
+    if layout.bucket < trained:
+        device["gradients"] += own
+        device["copies"] = flat
+    else:
+        device["copies"] = max(own, flat)
+    return Bytes(device, Counter())
+
+
+def _update(need: Need) -> Bytes:
+    """Return what is held while the optimizer steps, or after it while weights are gathered."""
+    student, layout = need.student, need.layout
+    device = _freed_activations(need)
+    is_low = layout.width < _FP32
+    if layout.stage == 0:
+        device["gradients"] = sum(student.trained) * (layout.width + MASTER * is_low)
+        return Bytes(device, Counter())
+    if layout.offload_optimizer:
+        return Bytes(device, Counter())
+    largest = max(stepped(student, layout))
+    copies = largest * (_FP32 + layout.width * is_low)
+    own = reduced(student, layout) * layout.width if layout.stage < 3 else 0
+    if layout.stage < 3 and layout.world > 1 and not need.on_gpu:
+        whole = max(sum(group.values()) for group in student.groups) * layout.width  # gloo gathers into a copy
+        if whole > own + copies:
+            return Bytes(device + Counter({"copies": whole}), Counter())
+    return Bytes(device + Counter({"gradients": own, "copies": copies}), Counter())

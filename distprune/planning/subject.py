@@ -1,0 +1,138 @@
+"""What a plan is made of: the run's student, teacher and longest examples, without their weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distprune.batches import check_batch_size
+from distprune.config import Config
+from distprune.distill import distillation_loss, mix
+from distprune.engine import checkpoint_activations, decay_groups
+from distprune.errors import UserError
+from distprune.plan import Plan, make_plan
+from distprune.planning.activations import Activations, count
+from distprune.planning.hours import measure
+from distprune.planning.shapes import Layout, Shapes, layout_of, shapes_of
+from distprune.pruning.targets import find_targets, freeze
+from distprune.setup import check_limits, load_task, local_model
+from distprune.tasks.base import Batch, Task
+from distprune.weights import set_dropout, skeleton
+
+_SPREAD = 0.02
+"""Standard deviation of the weights that stand in for the real ones; speed and sizes do not depend on it."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run that is to be planned; the models' parameters are on the meta device."""
+
+    config: Config
+    plan: Plan
+    task: Task
+    student: PreTrainedModel
+    shapes: Shapes
+    layout: Layout
+    teacher: PreTrainedModel | None
+    teacher_layout: Layout
+
+    @property
+    def teacher_shapes(self) -> tuple[Shapes, Layout] | None:
+        """Sizes and layout of a teacher that is run; None where there is none, or its outputs are cached."""
+        if self.teacher is None:
+            return None
+        return shapes_of(self.teacher, [], ()), self.teacher_layout
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples in a forward pass on one rank."""
+        return self.config.train.batch_size // (self.layout.world * self.config.train.accumulation)
+
+    def longest(self, examples: int) -> Batch:
+        """Return the batch of the training rows with the most tokens."""
+        lengths = self.task.train["length"][:]
+        rows = sorted(range(len(lengths)), key=lengths.__getitem__)[-examples:]
+        return self.task.collate(self.task.train.__getitems__(rows))
+
+    def activations(self) -> Activations:
+        """Count the activations of the longest example, on this machine, with weights that stand in."""
+        model, batch = stand_in(self.student, self.layout.dtype), self.longest(1)
+        model.train()
+        return count(model, lambda: self.task.loss(self.task.forward(model, batch), batch))
+
+    def examples_per_s(self) -> float:
+        """Measure a rank's micro batch of the longest examples, on this machine's CPU in one process."""
+        model, batch = stand_in(self.student, self.layout.dtype).train(), self.longest(self.micro_batch)
+        teacher = None if self.teacher is None else stand_in(self.teacher, self.teacher_layout.dtype).eval()
+
+        def loss() -> Tensor:
+            logits, distillation = self.task.forward(model, batch), self.config.distillation
+            taught = None
+            if teacher is not None:
+                with torch.no_grad():
+                    target = self.task.forward(teacher, batch)
+                taught = distillation_loss(logits, target, distillation.temperature)
+            return mix(self.task.loss(logits, batch), taught, distillation.hardness if taught is not None else 0.0)
+
+        return measure(model, loss, decay_groups(model, self.config.optimizer.weight_decay), self.micro_batch)
+
+
+def subject_of(config: Config, world: int) -> Subject:
+    """Load what a plan needs: the data and the models' configurations.
+
+    Args:
+        config: of the run.
+        world: ranks that it is planned for.
+
+    Raises:
+        UserError: where they do not fit each other.
+    """
+    if world < 1:
+        raise UserError(f"--world is {world}; allowed: at least 1")
+    check_batch_size(config.train.batch_size, world, config.train.accumulation)
+    layout = layout_of("deepspeed.student", config.deepspeed.student, world)
+    teacher_layout = layout_of("deepspeed.teacher", config.deepspeed.teacher, world)
+    directory = local_model(config.model.path, config.model.revision)
+    task = load_task(config, directory)
+    plan = make_plan(config, len(task.train))
+    check_limits(directory, task)
+    student, _ = skeleton(
+        directory, task.auto_class, set_dropout(task.model_options(), directory, config.model.dropout)
+    )
+    freeze(student, config.model.freeze)
+    if config.model.activation_checkpointing:
+        checkpoint_activations(student)
+    shapes = shapes_of(student, decay_groups(student, config.optimizer.weight_decay), _prunable(config, plan, student))
+    return Subject(config, plan, task, student, shapes, layout, _live_teacher(config, task), teacher_layout)
+
+
+def _prunable(config: Config, plan: Plan, student: PreTrainedModel) -> list[str]:
+    pruning = config.pruning
+    if not plan.ladder and not pruning.start_sparse:
+        return []
+    return find_targets(student, pruning.include, pruning.exclude, pruning.structure, pruning.components)
+
+
+def _live_teacher(config: Config, task: Task) -> PreTrainedModel | None:
+    is_cached = config.teacher.cache is not None and task.cacheable
+    if config.distillation.hardness == 0 or is_cached:
+        return None
+    assert config.teacher.path is not None
+    directory = local_model(config.teacher.path, config.teacher.revision)
+    teacher, _ = skeleton(directory, task.auto_class, task.model_options())
+    return teacher.requires_grad_(False)
+
+
+def stand_in(model: PreTrainedModel, dtype: torch.dtype) -> Any:
+    """Give a model on the meta device random weights, in place; tied ones stay tied."""
+    real: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, meta in list(module._parameters.items()):
+            if meta is not None and meta.is_meta:
+                if id(meta) not in real:
+                    values = torch.empty(meta.shape, dtype=dtype).normal_(0, _SPREAD)
+                    real[id(meta)] = nn.Parameter(values, meta.requires_grad)
+                module._parameters[name] = real[id(meta)]
+    return model

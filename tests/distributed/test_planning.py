@@ -1,0 +1,94 @@
+"""What is planned is what real engines hold, and the command says it."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from distprune import dist
+from distprune.engine import build_frozen, decay_groups
+from distprune.planning.held import mask_bytes, state_bytes, weight_bytes
+from distprune.planning.shapes import layout_of, shapes_of
+from distprune.pruning.targets import find_targets
+from distprune.shards import held_bytes
+from distprune.weights import skeleton
+from tests.distributed.engines import ALL_LAYOUTS, Layout, Student
+from tests.distributed.test_launch import BIN, start
+from tests.world import Worlds
+
+
+def student_as_planned(directory: Path, layout: Layout) -> tuple[dict[str, int], list[int], dict[str, int], int]:
+    student = Student(directory, layout)
+    student.step(0, Fraction(1, 2))
+    masks = dist.gather([sum(flat.mask.numel() for flat in student.pruner.flat_masks)])
+    found = held_bytes(student.engine)
+    student.close()
+    model, _ = skeleton(directory, AutoModelForSequenceClassification, {"num_labels": 2})
+    shapes = shapes_of(model, decay_groups(model, 0.0), find_targets(model, [], []))
+    planned = layout_of("student", layout.section, dist.detect().size)
+    states = {"weights": weight_bytes(shapes, planned)} | state_bytes(shapes, planned)
+    return found, masks, states, mask_bytes(shapes, planned)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("layout", [*ALL_LAYOUTS, Layout(3, variant="sub-groups")], ids=str)
+def test_a_student_holds_what_is_planned(world: Worlds, directory: Path, layout: Layout, size: int) -> None:
+    for found, masks, planned, planned_masks in world(size).run(student_as_planned, directory, layout):
+        assert found == planned
+        assert max(masks) == planned_masks
+
+
+def teacher_as_planned(directory: Path, stage: int) -> tuple[int, int]:
+    section = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    engine = build_frozen(section, directory, AutoModelForSequenceClassification, {"num_labels": 2}, 4)
+    found = held_bytes(engine)["weights"]
+    engine.destroy()
+    model, _ = skeleton(directory, AutoModelForSequenceClassification, {"num_labels": 2})
+    layout = layout_of("teacher", section, dist.detect().size)
+    return found, weight_bytes(shapes_of(model.requires_grad_(False), [], ()), layout)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_teacher_holds_what_is_planned(world: Worlds, directory: Path, stage: int, size: int) -> None:
+    for found, planned in world(size).run(teacher_as_planned, directory, stage):
+        assert found == planned
+
+
+def test_a_plan_is_printed(task: Path) -> None:
+    overrides = ["deepspeed.student.zero_optimization.offload_optimizer.device=cpu", "train.accumulation=2"]
+    done = start([BIN / "distprune", "plan", task / "run.yaml", "--world", "3", "--examples-per-s", "2", *overrides])
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "GPUs: ZeRO-2, float32, 3 ranks, micro batches of 2",
+        "on CPUs",
+        "activations",
+        "gradients",
+        "teacher's weights",
+        "masks",
+        "24 steps",
+        "as given",
+    ):
+        assert part in done.stdout
+    assert f"{24 * 12 / 2 / 3600:.2f} hours" in done.stdout
+
+
+def test_speed_is_measured_where_none_is_given(task: Path) -> None:
+    done = start([BIN / "distprune", "plan", task / "run.yaml", "--world", "2", "model.activation_checkpointing=true"])
+    assert done.returncode == 0, done.stderr
+    assert "2 times what one process on this machine's CPU does with its 6 longest examples" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world", "0"], "--world is 0; allowed: at least 1"),
+        (["--world", "5"], "or start 1, 2, 3, 4, 6, 12 ranks"),
+        (["--world", "2", "--examples-per-s", "0"], "--examples-per-s is 0.0; allowed: more than 0"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(task: Path, arguments: list[str], message: str) -> None:
+    done = start([BIN / "distprune", "plan", task / "run.yaml", *arguments])
+    assert done.returncode == 2
+    assert message in done.stderr

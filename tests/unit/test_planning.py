@@ -1,0 +1,154 @@
+"""The plan's arithmetic, against numbers worked out by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import gelu
+
+from distprune.errors import UserError
+from distprune.planning import memory, wire
+from distprune.planning.activations import Activations, count
+from distprune.planning.held import mask_bytes, reduced, state_bytes, weight_bytes
+from distprune.planning.hours import hours
+from distprune.planning.memory import Need, gathered
+from distprune.planning.shapes import Layout, Shapes, layout_of
+
+# A matrix of 10 and one of 21 that is pruned, biases of 3 and 4, and 5 frozen weights: 38 that are trained.
+SHAPES = Shapes(({"embedding": 10, "matrix": 21}, {"bias": 3, "norm": 4}), (5,), frozenset({"matrix"}))
+MIB = 1 << 20
+
+
+def held(stage: int, world: int, dtype: torch.dtype = torch.float32) -> tuple[int, int, int, int]:
+    layout = Layout(stage, world, dtype)
+    states = state_bytes(SHAPES, layout)
+    return weight_bytes(SHAPES, layout), states["master"], states["moments"], mask_bytes(SHAPES, layout)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_stage_0_holds_everything_on_every_rank(world: int) -> None:
+    assert held(0, world) == (43 * 4, 0, 38 * 8 + 4 * 4, 21)
+    assert held(0, world, torch.bfloat16) == (43 * 2, 38 * 4, 38 * 8 + 4 * 4, 21)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stages_1_and_2_cut_each_group_into_even_partitions_of_an_even_size(stage: int) -> None:
+    # One rank: 31 of the first group are 32, 7 of the second are 8. Two: 16 and 4. Three: 12 and 4.
+    assert held(stage, 1) == (43 * 4, 40 * 4, 40 * 8 + 2 * 4, 21)
+    assert held(stage, 2) == (43 * 4, 20 * 4, 20 * 8 + 2 * 4, 15)  # the pruned ones are 10 to 31
+    assert held(stage, 3, torch.float16) == (43 * 2, 16 * 4, 16 * 8 + 2 * 4, 12)
+
+
+def test_stage_3_cuts_each_parameter() -> None:
+    # Two ranks hold 5, 11, 2, 2 and of the frozen ones 3; three hold 4, 7, 1, 2 and 2.
+    assert held(3, 2) == (23 * 4, 20 * 4, 20 * 8 + 2 * 4, 11)
+    assert held(3, 3, torch.bfloat16) == (16 * 2, 14 * 4, 14 * 8 + 2 * 4, 7)
+    small = replace(Layout(3, 2), sub_group=6)
+    assert state_bytes(SHAPES, small)["moments"] == 20 * 8 + 2 * 4, "5 do not fill a sub-group, 5 + 11 do"
+
+
+def test_gradients_are_kept_of_whole_parameters() -> None:
+    assert reduced(SHAPES, Layout(2, 1)) == 38
+    assert reduced(SHAPES, Layout(2, 2)) == 38, "the first rank's 16 and 4 overlap all"
+    # Of sixteen each has 2 of either group: the sixth's are in the matrix alone, the second's in three others, 17.
+    assert reduced(SHAPES, Layout(2, 16)) == 21
+
+
+def need(layout: Layout, **changes: object) -> Need:
+    return replace(Need(SHAPES, layout, None, Activations((100, 40 * MIB)), 2, on_gpu=True), **changes)
+
+
+def test_activations_are_there_in_the_forward_pass_and_gradients_in_the_reduction() -> None:
+    moments = memory.moments(need(Layout(0, 1, torch.bfloat16)))
+    assert moments["forward pass"].device["activations"] == 200 + 80 * MIB
+    assert moments["reduction"].device["gradients"] == 38 * 2
+    assert moments["update"].device["gradients"] == 38 * (2 + 4)
+
+
+def test_a_gpu_reserves_its_bucket_and_a_cpu_writes_to_what_it_needs_of_it() -> None:
+    gpu = memory.peak(need(Layout(3, 2, bucket=1000)))
+    cpu = memory.peak(need(Layout(3, 2, bucket=1000), on_gpu=False))
+    assert gpu.device["buckets"] == 1000 * 4
+    assert cpu.device["buckets"] == 38 * 4
+    held = memory.moments(need(Layout(3, 2)))
+    assert [each.device["gathered weights"] for each in held.values()] == [43 * 4, 43 * 4, 0]
+    assert gpu.device["libraries"] == 0 < cpu.device["libraries"]
+
+
+def test_a_cpu_keeps_small_pieces_that_are_freed() -> None:
+    cpu = memory.peak(need(Layout(2, 1), activations=Activations((100, 20)), on_gpu=False))
+    assert cpu.device["kept when freed"] == 2 * 120 + 38 * 4, "activations, and the weights before they were flat"
+    assert Activations((100, 20 * MIB)).total(2, memory.KEPT_BELOW) == 200
+
+
+def test_offload_moves_master_moments_masks_and_gradients_to_the_host() -> None:
+    gpu = memory.peak(need(Layout(2, 2, torch.bfloat16, offload_optimizer=True)))
+    assert gpu.host["master"] == gpu.host["gradients"] == 20 * 4
+    assert gpu.host["moments"] == 20 * 8 + 8
+    assert gpu.host["masks"] == 15
+    assert gpu.device["weights"] == 43 * 2
+    assert not {"master", "moments", "masks"} & gpu.device.keys()
+    cpu = memory.peak(need(Layout(2, 2, offload_optimizer=True), on_gpu=False))
+    assert cpu.host.total() == 0
+    assert cpu.device["master"] == 20 * 4
+
+
+def test_offloaded_weights_are_on_the_host() -> None:
+    gpu = memory.peak(need(Layout(3, 2, offload_weights=True)))
+    assert (gpu.device["weights"], gpu.host["weights"]) == (0, 23 * 4)
+
+
+def test_a_teacher_is_replicated_or_sharded() -> None:
+    frozen = Shapes((), (10, 21), frozenset())
+    whole = memory.peak(need(Layout(0, 2), teacher=(frozen, Layout(0, 2))))
+    cut = memory.peak(need(Layout(0, 2), teacher=(frozen, Layout(3, 2))))
+    assert whole.device["teacher"] == 31 * 4
+    assert cut.device["teacher"] == 16 * 4
+    assert cut.device["teacher's gathered weights"] == 31 * 4
+
+
+def test_stage_3_gathers_no_more_than_its_options_let_it() -> None:
+    assert gathered(SHAPES, Layout(3, 1)) == 0
+    assert gathered(SHAPES, Layout(3, 2)) == 43
+    assert gathered(SHAPES, Layout(3, 2, prefetch=4, reuse=2)) == 21 + 4 + 1
+
+
+def test_the_wire_of_each_stage() -> None:
+    def sent(stage: int, accumulation: int = 1) -> list[int]:
+        layout = Layout(stage, 2, torch.bfloat16)
+        return list(wire.bytes_per_step(SHAPES, layout, None, accumulation, 0.5).values())
+
+    assert sent(0) == [76, 0, 0, 32 << 10]
+    assert sent(1, 3) == [76, 38, 0, 32 << 10]
+    assert sent(2, 3) == [3 * 76, 38, 0, 32 << 10]
+    assert sent(3, 3) == [3 * 38, 3 * 43, 0, 32 << 10]
+    teacher = Shapes((), (10, 21), frozenset()), Layout(3, 2)
+    assert wire.bytes_per_step(SHAPES, Layout(0, 2), teacher, 2, 0)["teacher's weights"] == 2 * 62
+    assert sum(wire.bytes_per_step(SHAPES, Layout(3, 1), None, 1, 1).values()) == 0, "one rank sends nothing"
+
+
+def test_activations_are_counted_once_and_parameters_not() -> None:
+    layer = nn.Linear(3, 5)
+    inputs = torch.ones(2, 3)
+    counted = count(layer, lambda: (gelu(layer(inputs)) + gelu(layer(inputs).view(5, 2)).view(2, 5)).sum())
+    assert sorted(counted.sizes) == [2 * 3 * 4, 2 * 5 * 4, 2 * 5 * 4]
+    assert counted.total(4) == 4 * 104
+
+
+def test_hours() -> None:
+    assert hours(3600, 32, 64.0) == 0.5
+
+
+def test_options_are_read_as_deepspeed_reads_them() -> None:
+    section = {
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "stage3_prefetch_bucket_size": 7},
+        "bf16": {"enabled": True},
+    }
+    layout = layout_of("deepspeed.student", section, 4)
+    assert (layout.stage, layout.world, layout.width, layout.prefetch) == (3, 4, 2, 7)
+    assert (layout.offload_weights, layout.offload_optimizer, layout.bucket) == (True, False, 500_000_000)
+    with pytest.raises(UserError, match=r"offload_optimizer\.device 'nvme'; allowed: cpu"):
+        layout_of("x", {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/"}}}, 1)
+    with pytest.raises(UserError, match=r"deepspeed\.student is not what DeepSpeed accepts"):
+        layout_of("deepspeed.student", {"zero_optimization": {"stage": 7}}, 1)
