@@ -8,6 +8,7 @@ of what the logits depend on. It gets its name once it is complete, as a checkpo
 import json
 import os
 import shutil
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,8 +114,10 @@ def build(folder: Path, teacher: LiveTeacher, task: Task, found: Fingerprints, b
         UserError: it cannot be written.
     """
     world = dist.detect()
-    partial = folder.with_name(f"{folder.name}.partial-{dist.on_main(os.getpid)}")
-    dist.write_on_main(lambda: partial.mkdir(parents=True), partial)
+    # Of this run alone: another one may make the same cache at the same time.
+    name = dist.on_main(lambda: f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    partial = folder.with_name(name)
+    dist.write_on_main(lambda: _make_empty(partial), partial)
     tensors = _logits_of_rank(teacher, task, batch_size)
     path = partial / f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
 
@@ -198,6 +201,11 @@ def _logits_of_rank(teacher: LiveTeacher, task: Task, batch_size: int) -> Mappin
         "shapes": torch.tensor([part.shape for part in parts], dtype=torch.int64).reshape(len(parts), dimensions),
         "values": torch.cat([part.flatten() for part in parts] or [torch.empty(0)]),
     }
+
+
+def _make_empty(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)  # of a process of this number that was killed
+    partial.mkdir(parents=True)
 
 
 def _complete(partial: Path, folder: Path, manifest: CacheManifest) -> None:
