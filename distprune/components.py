@@ -15,7 +15,7 @@ def component_matrices(model: nn.Module) -> dict[str, str]:
 
     Linear layers and embeddings have such matrices. Within the numbered stacks of layers what is called attention is
     attention, and the rest is feed-forward; outside of them there are embeddings, the pooler, and, outside of the base
-    model, the head. A projection of embeddings (ELECTRA's) is in none.
+    model, the head. A projection of embeddings (ELECTRA's) is in none, and neither are experts that share one tensor.
 
     Args:
         model: its parameters may be partitioned.
@@ -53,7 +53,7 @@ def _component(path: str, modules: dict[str, nn.Module]) -> str | None:
 
 def _embedding(path: str) -> str:
     last = path.rpartition(".")[2]
-    if "position" in last or "rel_" in last or last in ("wpe", "embed_positions"):
+    if "position" in last or "rel" in last or last in ("wpe", "embed_positions"):
         return "position_embedding"
     return "type_embedding" if "type" in last else "token_embedding"
 

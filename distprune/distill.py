@@ -1,7 +1,7 @@
 """Knowledge distillation: the student follows the frozen dense teacher's whole output distribution.
 
-At the usual temperatures of 1 or 2 a fine-tuned teacher's output is nearly one-hot, and says little more than the
-label; a higher temperature is what makes distillation worth its cost (paper, guideline 3).
+Its parameters matter (paper, guideline 3). At the usual temperatures of 1 or 2 the output of a sure teacher is nearly
+one-hot, and says little more than the label: the reason that GMP* (arXiv 2210.06384) has for a higher one.
 """
 
 import torch

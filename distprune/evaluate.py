@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 from datasets import Dataset
 
 from distprune import dist
@@ -49,7 +48,5 @@ def _evaluate(engine: Any, task: Task, data: Dataset, batch_size: int) -> dict[s
 
     order, real = dist.gather_rows(torch.tensor(indices)), dist.gather_rows(torch.tensor(valid))
     every = in_order(dist.gather_rows(torch.cat(predictions)), order, real)
-    measured = [task.metrics(every.cpu(), data) if dist.is_main() else {}]
     # Processors of other kinds may round otherwise, and ranks branch on the metrics.
-    torch_dist.broadcast_object_list(measured)
-    return measured[0]
+    return dist.on_main(lambda: task.metrics(every.cpu(), data))

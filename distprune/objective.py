@@ -57,7 +57,8 @@ class Objective:
         return Losses(total, task_loss, distilled, hidden, attention)
 
     def _features(self, student: Any, teacher: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        config, mask = self._config, batch["attention_mask"].flatten(0, -2)
+        config = self._config
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten(0, -2)
         zero = torch.zeros((), device=mask.device)
         hidden, attention = zero, zero
         if config.hidden > 0:

@@ -46,7 +46,7 @@ def first_step_for(sparsity: float) -> float:
 def gmp(config: Config, given: Collection[str]) -> Values:
     """Gradual magnitude pruning with everything scaled to the target (GMP*, arXiv 2210.06384, and its successor)."""
     sparsity = config.pruning.sparsity
-    if sparsity <= 0 or sparsity >= 1:
+    if not 0 < sparsity < 1:
         raise UserError(f"pruning.sparsity is {sparsity}; allowed where recipe.name is gmp: more than 0, less than 1")
     values = _replicated(config, given, replicas_for(sparsity), "2, and 1 for each halving of what survives")
     epochs, total = _decimal(config.recipe.epochs), _decimal(_value(config, given, values, "train.epochs"))
@@ -73,9 +73,14 @@ def dense(config: Config, given: Collection[str]) -> Values:
 
 def _replicated(config: Config, given: Collection[str], replicas: int, why: str) -> Values:
     """Return the length and the learning rate of replicas of the dense recipe."""
-    epochs = _decimal(config.recipe.epochs)
-    if epochs <= 0:
+    if not 0 < config.recipe.epochs < math.inf:
         raise UserError(f"recipe.epochs is {config.recipe.epochs}; allowed: more than 0")
+    epochs = _decimal(config.recipe.epochs)
+    if "train.epochs" in given and (config.recipe.replicas or _decimal(config.train.epochs) % epochs):
+        raise UserError(
+            f"train.epochs is {config.train.epochs} and recipe.replicas {config.recipe.replicas}; allowed with "
+            f"recipe.name {config.recipe.name}: one of the two, and whole replicas of recipe.epochs {epochs}"
+        )
     chosen = config.recipe.replicas or replicas
     length = float(epochs * chosen)
     total = config.train.epochs if "train.epochs" in given else length
@@ -130,7 +135,8 @@ def _obert(config: Config, source: str, peak: float, final: float) -> Values:
 def smc_gmp(config: Config, given: Collection[str]) -> Values:
     """The GMP that "Sparsity May Cry" compares with (its code): a baseline, in the length of the dense recipe.
 
-    Unlike theirs it ends at its target exactly; their command ends at 0.993 of it.
+    Unlike theirs it ends at its target exactly, where their command ends at 0.993 of it, and counts the 500 steps from
+    the start of its window, where they prune at multiples of 500.
     """
     source, epochs = "SMC-Bench's code", _decimal(config.train.epochs)
     return {

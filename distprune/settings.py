@@ -149,7 +149,7 @@ def _without_derived(layer: Layer) -> Layer:
     derived = recipe.get("derived") if isinstance(recipe, dict) else None
     if not isinstance(derived, list):
         return layer
-    left_out = {*derived, "recipe.derived"}
+    left_out = {"recipe.derived", *(key for key in derived if isinstance(key, str))}
     return {
         section: {name: value for name, value in keys.items() if f"{section}.{name}" not in left_out}
         if isinstance(keys, dict)

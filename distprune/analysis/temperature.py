@@ -66,10 +66,10 @@ def softness(logits: Tensor, temperature: float) -> Softness:
     return Softness(temperature, float(len(top)), float(entropy.sum()), float(top.sum()), float(gradient.sum()))
 
 
-def recommended(means: list[Softness]) -> float:
-    """Return the lowest temperature at which the teacher is soft; the highest where it is so at none.
+def recommended(means: list[Softness]) -> float | None:
+    """Return the lowest temperature at which the teacher is soft; None where it is so at none.
 
     Args:
         means: of each temperature, ascending.
     """
-    return next((each.temperature for each in means if each.entropy >= ENOUGH), means[-1].temperature)
+    return next((each.temperature for each in means if each.entropy >= ENOUGH), None)

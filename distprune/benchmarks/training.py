@@ -57,7 +57,7 @@ class Throughput:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Median ratios of turns that follow each other; of steps' times where they end in ``_step``."""
+        """Median ratios of turns that follow each other: of examples a second, or of the times of steps."""
 
         def ratio(first: list[float], second: list[float]) -> float:
             return median(a / b for a, b in zip(first, second, strict=True))

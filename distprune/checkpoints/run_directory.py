@@ -57,7 +57,8 @@ def claim(run_dir: Path, config: Config) -> None:
 def write_config(run_dir: Path, config: Config) -> None:
     """Write the configuration of the run as it is now."""
     partial = run_dir / f"{CONFIG}.partial"
-    partial.write_text(settings.to_yaml(config))
+    note = "# The keys in recipe.derived are derived anew where this is a configuration again; to set one, unlist it.\n"
+    partial.write_text((note if config.recipe.derived else "") + settings.to_yaml(config))
     partial.rename(run_dir / CONFIG)
 
 

@@ -57,7 +57,10 @@ def _teacher(
         if json_path is not None:
             results = [vars(each) for each in means]
             write_json(Path(json_path), {"environment": environment(), "recommended": best, "results": results})
-        print(f"distillation.temperature={best:g} is the lowest at which the teacher is soft; {png}")
+        if best is None:
+            print(f"the teacher is soft at none of these temperatures; {png}")
+        else:
+            print(f"distillation.temperature={best:g} is the lowest at which the teacher is soft; {png}")
 
 
 def soften(engine: Any, task: Task, temperatures: list[float], rows: int, batch_size: int, seed: int) -> list[Softness]:
@@ -90,7 +93,7 @@ def soften(engine: Any, task: Task, temperatures: list[float], rows: int, batch_
     return [Softness(each, *dist.all_sum(sums[each].sums())).mean() for each in temperatures]
 
 
-def _table(means: list[Softness], best: float) -> Table:
+def _table(means: list[Softness], best: float | None) -> Table:
     table = Table(title="what the teacher says over the temperature", title_justify="left")
     for name in ("temperature", "entropy / log C", "top probability", "gradient", ""):
         table.add_column(name, justify="left" if not name else "right")
@@ -100,7 +103,7 @@ def _table(means: list[Softness], best: float) -> Table:
     return table
 
 
-def _draw(means: list[Softness], best: float, path: str, title: str) -> None:
+def _draw(means: list[Softness], best: float | None, path: str, title: str) -> None:
     figure = Figure(figsize=(8, 14 / 3), dpi=150, layout="constrained")
     left = figure.subplots()
     right = left.twinx()
@@ -108,7 +111,8 @@ def _draw(means: list[Softness], best: float, path: str, title: str) -> None:
     left.plot(temperatures, [each.entropy for each in means], color=BLUE, marker="o", label="entropy / log C")
     left.plot(temperatures, [each.top for each in means], color=GREEN, marker="s", label="top probability")
     right.plot(temperatures, [each.gradient for each in means], color=RED, marker="^", label="gradient (right)")
-    left.axvline(best, color=GREY, linestyle="--", label=f"T = {best:g}")
+    if best is not None:
+        left.axvline(best, color=GREY, linestyle="--", label=f"T = {best:g}")
     left.set(xlabel="temperature", ylabel="mean over rows", ylim=(0, 1.02), title=title)
     right.set(ylabel="norm of the gradient", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=4, frameon=False)

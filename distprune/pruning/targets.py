@@ -1,8 +1,9 @@
 """Which parameters are pruned: by structure, or by regexes over their names.
 
-The default follows the paper's first guideline: prune the matrices of the encoder's layers, which hold most weights
-and all matrix work, and leave embeddings (a lookup costs no arithmetic), the pooler, the head (freshly initialised,
-so its magnitudes mean nothing), norms and biases alone.
+The paper's first guideline weighs what pruning a component costs against what it saves. The default is the choice of
+its authors' other recipes: the matrices of the encoder's layers, which hold most weights and all matrix work, and not
+embeddings (a lookup costs no arithmetic), the pooler, the head (freshly initialised, so its magnitudes mean nothing),
+norms and biases.
 """
 
 import re

@@ -128,6 +128,10 @@ class Task(ABC):
     def count_train(cls, config: Config) -> int | None:
         """Return the number of training rows without tokenising them; None where that cannot be known."""
 
+    def scored_by(self) -> Any:
+        """Return what the metrics depend on beside predictions and rows, for JSON."""
+        return getattr(self, "metric_names", None)
+
     def evaluations(self) -> dict[str, Dataset]:
         """Return all evaluation data by what their metrics' names begin with; the main one with nothing."""
         return {"": self.validation, **{f"{name}/": rows for name, rows in self.more_validation.items()}}

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from statistics import mode
 from string import ascii_uppercase
 from typing import Any
 
@@ -64,7 +65,7 @@ class Choices:
 
 
 def find_choices(split: Split, task: TaskConfig) -> Choices:
-    """Find out what rows offer from the first one of the training data.
+    """Find out what rows offer: as many choices as most rows of the training data.
 
     An answer is the place of the right choice from 0, or a letter from A; with ``task.labels`` it is one of these,
     which are in the order of the choices.
@@ -72,9 +73,9 @@ def find_choices(split: Split, task: TaskConfig) -> Choices:
     Raises:
         UserError: no column of choices, one that holds no texts, a single choice, or another number of labels.
     """
-    number = len(_texts(Split(split.rows.select([0]), split.origin), task.choices)[0])
+    number = mode(map(len, _texts(split, task.choices)))
     if number < 2:
-        raise UserError(f"the first row of {split.origin} has {number} choices in {task.choices}; allowed: 2 or more")
+        raise UserError(f"rows of {split.origin} have {number} choices in {task.choices}; allowed: 2 or more")
     if task.labels and len(task.labels) != number:
         raise UserError(f"task.labels names {len(task.labels)} answers; allowed: one for each of {number} choices")
     answers: dict[int | str, int] = {}

@@ -78,6 +78,8 @@ def load_splits(task: TaskConfig, columns: Sequence[str], cache_dir: Path | None
     splits = [_check(split, columns, task, notes) for split in local or _read_hub(task, names, cache_dir)]
     more = splits[len(splits) - len(task.more_validation) :]
     titles = [Path(name).name.split(".")[0] for name in task.more_validation]
+    if len(set(titles)) < len(titles):
+        raise UserError(f"task.more_validation is {task.more_validation}; allowed: files or splits of different names")
     return Splits(splits[0], splits[0 if task.holdout else 1], dict(zip(titles, more, strict=True)))
 
 

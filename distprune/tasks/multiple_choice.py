@@ -74,10 +74,10 @@ def parse_form(task: TaskConfig) -> list[Template]:
         UserError: more than two templates, one that cannot be read, a field that is no text column, or a choice that
             is nowhere, or in the first of a pair, which may be cut.
     """
+    if CHOICE in task.text:
+        raise UserError(f"task.text is {task.text}; allowed: other columns than {CHOICE!r}, which stands for a choice")
     if not task.form:
         return [[(" " if number else "", column) for number, column in enumerate(task.text)], [("", CHOICE)]]
-    if CHOICE in task.text:
-        raise UserError(f"task.text is {task.text}; allowed beside task.form: other columns than {CHOICE!r}")
     templates = [_parse(template, [*task.text, CHOICE]) for template in task.form]
     has_choice = [any(field == CHOICE for _, field in template) for template in templates]
     if has_choice not in ([True], [False, True]):

@@ -120,6 +120,10 @@ class QuestionAnswering(Task):
                 f"{who} has {model_config.num_labels} labels; question answering allows 2, a start and an end"
             )
 
+    def scored_by(self) -> Any:
+        """Return the metrics, the longest answer, and all contexts and answers."""
+        return [self.metric_names, self._longest_answer, self._questions]
+
     @classmethod
     def count_train(cls, config: Config) -> int | None:
         """Return None: how many windows there are depends on the tokens."""

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import xxhash
 from safetensors import safe_open
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from distprune import dist
 from distprune.batches import eval_batches
-from distprune.checkpoints.files import MANIFEST, Damaged, Entry, check, checksum, write_tensors
+from distprune.checkpoints.files import Damaged, Entry, check, checksum, write_tensors
 from distprune.errors import UserError
 from distprune.evaluate import on_device
 from distprune.tasks.base import Batch, Task
@@ -29,6 +30,8 @@ from distprune.tasks.data import fingerprint
 from distprune.teachers.live import LiveTeacher, Taught
 
 FORMAT = "distprune-teacher-1"
+MANIFEST = "teacher.json"
+"""Not the name that checkpoints have: what has it may be removed."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.json")
 
 Fingerprints = dict[str, str]
@@ -64,11 +67,12 @@ def fingerprints(directory: Path, task: Task, dtype: torch.dtype) -> Fingerprint
     for path in sorted({path for pattern in WEIGHTS for path in directory.glob(pattern)}):
         weights.update(f"{path.name} {checksum(path)};".encode())
     vocabulary = json.dumps(sorted(task.tokenizer.get_vocab().items()))
+    evaluation = [task.scored_by(), {name: fingerprint(rows) for name, rows in task.evaluations().items()}]
     return {
         "the teacher": f"{weights.hexdigest()} {str(dtype).removeprefix('torch.')}",
         "the tokenizer": xxhash.xxh3_128(vocabulary.encode()).hexdigest(),
         "the training data": fingerprint(task.train),
-        "the evaluation data": fingerprint(*task.evaluations().values()),
+        "the evaluation": xxhash.xxh3_128(json.dumps(evaluation, sort_keys=True).encode()).hexdigest(),
     }
 
 
@@ -85,7 +89,8 @@ def find(folder: Path, expected: Fingerprints) -> CacheManifest | None:
         UserError: it is damaged, or of another teacher, tokenizer or data; or the folder holds something else.
     """
     if not (folder / MANIFEST).exists():
-        if folder.exists() and any(folder.iterdir()):
+        # Asked again behind it: another run may have put its cache there meanwhile.
+        if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
             raise UserError(f"teacher.cache is {folder}, which holds something else; allowed: a new folder, or a cache")
         return None
     try:
@@ -117,7 +122,8 @@ def build(folder: Path, teacher: LiveTeacher, task: Task, found: Fingerprints, b
     # Of this run alone: another one may make the same cache at the same time.
     name = dist.on_main(lambda: f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
     partial = folder.with_name(name)
-    dist.write_on_main(lambda: _make_empty(partial), partial)
+    dist.write_on_main(lambda: _make_empty(folder, partial), partial)
+    dist.agree(lambda: refuse_unseen(partial))
     tensors = _logits_of_rank(teacher, task, batch_size)
     path = partial / f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
 
@@ -203,8 +209,24 @@ def _logits_of_rank(teacher: LiveTeacher, task: Task, batch_size: int) -> Mappin
     }
 
 
-def _make_empty(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)  # of a process of this number that was killed
+def refuse_unseen(path: Path) -> None:
+    """Refuse a cache that this rank does not see.
+
+    Raises:
+        UserError: with what to do.
+    """
+    if not path.exists():
+        raise UserError(
+            f"the teacher's cache {path} is not seen on all nodes; allowed: a teacher.cache on a disk that all share, "
+            "or null to run the teacher"
+        )
+
+
+def _make_empty(folder: Path, partial: Path) -> None:
+    """Make the folder of a cache that is being made, and remove those that killed processes of this node have left."""
+    for path in folder.parent.glob(f"{folder.name}.partial-{socket.gethostname()}-*"):
+        if path == partial or not psutil.pid_exists(int(path.name.rpartition("-")[2])):
+            shutil.rmtree(path, ignore_errors=True)
     partial.mkdir(parents=True)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 from distprune import dist
 from distprune.config import Config
 from distprune.engine import build_frozen, dtype_of
-from distprune.errors import UserError
 from distprune.tasks.base import Task
 from distprune.teachers import cache
 from distprune.teachers.cache import CachedTeacher, CacheManifest, Fingerprints
@@ -41,16 +40,7 @@ def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int) ->
     manifest = dist.on_main(lambda: cache.find(folder, found))
     if manifest is None:
         manifest = _build(config, task, directory, folder, found)
-    files = manifest.files
-
-    def is_seen() -> None:
-        if not all((folder / entry.name).exists() for entry in files):
-            raise UserError(
-                f"the teacher's cache {folder} is not seen on all nodes; allowed: a teacher.cache on a disk that all "
-                "share, or null to run the teacher"
-            )
-
-    dist.agree(is_seen)
+    dist.agree(lambda: cache.refuse_unseen(folder / cache.MANIFEST))
     return CachedTeacher(folder, manifest, task, dist.detect().device)
 
 

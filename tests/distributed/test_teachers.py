@@ -1,5 +1,6 @@
 """Teachers: a cached one teaches as a live one, is never another's, and gives way where more than logits is asked."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distprune import dist
 from tests.distributed.engines import write_model
 from tests.distributed.runs import EVERY_STEP, cut_off, heard, records, run, run_patched, same_weights, stage
 from tests.world import Worlds
@@ -70,7 +72,8 @@ def test_a_cache_of_something_else_is_refused_and_made_anew_where_asked(
         (f"teacher.path={task / 'model'}", "the teacher"),
         ("deepspeed.teacher.bf16.enabled=true", "the teacher"),
         ("task.limit=90", "the training data"),
-        ("task.max_length=8", "the training data and the evaluation data"),
+        ("task.metrics=[macro_f1]", "the evaluation"),
+        ("task.max_length=8", "the training data and the evaluation"),
     ):
         (said,) = world(1).run(run, task, tmp_path / "second", *cached(task, folder), override)
         assert (
@@ -91,16 +94,16 @@ def test_a_damaged_cache_is_refused(world: Worlds, task: Path, tmp_path: Path) -
     save_file(tensors, path)
     (said,) = world(1).run(run, task, tmp_path / "second", *cached(task, folder))
     assert f"the teacher's cache {folder} is damaged: {path} has another checksum than it had" in said
-    (folder / "manifest.json").write_text("{")
+    (folder / "teacher.json").write_text("{")
     (said,) = world(1).run(run, task, tmp_path / "second", *cached(task, folder))
     assert "is damaged" in said
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "mine").touch()
+    (tmp_path / "other" / "manifest.json").touch()  # a checkpoint has one
     for rebuild in ("false", "true"):
         options = (*cached(task, tmp_path / "other"), f"teacher.rebuild_cache={rebuild}")
         (said,) = world(1).run(run, task, tmp_path / "second", *options)
         assert "which holds something else; allowed: a new folder, or a cache" in said
-    assert (tmp_path / "other" / "mine").exists()
+    assert (tmp_path / "other" / "manifest.json").exists()
 
 
 def with_cache_home(home: Path, *arguments: Any) -> Any:
@@ -131,3 +134,27 @@ def test_features_of_the_teacher_are_learnt_at_every_world_and_stage(world: Worl
         assert torch.allclose(torch.tensor(seen[0]), torch.tensor(other), rtol=1e-3, atol=1e-5)
     assert seen[0][0][:2] == (0.0, pytest.approx(0, abs=1e-6)), "the student begins as its teacher"
     assert max(line[0] for line in seen[0]) > 0
+
+
+def unseen(folder: Path, task: Path, output: Path) -> Any:
+    """Run where rank 1 makes its folders on a disk of its own. Collective."""
+    seen = Path.exists
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.detect().rank == 1:
+            patch.setattr(Path, "exists", lambda path: seen(path) and ".partial-" not in path.name)
+        return run(task, output, *cached(task, folder))
+
+
+def test_a_cache_that_a_node_does_not_see_is_refused_before_it_is_made(
+    world: Worlds, task: Path, tmp_path: Path
+) -> None:
+    said = world(2).run(unseen, tmp_path / "cache", task, tmp_path / "run")
+    assert all("is not seen on all nodes; allowed: a teacher.cache on a disk that all share" in each for each in said)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_a_killed_process_has_left_is_removed(world: Worlds, task: Path, tmp_path: Path) -> None:
+    left = tmp_path / f"cache.partial-{socket.gethostname()}-999999999"
+    left.mkdir()
+    world(1).run(run, task, tmp_path / "run", *cached(task, tmp_path / "cache"))
+    assert [path.name for path in tmp_path.glob("cache*")] == ["cache"]

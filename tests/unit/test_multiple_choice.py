@@ -90,7 +90,7 @@ def test_forms_that_cannot_be_used(choices):
     ]:
         with pytest.raises(UserError, match=message):
             choices(form=form)
-    with pytest.raises(UserError, match=r"allowed beside task\.form: other columns than 'choice'"):
+    with pytest.raises(UserError, match=r"allowed: other columns than 'choice'"):
         choices(text=["choice"], form=["{choice}"])
 
 
@@ -133,7 +133,7 @@ def test_data_that_cannot_be_used(choices):
         (ROWS, {"choices": ["options.text"]}, "part of column 'options' of train.jsonl 'text' is unknown"),
         (ROWS, {"choices": ["question"]}, "'question' of train.jsonl holds .*one column of lists of texts, or"),
         (ROWS, {"choices": ["options", "question"]}, "'options' of train.jsonl holds .*or a column of texts"),
-        ([one(choices=["a"])], {}, "the first row of train.jsonl has 1 choices"),
+        ([one(choices=["a"])], {}, "rows of train.jsonl have 1 choices"),
         (ROWS, {"label": "options"}, "'options' of train.jsonl holds .*answers are whole numbers or texts"),
         (ROWS, {"labels": ["a", "b", "c"]}, "task.labels names 3 answers; allowed: one for each of 2 choices"),
         (named, {}, "1 of 2 rows of train.jsonl have an answer in column 'answer' that is none of 0 to 1"),

@@ -140,6 +140,10 @@ def test_sparse_transfer_keeps_the_zeros() -> None:
         (["recipe=gmp"], "pruning.sparsity is 0.0; allowed where recipe.name is gmp: more than 0"),
         (["recipe=gmp", "pruning.sparsity=0.9", "recipe.replicas=1"], "at least two replicas"),
         (["recipe=gmp", "pruning.sparsity=0.9", "recipe.epochs=0"], "recipe.epochs is 0.0; allowed: more than 0"),
+        (["recipe=gmp", "pruning.sparsity=0.9", "recipe.epochs=.nan"], "recipe.epochs is nan; allowed: more than 0"),
+        (["recipe=gmp", "pruning.sparsity=.nan"], "pruning.sparsity is nan; allowed where recipe.name is gmp"),
+        (["recipe=gmp", "pruning.sparsity=0.9", "train.epochs=7"], "train.epochs is 7.0 .* whole replicas of recipe"),
+        (["recipe=dense", "train.epochs=4", "recipe.replicas=2"], "allowed with recipe.name dense: one of the two"),
         (["recipe=dense", "recipe.replicas=0"], "recipe.replicas is 0; allowed: at least 1"),
     ],
 )
