@@ -59,7 +59,13 @@ def prune_each(task: Path, layout: Layout) -> dict[str, tuple[list[dict[str, Ten
     return found
 
 
-LAYOUTS: list[Any] = [(2, Layout(stage, dtype)) for stage in range(4) for dtype in ("fp32", "bf16")]
+LAYOUTS: list[Any] = [
+    (2, Layout(0)),
+    (2, Layout(1, "bf16")),
+    (2, Layout(2, "bf16")),
+    (2, Layout(3)),
+    (2, Layout(3, "bf16")),
+]
 LAYOUTS += [(1, Layout(2)), (1, Layout(0, "bf16"))]
 LAYOUTS += [pytest.param(3, each, marks=pytest.mark.slow) for each in (Layout(1, "bf16"), Layout(3))]
 
@@ -84,10 +90,11 @@ def test_each_component_is_pruned_alone_and_exactly_and_then_dense_again(
 
 
 def analyse(task: Path, folder: Path, *given: str, **options: Any) -> str:
-    """Collective."""
+    """Collective; the ranks stay together."""
     files = {"png": str(folder / "c.png"), "json_path": str(folder / "c.json")}
     try:
-        analyze.run("components", str(task / "run.yaml"), list(given), **files, **options)
+        with patch("distprune.dist.shutdown"):
+            analyze.run("components", str(task / "run.yaml"), list(given), **files, **options)
     except UserError as error:
         return str(error)
     return ""

@@ -13,7 +13,8 @@ import pytest
 from tests.distributed.runs import same_weights, told
 from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
 
-LONG = ("train.epochs=40", "checkpoint.steps=5", "train.log_every=1", "train.eval_every=10 epochs")
+# Long enough that a signal on a fast machine comes before the end.
+LONG = ("train.epochs=100", "checkpoint.steps=40", "train.log_every=1", "train.eval_every=25 epochs")
 
 
 class Started:

@@ -7,7 +7,6 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MPNetConfig, MPNetForSequenceClassification
 
@@ -18,7 +17,7 @@ from distprune.monitor import Monitor
 from distprune.pruning.pruner import Pruner
 from distprune.setup import prepare
 from distprune.shards import shards_of
-from tests.distributed.engines import forward, write_model
+from tests.distributed.engines import write_model
 from tests.distributed.runs import DENSE, run, run_patched, stage
 from tests.world import Worlds
 
@@ -308,16 +307,16 @@ class PoisonWeights:
 
 
 class PoisonOutputs:
-    """Stands in for a task's `forward`: on the last rank, a module puts out infinity from the sixth step on."""
+    """Stands in for a task's `run`: on the last rank, a module puts out infinity from the sixth step on."""
 
     calls = 0
 
-    def __call__(self, engine: Any, batch: Any) -> torch.Tensor:
+    def __call__(self, engine: Any, batch: Any) -> Any:
         self.calls += engine.module.training
         if self.calls == 6 and dist.detect().rank == dist.detect().size - 1:
             module = engine.module.get_submodule(LAYER)
             module.register_forward_hook(lambda _, __, output: output + math.inf)
-        return forward(engine, batch)
+        return engine(**{name: tensor for name, tensor in batch.items() if name != "labels"})
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -330,7 +329,7 @@ def test_a_nan_stops_every_rank_with_the_step_and_the_layer(
     assert len(set(said)) == 1
     step = 6 if number else 5  # at stage 0 the optimizer's weights are those of the forward pass
     assert f"the loss is not finite at step {step}: the weights of {LAYER}.weight are not finite" in said[0]
-    target, poison = "distprune.tasks.base.Task.forward", PoisonOutputs()
+    target, poison = "distprune.tasks.base.Task.run", PoisonOutputs()
     said = world(2).run(run_patched, target, poison, task, tmp_path / "outputs", *options)
     assert len(set(said)) == 1
     assert f"the loss is not finite at step 5: the output of {LAYER} is not finite" in said[0]
