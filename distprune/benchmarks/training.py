@@ -141,7 +141,7 @@ def _config(folder: Path, section: dict[str, Any], batch_size: int) -> list[str]
         "task.max_length=64",
         f"train.batch_size={batch_size}",
         "train.epochs=1",
-        "train.log_every=1",
+        f"train.log_every={WARM_UP}",
         f"lr.peak={LEARNING_RATE}",
         "checkpoint.epochs=false",
         "checkpoint.minutes=null",
@@ -151,7 +151,7 @@ def _config(folder: Path, section: dict[str, Any], batch_size: int) -> list[str]
 
 
 class _Clock:
-    """Stands in for a run's monitor, and notes when each step ended."""
+    """Stands in for a run's monitor, and notes when it is told of steps."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -172,7 +172,8 @@ def _ours(overrides: list[str]) -> float:
     trainer = OurTrainer(config, setup, clock, Path(config.train.output))
     trainer.run()
     setup.student.destroy()
-    return _per_second(clock.ends, config.train.batch_size)
+    ends: list[float] = clock.ends
+    return (setup.plan.total_steps - WARM_UP) * config.train.batch_size / (ends[-1] - ends[0])
 
 
 class _Timer(TrainerCallback):  # type: ignore[misc]
@@ -219,8 +220,5 @@ def _theirs(config: Config, section: dict[str, Any]) -> float:
     trainer.train()
     trainer.accelerator.free_memory()
     unset_hf_deepspeed_config()
-    return _per_second(timer.ends, config.train.batch_size)
-
-
-def _per_second(ends: list[float], batch_size: int) -> float:
-    return (len(ends) - WARM_UP) * batch_size / (ends[-1] - ends[WARM_UP - 1])
+    steps = len(timer.ends) - WARM_UP
+    return steps * config.train.batch_size / (timer.ends[-1] - timer.ends[WARM_UP - 1])

@@ -63,6 +63,18 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 @pytest.mark.slow
+def test_train_compares_with_the_trainer_of_transformers(tmp_path: Path) -> None:
+    out = tmp_path / "train.json"
+    options = ["--model", "tiny", "--steps", "3", "--repeat", "1", "--batch-size", "8"]
+    done = start([*TORCHRUN, "bench", "train", *options, "--json", out])
+    assert done.returncode == 0, done.stderr
+    (each,) = json.loads(out.read_text())["results"]
+    assert all(min(each[name]) > 0 for name in ("dense", "pruned", "cached", "live", "trainer"))
+    assert each["ratios"]["dense over trainer"] == pytest.approx(each["dense"][0] / each["trainer"][0])
+    assert "cached step over step without teacher" in done.stdout
+
+
+@pytest.mark.slow
 def test_memory_is_what_the_plan_says(tmp_path: Path) -> None:
     out = tmp_path / "memory.json"
     done = start([*TORCHRUN, "bench", "memory", "--dtype", "bf16", "--repeat", "2", "--json", out])
