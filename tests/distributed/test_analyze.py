@@ -30,6 +30,7 @@ def analyse(task: Path, folder: Path, *overrides: str, rows: int = 50) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_a_teacher_is_analysed_alike_on_any_number_of_ranks(world: Worlds, task: Path, tmp_path: Path) -> None:
     found = []
     for size in (1, 3):

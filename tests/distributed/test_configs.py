@@ -106,7 +106,9 @@ def build(path: Path, folder: Path) -> list[float]:
     return [float(each) for each in losses]
 
 
-@pytest.mark.parametrize("path", RUNS, ids=name)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] * path.stem.endswith("ep"), id=name(path)) for path in RUNS]
+)
 def test_every_configuration_is_built(world: Worlds, tmp_path: Path, path: Path) -> None:
     (losses,) = world(1).run(build, path, tmp_path)
     assert all(map(torch.isfinite, map(torch.tensor, losses)))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import BertConfig, BertForTokenClassification
 
 from distprune import settings
@@ -55,6 +56,7 @@ def trained(folder: Path, overrides: list[str]) -> dict[str, Any]:
         sys.path.remove(str(folder))
 
 
+@pytest.mark.slow
 def test_a_task_of_another_module_trains_like_any_other(world: Worlds, tmp_path: Path) -> None:
     summary, _ = world(2).run(trained, tmp_path, write(tmp_path))
     assert (summary["metric_name"], summary["sparsity_masked"]) == ("accuracy", 0.5)

@@ -41,6 +41,7 @@ class NoTeacher:
         raise AssertionError("the teacher was built")
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_teaches_as_a_live_one_at_every_world_size(world: Worlds, task: Path, tmp_path: Path) -> None:
     (live, *_) = world(2).run(run, task, tmp_path / "live", f"teacher.path={task / 'teacher'}", *SHORT)
     folder = tmp_path / "cache"
@@ -112,6 +113,7 @@ def with_cache_home(home: Path, *arguments: Any) -> Any:
         return heard(run, *arguments)
 
 
+@pytest.mark.slow
 def test_other_teachers_have_other_places_in_the_users_cache(world: Worlds, task: Path, tmp_path: Path) -> None:
     said = {}
     for name, path in (("a", "teacher"), ("b", "model"), ("c", "teacher")):
@@ -121,6 +123,7 @@ def test_other_teachers_have_other_places_in_the_users_cache(world: Worlds, task
     assert len(list((tmp_path / "home" / "distprune" / "teachers").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_features_of_the_teacher_are_learnt_at_every_world_and_stage(world: Worlds, task: Path, tmp_path: Path) -> None:
     features = ("distillation.hidden=0.5", "distillation.attention=0.5", "teacher.cache=auto", *SHORT)
     seen = []
