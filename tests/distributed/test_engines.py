@@ -179,7 +179,9 @@ def grow(directory: Path, student_stage: int, teacher_stage: int) -> list[tuple[
     return seen
 
 
-@pytest.mark.parametrize(("student", "teacher"), [(2, 3), (3, 3), (0, 0)])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [(0, 0), *(pytest.param(stage, 3, marks=pytest.mark.slow) for stage in (2, 3))]
+)
 def test_memory_stays_flat_with_two_engines(world: Worlds, tmp_path: Path, student: int, teacher: int) -> None:
     model = write_model(tmp_path / "model", hidden_size=128, intermediate_size=512)
     size = (model / "model.safetensors").stat().st_size

@@ -260,7 +260,7 @@ def plain_clipped_step(model: nn.Module, dtype: str) -> tuple[float, float, dict
 
 
 @by_world
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_clipping_norm_is_that_of_the_masked_gradient(
     world: Worlds, models: dict[str, Path], accumulation: int, size: int
 ) -> None:

@@ -74,6 +74,7 @@ def test_a_plan_is_printed(task: Path) -> None:
     assert f"{24 * 12 / 2 / 3600:.2f} hours" in done.stdout
 
 
+@pytest.mark.slow
 def test_speed_is_measured_where_none_is_given(task: Path) -> None:
     done = start([BIN / "distprune", "plan", task / "run.yaml", "--world", "2", "model.activation_checkpointing=true"])
     assert done.returncode == 0, done.stderr
@@ -83,9 +84,13 @@ def test_speed_is_measured_where_none_is_given(task: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--world", "0"], "--world is 0; allowed: at least 1"),
         (["--world", "5"], "or start 1, 2, 3, 4, 6, 12 ranks"),
-        (["--world", "2", "--examples-per-s", "0"], "--examples-per-s is 0.0; allowed: more than 0"),
+        pytest.param(["--world", "0"], "--world is 0; allowed: at least 1", marks=pytest.mark.slow),
+        pytest.param(
+            ["--world", "2", "--examples-per-s", "0"],
+            "--examples-per-s is 0.0; allowed: more than 0",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(task: Path, arguments: list[str], message: str) -> None:

@@ -68,6 +68,7 @@ def plain_losses(task: Path) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_without_pruning_the_loss_curve_is_that_of_a_plain_loop(world: Worlds, task: Path, tmp_path: Path) -> None:
     expected = plain_losses(task)
     assert min(expected) < 0.8 * expected[0], "the loss must move"
