@@ -10,7 +10,8 @@ from tests.distributed.test_launch import BIN, Command, start
 TORCHRUN: Command = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "distprune"]
 
 
-@pytest.mark.parametrize("launch", [[BIN / "distprune"], pytest.param(TORCHRUN, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [[BIN / "distprune"], TORCHRUN])
 def test_select_prints_a_table_and_writes_json(tmp_path: Path, launch: Command) -> None:
     out = tmp_path / "select.json"
     done = start([*launch, "bench", "select", "--sizes", "2e5", "3e6", "--repeat", "1", "--json", out])

@@ -257,6 +257,7 @@ def files_at_return(task: Path, output: Path) -> bool:
     return (output / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_no_rank_returns_before_everything_is_written(world: Worlds, task: Path, tmp_path: Path) -> None:
     """A launcher may end all ranks as soon as one has ended."""
     assert world(2).run(files_at_return, task, tmp_path / "run") == [True, True]
