@@ -69,6 +69,7 @@ def fingerprints(directory: Path, task: Task, dtype: torch.dtype) -> Fingerprint
     vocabulary = json.dumps(sorted(task.tokenizer.get_vocab().items()))
     evaluation = [task.scored_by(), {name: fingerprint(rows) for name, rows in task.evaluations().items()}]
     return {
+        "the task": type(task).__qualname__,
         "the teacher": f"{weights.hexdigest()} {str(dtype).removeprefix('torch.')}",
         "the tokenizer": xxhash.xxh3_128(vocabulary.encode()).hexdigest(),
         "the training data": fingerprint(task.train),
@@ -225,7 +226,8 @@ def refuse_unseen(path: Path) -> None:
 def _make_empty(folder: Path, partial: Path) -> None:
     """Make the folder of a cache that is being made, and remove those that killed processes of this node have left."""
     for path in folder.parent.glob(f"{folder.name}.partial-{socket.gethostname()}-*"):
-        if path == partial or not psutil.pid_exists(int(path.name.rpartition("-")[2])):
+        pid = path.name.removeprefix(f"{folder.name}.partial-{socket.gethostname()}-")
+        if path == partial or (pid.isdecimal() and not psutil.pid_exists(int(pid))):
             shutil.rmtree(path, ignore_errors=True)
     partial.mkdir(parents=True)
 

@@ -144,6 +144,7 @@ def test_sparse_transfer_keeps_the_zeros() -> None:
         (["recipe=gmp", "pruning.sparsity=.nan"], "pruning.sparsity is nan; allowed where recipe.name is gmp"),
         (["recipe=gmp", "pruning.sparsity=0.9", "train.epochs=7"], "train.epochs is 7.0 .* whole replicas of recipe"),
         (["recipe=dense", "train.epochs=4", "recipe.replicas=2"], "allowed with recipe.name dense: one of the two"),
+        (["recipe=dense", "pruning.sparsity=0.9"], "pruning.sparsity is 0.9; allowed where recipe.name is dense: 0"),
         (["recipe=dense", "recipe.replicas=0"], "recipe.replicas is 0; allowed: at least 1"),
     ],
 )
@@ -154,7 +155,8 @@ def test_recipes_that_do_not_fit_are_refused(overrides: list[str], message: str)
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_derived_key_exists_and_has_a_reason(name: str) -> None:
-    config, given = settings.load_given(None, [*NEEDED, f"recipe={name}", "pruning.sparsity=0.8"])
+    sparsity = 0.0 if name == "dense" else 0.8
+    config, given = settings.load_given(None, [*NEEDED, f"recipe={name}", f"pruning.sparsity={sparsity}"])
     for key, derived in RECIPES[name](config, given).items():
         section, leaf = key.split(".")
         assert hasattr(getattr(config, section), leaf)
