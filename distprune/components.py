@@ -43,7 +43,7 @@ def _component(path: str, modules: dict[str, nn.Module]) -> str | None:
     if not isinstance(module, nn.Linear | Conv1D):
         return None
     if _in_stack(path, modules):
-        return "attention" if re.search(r"att", re.sub(r".*?\.\d+\.", "", path, count=1)) else "feed_forward"
+        return "attention" if "att" in path.lower() else "feed_forward"
     if "pooler" in path:
         return "pooler"
     model = modules[""]

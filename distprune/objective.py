@@ -1,9 +1,11 @@
 """What a training step minimises: the task's loss, and what the teacher has to say."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from distprune.config import DistillationConfig
 from distprune.distill import attention_loss, distillation_loss, hidden_loss, layer_pairs, mix
@@ -40,9 +42,6 @@ class Objective:
             student: its engine.
             batch: on its device.
             rows: the training rows that the batch holds.
-
-        Raises:
-            UserError: hidden states or attention of the two do not fit each other.
         """
         outputs = self._task.run(student, batch, **self._options)
         logits = self._task.logits(outputs, batch)
@@ -59,23 +58,47 @@ class Objective:
     def _features(self, student: Any, teacher: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         config = self._config
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten(0, -2)
-        zero = torch.zeros((), device=mask.device)
-        hidden, attention = zero, zero
+        hidden = attention = torch.zeros((), device=mask.device)
         if config.hidden > 0:
-            ours, theirs = student.hidden_states[1:], teacher.hidden_states[1:]  # the first is the embeddings' output
-            pairs = layer_pairs(config.layers, len(ours), len(theirs))
-            _refuse_unequal("hidden states of", ours[0].shape[-1], theirs[0].shape[-1], "distillation.hidden")
-            hidden = torch.stack([hidden_loss(ours[a], theirs[b], mask) for a, b in pairs]).mean()
+            # The first is the embeddings' output.
+            hidden = _over_layers(hidden_loss, config, student.hidden_states[1:], teacher.hidden_states[1:], mask)
         if config.attention > 0:
-            ours, theirs = student.attentions, teacher.attentions
-            pairs = layer_pairs(config.layers, len(ours), len(theirs))
-            _refuse_unequal("attention heads:", ours[0].shape[1], theirs[0].shape[1], "distillation.attention")
-            attention = torch.stack([attention_loss(ours[a], theirs[b], mask) for a, b in pairs]).mean()
+            attention = _over_layers(attention_loss, config, student.attentions, teacher.attentions, mask)
         return hidden, attention
 
 
-def _refuse_unequal(what: str, ours: int, theirs: int, key: str) -> None:
-    if ours != theirs:
-        raise UserError(
-            f"the student has {what} {ours} and the teacher {what} {theirs}; allowed with {key}: as many of both"
-        )
+def _over_layers(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    config: DistillationConfig,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor,
+) -> Tensor:
+    """Return the mean of a loss over the student's layers and those of the teacher's that they follow."""
+    pairs = layer_pairs(config.layers, len(student), len(teacher))
+    return torch.stack([loss(student[ours], teacher[theirs], mask) for ours, theirs in pairs]).mean()
+
+
+def check_features(config: DistillationConfig, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+    """Refuse models whose hidden states or attention cannot be compared, where that is asked for.
+
+    Raises:
+        UserError: another width, or number of heads; layers that the models do not have.
+    """
+    for key, weight, what, name in (
+        ("distillation.hidden", config.hidden, "hidden states of", "hidden_size"),
+        ("distillation.attention", config.attention, "attention heads:", "num_attention_heads"),
+    ):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if weight > 0 and ours != theirs:
+            raise UserError(
+                f"the student has {what} {ours} and the teacher {what} {theirs}; allowed with {key}: as many of both"
+            )
+    if config.hidden > 0 or config.attention > 0:
+        layer_pairs(config.layers, student.num_hidden_layers, teacher.num_hidden_layers)
+
+
+def put_out_features(config: DistillationConfig, *models: PreTrainedModel) -> None:
+    """Have models put out what is distilled of them: only one way to compute attention puts it out."""
+    for model in models if config.attention > 0 else ():
+        model.set_attn_implementation("eager")

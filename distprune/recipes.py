@@ -75,8 +75,6 @@ def dense(config: Config, given: Collection[str]) -> Values:
 
 def _replicated(config: Config, given: Collection[str], replicas: int, why: str) -> Values:
     """Return the length and the learning rate of replicas of the dense recipe."""
-    if not 0 < config.recipe.epochs < math.inf:
-        raise UserError(f"recipe.epochs is {config.recipe.epochs}; allowed: more than 0")
     epochs = _decimal(config.recipe.epochs)
     if "train.epochs" in given and (config.recipe.replicas or _decimal(config.train.epochs) % epochs):
         raise UserError(
@@ -194,20 +192,28 @@ def derive(config: Config, given: Collection[str]) -> Values:
         return {}
     if config.recipe.name not in RECIPES:
         raise unknown("recipe.name", config.recipe.name, RECIPES)
+    for key, epochs in (("recipe.epochs", config.recipe.epochs), ("train.epochs", config.train.epochs)):
+        if not 0 < epochs < math.inf:
+            raise UserError(f"{key} is {epochs}; allowed: more than 0")
     return RECIPES[config.recipe.name](config, given)
 
 
-def apply(config: Config, given: Collection[str]) -> None:
+def apply(config: Config, given: Collection[str]) -> Values:
     """Set what the recipe derives and is not given, and note those keys in ``recipe.derived``.
+
+    Returns:
+        Everything that the recipe says, as `derive`.
 
     Raises:
         UserError: as `derive`.
     """
-    derived = {key: each.value for key, each in derive(config, given).items() if key not in given}
+    values = derive(config, given)
+    derived = {key: each.value for key, each in values.items() if key not in given}
     for key, value in derived.items():
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)
     config.recipe.derived = sorted(derived)
+    return values
 
 
 def _value(config: Config, given: Collection[str], values: Values, key: str) -> Any:

@@ -65,12 +65,21 @@ def load_given(path: str | None, overrides: list[str]) -> tuple[Config, set[str]
         overrides: as `load`.
 
     Raises:
-        UserError: as `load`.
+        UserError: as `load`; another recipe on top of a run's own config.yaml, where no key would be left to it.
     """
     merged, given = OmegaConf.structured(Config), set()
     layers = [] if path is None else _file_layers(Path(path), ())
+    written: dict[str, str | None] = {}
     for origin, layer in [*layers, *map(_override_layer, overrides)]:
         given |= _merge(merged, _without_derived(layer), origin)
+        if isinstance(layer.get("recipe"), dict) and "derived" in layer["recipe"]:
+            written[origin] = merged.recipe.name
+    for origin, name in written.items():
+        if name != merged.recipe.name:
+            raise UserError(
+                f"{origin} is what a run wrote, every key of it, with recipe.name {name}, and recipe.name is "
+                f"{merged.recipe.name}; allowed with another recipe: the file that the run was started with"
+            )
     try:
         values: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:

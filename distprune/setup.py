@@ -14,6 +14,7 @@ from distprune.config import Config
 from distprune.engine import build_student
 from distprune.errors import UserError
 from distprune.model_files import read_config, resolve
+from distprune.objective import check_features, put_out_features
 from distprune.plan import Plan, make_plan
 from distprune.pruning.pruner import Pruner
 from distprune.pruning.scores import build_score
@@ -22,8 +23,8 @@ from distprune.pruning.targets import find_targets
 from distprune.shards import ShardedParameters, shards_of, trained_shards
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
-from distprune.tasks.data import fingerprint
 from distprune.teachers.choose import Teacher, teacher_of
+from distprune.teachers.live import LiveTeacher
 
 
 @dataclass
@@ -37,8 +38,8 @@ class Setup:
     pruner: Pruner | None
     plan: Plan
     new_weights: list[str]
-    data: str
-    """A fingerprint of the tokenised examples."""
+    data: dict[str, str]
+    """Fingerprints of the tokenised examples (`Task.fingerprints`)."""
 
 
 def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
@@ -67,19 +68,18 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     sections = (config.train, config.optimizer, config.lr, config.pruning, config.distillation, config.deepspeed)
     dist.agree_equal(sections, "the settings")  # paths may differ from node to node
     dist.agree_equal((len(task.train), len(task.validation)), "the numbers of training and validation examples")
-    data = fingerprint(task.train, *task.evaluations().values())
-    dist.agree_equal(data, "the fingerprints of the data")
+    dist.agree_equal(task.fingerprints, "the fingerprints of the data")
     dist.agree(lambda: check_limits(directory, task))
     teacher = None
     if config.distillation.teaches:
-        teacher = _teacher(config, task, micro_batch)
+        teacher = _teacher(config, task, directory, micro_batch)
     student, fresh = build_student(config, directory, task.auto_class, task.model_options(), micro_batch)
-    if config.distillation.attention > 0:
-        student.module.set_attn_implementation("eager")  # the only one that puts out its attention
+    if isinstance(teacher, LiveTeacher):
+        put_out_features(config.distillation, student.module, teacher.engine.module)
     dist.agree(lambda: trained_shards(student))  # a layout that is not known is refused now, not at the export
     prunes = bool(plan.ladder) or config.pruning.start_sparse
     pruner = build_pruner(config, student, resumes=checkpoint is not None) if prunes else None
-    return Setup(world, task, student, teacher, pruner, plan, fresh, data)
+    return Setup(world, task, student, teacher, pruner, plan, fresh, task.fingerprints)
 
 
 def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
@@ -185,9 +185,10 @@ def check_limits(directory: Path, task: Task) -> None:
         raise UserError(f"the tokenizer has {tokens} tokens; allowed: up to the model's vocab_size, {embeddings}")
 
 
-def _teacher(config: Config, task: Task, micro_batch: int) -> Teacher:
+def _teacher(config: Config, task: Task, student: Path, micro_batch: int) -> Teacher:
     """Collective: every rank calls it."""
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
     dist.agree(lambda: check_teacher(directory, task))
+    dist.agree(lambda: check_features(config.distillation, read_config(student), read_config(directory)))
     return teacher_of(config, task, directory, micro_batch)

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from distprune import dist
 from distprune.benchmarks.steps import write_random_model
+from distprune.benchmarks.timing import peak_bytes
 from distprune.config import Config
 from distprune.distill import distillation_loss
 from distprune.engine import build_frozen, build_student, decay_groups
@@ -24,9 +25,6 @@ from distprune.planning.subject import stand_in
 from distprune.pruning.targets import find_targets
 from distprune.setup import build_pruner
 from distprune.weights import skeleton
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_CLEAR_PEAK = "5"
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,6 @@ class Memory:
         return asdict(self)
 
 
-def resident(kind: str) -> int:
-    """Return this process's resident memory in bytes: ``VmRSS`` now, or ``VmHWM`` at its highest."""
-    found = [line for line in _STATUS.read_text().splitlines() if line.startswith(kind)]
-    return int(found[0].split()[1]) << 10
-
-
 def measure(
     folder: Path, model: str, section: dict[str, Any], batch_size: int, length: int, steps: int, teacher: int | None
 ) -> Memory:
@@ -67,28 +59,28 @@ def measure(
         teacher: ZeRO stage of one that is run beside the student; None: none is.
 
     Raises:
-        UserError: where the system has no /proc to measure by.
+        UserError: where the system does not tell.
     """
-    if not _CLEAR.exists():
-        raise UserError(f"{_CLEAR} is not there; allowed: bench memory on Linux")
     world = dist.detect()
     dist.write_on_main(lambda: write_random_model(folder, model), folder)
     micro_batch = batch_size // world.size
     frozen = None if teacher is None else section | {"zero_optimization": {"stage": teacher}}
-    before = resident("VmRSS")
-    _CLEAR.write_text(_CLEAR_PEAK)
-    stage = _train(folder, section, frozen, batch_size, length, steps)
-    measured = max(dist.gather([resident("VmHWM") - before]))
+    mine = peak_bytes(lambda: _train(folder, section, frozen, batch_size, length, steps), torch.device("cpu"))
+    peaks = dist.gather([mine])
+    if None in peaks:
+        raise UserError("this system does not tell a process's highest memory; allowed: bench memory on Linux")
+    measured = max(peak for peak in peaks if peak is not None)
     need = _need(folder, section, frozen, micro_batch, length)
-    estimate = memory.peak(need)
+    estimate = memory.peak(need).device
     dtype = str(need.layout.dtype).removeprefix("torch.")
-    return Memory(world.size, dtype, stage, teacher, measured, estimate.device.total(), dict(estimate.device))
+    stage, total = need.layout.stage, estimate.total()
+    return Memory(world.size, dtype, stage, teacher, measured, total, dict(estimate))
 
 
 def _train(
     folder: Path, section: dict[str, Any], frozen: dict[str, Any] | None, batch_size: int, length: int, steps: int
-) -> int:
-    """Take some steps; return the student's stage. Collective: every rank calls it."""
+) -> None:
+    """Take some steps. Collective: every rank calls it."""
     world, config = dist.detect(), Config()
     config.train.batch_size, config.deepspeed.student, config.pruning.sparsity = batch_size, section, 0.8
     micro_batch = batch_size // world.size
@@ -109,7 +101,6 @@ def _train(
         student.backward(loss)
         pruner.after_backward(Fraction(4 * (step + 1), 5 * steps))
         student.step()
-    return int(student.zero_optimization_stage())
 
 
 def _batch(examples: int, length: int) -> dict[str, Tensor]:

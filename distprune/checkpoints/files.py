@@ -218,10 +218,11 @@ def to_remove(folder: Path, keep: int) -> list[Path]:
     return [path for path in every[keep:] if path != best]
 
 
-def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; one that is being removed is none."""
-    going = checkpoint.with_name(_REMOVING + checkpoint.name)
-    checkpoint.rename(going)
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, or what else is complete or not there; one that is being removed has another name."""
+    going = folder.with_name(_REMOVING + folder.name)
+    shutil.rmtree(going, ignore_errors=True)  # of a process that was killed
+    folder.rename(going)
     shutil.rmtree(going, ignore_errors=True)
 
 

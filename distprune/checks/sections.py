@@ -82,6 +82,16 @@ DISTILLATION = (
     Check("distillation.attention", "at least 0", lambda c: 0 <= c.distillation.attention < inf),
     Check("distillation.layers", "layers from 1", lambda c: all(layer >= 1 for layer in c.distillation.layers)),
     Check(
+        "distillation.layers",
+        "none where distillation.hidden and attention are 0",
+        lambda c: not c.distillation.layers or c.distillation.hidden > 0 or c.distillation.attention > 0,
+    ),
+    Check(
+        "model.dropout",
+        "0 where distillation.attention is more than 0: transformers puts out attention behind its dropout",
+        lambda c: c.distillation.attention == 0 or c.model.dropout == 0,
+    ),
+    Check(
         "teacher.path",
         "a model directory or hub id where distillation.hardness, hidden or attention is more than 0",
         lambda c: bool(c.teacher.path) or not c.distillation.teaches,
@@ -93,6 +103,11 @@ TASK = (
         "task.text",
         "one column, or two different ones",
         lambda c: len(set(c.task.text)) == len(c.task.text) in (1, 2),
+    ),
+    Check(
+        "task.text",
+        "other columns than 'label', unless task.label is that one",
+        lambda c: "label" not in c.task.text or c.task.label == "label",
     ),
     Check("task.label", "another column than those of task.text", lambda c: c.task.label not in c.task.text),
     Check(

@@ -1,7 +1,8 @@
 """``distprune bench``: what pruning costs on this machine, as a table and as JSON."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,6 +41,26 @@ def run(benchmark: str, threads: int, repeat: int, json_path: str | None, **opti
     dist.shutdown()
 
 
+@contextmanager
+def _shared_folder(parent: str | None = None) -> Iterator[Path]:
+    """Give all ranks rank 0's temporary folder, until all are done. Collective: every rank calls it."""
+    with tempfile.TemporaryDirectory(dir=parent) as own:
+        yield Path(dist.gather([own])[0])
+        dist.barrier()
+
+
+def _section(stage: int, dtype: str) -> dict[str, Any]:
+    """Return DeepSpeed's options of a ZeRO stage and a type."""
+    return {"zero_optimization": {"stage": stage}, "bf16": {"enabled": dtype == "bf16"}}
+
+
+def _check_batch_size(batch_size: int) -> dist.World:
+    world = dist.detect()
+    if batch_size % world.size:
+        raise UserError(f"--batch-size is {batch_size}; allowed: a multiple of the {world.size} ranks")
+    return world
+
+
 def _select(repeat: int, sizes: Sequence[float], dtype: str, alone: bool) -> tuple[Table, list[dict[str, Any]]]:
     device = dist.detect().device
     measured = [selection.measure(int(size), _DTYPES[dtype], device, repeat, not alone) for size in sizes]
@@ -66,14 +87,9 @@ def _select(repeat: int, sizes: Sequence[float], dtype: str, alone: bool) -> tup
 def _step(
     repeat: int, model: str, dtype: str, stage: int, batch_size: int, length: int
 ) -> tuple[Table, list[dict[str, Any]]]:
-    world = dist.detect()
-    if batch_size % world.size:
-        raise UserError(f"--batch-size is {batch_size}; allowed: a multiple of the {world.size} ranks")
-    section: dict[str, Any] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": dtype == "bf16"}}
-    with tempfile.TemporaryDirectory() as own:
-        folder = Path(dist.gather([own])[0])  # that of rank 0
-        each = steps.measure(folder, model, section, batch_size, length, repeat)
-        dist.barrier()
+    world = _check_batch_size(batch_size)
+    with _shared_folder() as folder:
+        each = steps.measure(folder, model, _section(stage, dtype), batch_size, length, repeat)
     table = Table(
         title=f"{model}, {dtype}, ZeRO-{stage}, {world.size} ranks, batches of {batch_size} x {length} tokens"
     )
@@ -94,14 +110,11 @@ def _step(
 def _train(
     repeat: int, model: str, dtype: str, stage: int, batch_size: int, steps: int
 ) -> tuple[Table, list[dict[str, Any]]]:
-    world = dist.detect()
-    if batch_size % world.size or steps < 1:
-        given = f"--batch-size is {batch_size} and --steps {steps}"
-        raise UserError(f"{given}; allowed: a multiple of the {world.size} ranks, and at least 1")
-    section: dict[str, Any] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": dtype == "bf16"}}
-    with tempfile.TemporaryDirectory() as own:
-        each = training.measure(Path(dist.gather([own])[0]), model, section, batch_size, steps, repeat)
-        dist.barrier()
+    world = _check_batch_size(batch_size)
+    if steps < 1:
+        raise UserError(f"--steps is {steps}; allowed: at least 1")
+    with _shared_folder() as folder:
+        each = training.measure(folder, model, _section(stage, dtype), batch_size, steps, repeat)
     table = Table(title=f"{model}, {dtype}, ZeRO-{stage}, {world.size} ranks: whole training steps of {batch_size}")
     table.add_column("")
     table.add_column("examples/s", justify="right")
@@ -116,11 +129,8 @@ def _train(
 def _checkpoint(
     repeat: int, model: str, dtype: str, stage: int, folder: str | None
 ) -> tuple[Table, list[dict[str, Any]]]:
-    section: dict[str, Any] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": dtype == "bf16"}}
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        shared = Path(dist.gather([own])[0])  # that of rank 0
-        each = checkpoints.measure(shared, model, section, repeat)
-        dist.barrier()
+    with _shared_folder(folder) as shared:
+        each = checkpoints.measure(shared, model, _section(stage, dtype), repeat)
     table = Table(
         title=f"{model}, {dtype}, ZeRO-{stage}, {each.ranks} ranks: checkpoints of {each.bytes / 1e6:,.0f} MB"
     )
@@ -139,14 +149,9 @@ def _checkpoint(
 def _memory(
     repeat: int, model: str, dtype: str, stage: int, batch_size: int, length: int, teacher: int | None
 ) -> tuple[Table, list[dict[str, Any]]]:
-    world = dist.detect()
-    if batch_size % world.size:
-        raise UserError(f"--batch-size is {batch_size}; allowed: a multiple of the {world.size} ranks")
-    section: dict[str, Any] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": dtype == "bf16"}}
-    with tempfile.TemporaryDirectory() as own:
-        folder = Path(dist.gather([own])[0])  # that of rank 0
-        each = memory.measure(folder, model, section, batch_size, length, repeat, teacher)
-        dist.barrier()
+    world = _check_batch_size(batch_size)
+    with _shared_folder() as folder:
+        each = memory.measure(folder, model, _section(stage, dtype), batch_size, length, repeat, teacher)
     table = Table(title=f"{model}, {dtype}, ZeRO-{stage}, {world.size} ranks: MB of the rank that takes most")
     table.add_column("")
     table.add_column("MB", justify="right")

@@ -14,7 +14,7 @@ from rich.table import Table
 from distprune import recipes, settings
 from distprune.checks import value_of
 from distprune.config import Config
-from distprune.errors import UserError
+from distprune.monitor.plots import save_png
 from distprune.plan import Plan, make_plan
 from distprune.setup import load_task, local_model
 from distprune.tasks import task_kind
@@ -33,8 +33,8 @@ def run(config_path: str, overrides: list[str], examples: int | None, png: str) 
         png: path of the picture.
     """
     config, given = settings.load_given(config_path, overrides)
-    values = recipes.derive(config, given)
-    config = settings.load_valid(config_path, overrides)
+    values = recipes.apply(config, given)
+    settings.validate(config)
     if examples is None:
         examples = task_kind(config.task.name).count_train(config)
     if examples is None:
@@ -44,10 +44,7 @@ def run(config_path: str, overrides: list[str], examples: int | None, png: str) 
     if values:
         console.print(recipe_table(config, values))
     console.print(table(plan))
-    try:
-        draw(plan, Path(png), Path(config_path).stem)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--png {png!r} cannot be written: {error}") from error
+    draw(plan, png, Path(config_path).stem)
     console.print(f"{plan.steps_per_epoch} steps per epoch, {plan.total_steps} steps; {png}", soft_wrap=True)
 
 
@@ -104,7 +101,7 @@ def table(plan: Plan) -> Table:
     return shown
 
 
-def draw(plan: Plan, path: Path, title: str) -> None:
+def draw(plan: Plan, png: str, title: str) -> None:
     """Draw the learning rate and, where the run prunes, the sparsity below it, over epochs."""
     panels = 2 if plan.ladder else 1
     figure = Figure(figsize=(9, 1.4 + 2.3 * panels), dpi=150, layout="constrained")
@@ -121,7 +118,7 @@ def draw(plan: Plan, path: Path, title: str) -> None:
     axes[-1].set_xlim(0, plan.total_steps / plan.steps_per_epoch)
     axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path)
+    save_png(figure, png)
 
 
 def _draw_lr(axis: Axes, plan: Plan) -> None:

@@ -40,14 +40,14 @@ def plot_run(metrics: Metrics, path: Path, dense: float | None, title: str) -> N
 
 
 def save_png(figure: Figure, path: str) -> None:
-    """Write a figure where ``--png`` says.
+    """Write a figure where ``--png`` says; another suffix that matplotlib knows gives that kind of file.
 
     Raises:
         UserError: it cannot be written.
     """
     try:
-        figure.savefig(path, format="png")
-    except OSError as error:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"--png {path!r} cannot be written: {error}") from error
 
 

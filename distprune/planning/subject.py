@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from distprune.batches import check_batch_size
 from distprune.config import Config
-from distprune.distill import distillation_loss, mix
 from distprune.engine import checkpoint_activations, decay_groups
 from distprune.errors import UserError
+from distprune.objective import Objective, put_out_features
 from distprune.plan import Plan, make_plan
 from distprune.planning.activations import Activations, count
 from distprune.planning.hours import measure
@@ -19,6 +19,8 @@ from distprune.planning.shapes import Layout, Shapes, layout_of, shapes_of
 from distprune.pruning.targets import find_targets, freeze
 from distprune.setup import check_limits, load_task, local_model
 from distprune.tasks.base import Batch, Task
+from distprune.teachers.choose import is_cached
+from distprune.teachers.live import LiveTeacher
 from distprune.weights import set_dropout, skeleton
 
 _SPREAD = 0.02
@@ -65,18 +67,12 @@ class Subject:
     def examples_per_s(self) -> float:
         """Measure a rank's micro batch of the longest examples, on this machine's CPU in one process."""
         model, batch = stand_in(self.student, self.layout.dtype).train(), self.longest(self.micro_batch)
-        teacher = None if self.teacher is None else stand_in(self.teacher, self.teacher_layout.dtype).eval()
-
-        def loss() -> Tensor:
-            logits, distillation = self.task.forward(model, batch), self.config.distillation
-            taught = None
-            if teacher is not None:
-                with torch.no_grad():
-                    target = self.task.forward(teacher, batch)
-                taught = distillation_loss(logits, target, distillation.temperature)
-            return mix(self.task.loss(logits, batch), taught, distillation.hardness if taught is not None else 0.0)
-
-        return measure(model, loss, decay_groups(model, self.config.optimizer.weight_decay), self.micro_batch)
+        teacher = None
+        if self.teacher is not None:
+            teacher = LiveTeacher(stand_in(self.teacher, self.teacher_layout.dtype).eval(), self.task)
+        objective = Objective(self.task, teacher, self.config.distillation)
+        groups = decay_groups(model, self.config.optimizer.weight_decay)
+        return measure(model, lambda: objective.losses(model, batch, []).total, groups, self.micro_batch)
 
 
 def subject_of(config: Config, world: int) -> Subject:
@@ -101,6 +97,7 @@ def subject_of(config: Config, world: int) -> Subject:
     student, _ = skeleton(
         directory, task.auto_class, set_dropout(task.model_options(), directory, config.model.dropout)
     )
+    put_out_features(config.distillation, student)
     freeze(student, config.model.freeze)
     if config.model.activation_checkpointing:
         checkpoint_activations(student)
@@ -116,12 +113,12 @@ def _prunable(config: Config, plan: Plan, student: PreTrainedModel) -> list[str]
 
 
 def _live_teacher(config: Config, task: Task) -> PreTrainedModel | None:
-    is_cached = config.teacher.cache is not None and task.cacheable
-    if config.distillation.hardness == 0 or is_cached:
+    if not config.distillation.teaches or is_cached(config, task):
         return None
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
     teacher, _ = skeleton(directory, task.auto_class, task.model_options())
+    put_out_features(config.distillation, teacher)
     return teacher.requires_grad_(False)
 
 

@@ -1,16 +1,20 @@
 """What the training loop needs to know about a task, and nothing more."""
 
+import json
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import xxhash
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from distprune.config import Config
 from distprune.errors import UserError
+from distprune.tasks.data import fingerprint
 
 Example = dict[str, Any]
 Batch = dict[str, torch.Tensor]
@@ -131,6 +135,16 @@ class Task(ABC):
     def scored_by(self) -> Any:
         """Return what the metrics depend on beside predictions and rows, for JSON."""
         return getattr(self, "metric_names", None)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the training rows, and of the evaluation with all that its metrics depend on."""
+        rows = {name: fingerprint(data) for name, data in self.evaluations().items()}
+        evaluation = json.dumps([self.scored_by(), rows], sort_keys=True).encode()
+        return {
+            "the training data": fingerprint(self.train),
+            "the evaluation": xxhash.xxh3_128(evaluation).hexdigest(),
+        }
 
     def evaluations(self) -> dict[str, Dataset]:
         """Return all evaluation data by what their metrics' names begin with; the main one with nothing."""

@@ -45,7 +45,7 @@ class Choices:
         Raises:
             UserError: such rows are refused, or a column holds something else.
         """
-        texts, values = _texts(split, task.choices), _answers(split, task.label)
+        texts, values = _texts(split, task.choices), _answers(split, task.label, task.labels)
         places = [self.answers.get(value, -1) for value in values]
         known = ", ".join(task.labels) or f"0 to {self.number - 1} or A to {ascii_uppercase[: self.number][-1]}"
         wrong = {
@@ -205,9 +205,12 @@ def _column(split: Split, path: str, is_list: bool) -> list[Any]:
     return [value[part] for value in values] if part else values
 
 
-def _answers(split: Split, column: str) -> list[int | str]:
+def _answers(split: Split, column: str, labels: list[str]) -> list[int | str]:
     feature = split.rows.features[column]
     if not isinstance(feature, Value | ClassLabel):
         raise UserError(f"column {column!r} of {split.origin} holds {feature}; answers are whole numbers or texts")
     answers: list[int | str] = split.rows[column][:]
+    if isinstance(feature, ClassLabel) and labels:
+        names = dict(enumerate(feature.names))
+        return [names.get(int(answer), answer) for answer in answers]
     return answers

@@ -163,16 +163,15 @@ def prepared(
     return ready["train"], ready[""], {name: ready[f"more {name}"] for name in splits.more}
 
 
-def fingerprint(*parts: Dataset) -> str:
+def fingerprint(rows: Dataset) -> str:
     """Return a hash of rows, all columns but their numbers, that is the same wherever they are."""
     digest = xxhash.xxh3_128()
-    for part in parts:
-        for table in part.with_format("arrow").iter(1000):
-            columns = [name for name in table.column_names if name != "_row"]
-            batch = table.select(columns).replace_schema_metadata(None).combine_chunks()
-            digest.update(batch.schema.to_string().encode())
-            for written in batch.to_batches():
-                digest.update(written.serialize())
+    for table in rows.with_format("arrow").iter(1000):
+        columns = [name for name in table.column_names if name != "_row"]
+        batch = table.select(columns).replace_schema_metadata(None).combine_chunks()
+        digest.update(batch.schema.to_string().encode())
+        for written in batch.to_batches():
+            digest.update(written.serialize())
     return digest.hexdigest()
 
 
@@ -289,7 +288,8 @@ def _read_hub(task: TaskConfig, names: list[str], cache_dir: Path | None) -> lis
     for name in names:
         if name not in splits:
             raise unknown(f"split of the data set {title}", name, splits)
-    return [Split(_number(splits[name]), f"split {name!r} of {title}") for name in names]
+    origins = {name: f"split {name!r} of {title}" for name in names}
+    return [Split(_number(splits[name], origin), origin) for name, origin in origins.items()]
 
 
 def _read_file(task: TaskConfig, name: str, cache_dir: Path | None) -> Split:
@@ -310,10 +310,12 @@ def _read_file(task: TaskConfig, name: str, cache_dir: Path | None) -> Split:
         rows = READERS[suffix](pattern, cache_dir=cache, **options)
     except UNREADABLE as error:
         raise UserError(f"the data file {name} cannot be read, or is empty: {_reason(error)}") from error
-    return Split(_number(rows), name)
+    return Split(_number(rows, name), name)
 
 
-def _number(rows: Dataset) -> Dataset:
+def _number(rows: Dataset, origin: str) -> Dataset:
+    if "_row" in rows.column_names:
+        raise UserError(f"{origin} has a column '_row'; allowed: another name, as distprune numbers the rows there")
     return rows if len(rows) == 0 else rows.add_column("_row", np.arange(len(rows)))
 
 

@@ -84,7 +84,7 @@ def check_suited(names: list[str], allowed: list[str], kind: str) -> None:
     """
     for name in names:
         if name not in allowed:
-            raise UserError(f"metric {name!r} does not suit {kind}; allowed: {', '.join(allowed)}")
+            raise unknown(f"metric of {kind}", name, allowed)
 
 
 def measure(names: list[str], logits: torch.Tensor, labels: torch.Tensor, regression: bool) -> dict[str, float]:

@@ -14,10 +14,10 @@ from distprune.config import Config, TaskConfig
 from distprune.errors import UserError
 from distprune.tasks.base import Batch, Example, Task
 from distprune.tasks.data import choose, load_splits, quiet
+from distprune.tasks.metrics import check_suited
 from distprune.tasks.squad_metrics import (
     ANSWER_METRICS,
     best_spans,
-    check_answer_metrics,
     measure_answers,
     pick_windows,
 )
@@ -54,7 +54,7 @@ class QuestionAnswering(Task):
         self._max_length, self._longest_answer = task.max_length, task.longest_answer
         self._questions: list[Question] = []
         self.metric_names = task.metrics or ANSWER_METRICS
-        check_answer_metrics(self.metric_names)
+        check_suited(self.metric_names, ANSWER_METRICS, task.name)
         check_windows(tokenizer, task)
         with quiet():
             splits = load_splits(task, [*task.text, task.label], cache_dir, self.notes)

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from distprune.errors import unknown
-
 N_BEST = 20
 
 Integers = npt.NDArray[np.int64]
@@ -97,17 +95,6 @@ _MEASURES: dict[str, Callable[[str, str], float]] = {"f1": _f1, "exact_match": _
 ANSWER_METRICS = list(_MEASURES)
 
 
-def check_answer_metrics(names: Sequence[str]) -> None:
-    """Check that every metric is one of answers.
-
-    Raises:
-        UserError: one is not.
-    """
-    for name in names:
-        if name not in _MEASURES:
-            raise unknown("metric", name, _MEASURES)
-
-
 def measure_answers(
     names: Sequence[str], predicted: Sequence[str], answers: Sequence[Sequence[str]]
 ) -> dict[str, float]:
@@ -117,7 +104,7 @@ def measure_answers(
     questions of its validation data have such a one, among others.
 
     Args:
-        names: metrics that :func:`check_answer_metrics` allows.
+        names: some of `ANSWER_METRICS`.
         predicted: one text for each question; empty: no answer.
         answers: of each question; the best of them counts. None: there is no answer.
 

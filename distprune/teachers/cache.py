@@ -22,11 +22,11 @@ from torch import Tensor
 
 from distprune import dist
 from distprune.batches import eval_batches
+from distprune.checkpoints import files
 from distprune.checkpoints.files import Damaged, Entry, check, checksum, write_tensors
 from distprune.errors import UserError
 from distprune.evaluate import on_device
 from distprune.tasks.base import Batch, Task
-from distprune.tasks.data import fingerprint
 from distprune.teachers.live import LiveTeacher, Taught
 
 FORMAT = "distprune-teacher-1"
@@ -67,14 +67,11 @@ def fingerprints(directory: Path, task: Task, dtype: torch.dtype) -> Fingerprint
     for path in sorted({path for pattern in WEIGHTS for path in directory.glob(pattern)}):
         weights.update(f"{path.name} {checksum(path)};".encode())
     vocabulary = json.dumps(sorted(task.tokenizer.get_vocab().items()))
-    evaluation = [task.scored_by(), {name: fingerprint(rows) for name, rows in task.evaluations().items()}]
     return {
         "the task": type(task).__qualname__,
         "the teacher": f"{weights.hexdigest()} {str(dtype).removeprefix('torch.')}",
         "the tokenizer": xxhash.xxh3_128(vocabulary.encode()).hexdigest(),
-        "the training data": fingerprint(task.train),
-        "the evaluation": xxhash.xxh3_128(json.dumps(evaluation, sort_keys=True).encode()).hexdigest(),
-    }
+    } | task.fingerprints
 
 
 def folder_of(found: Fingerprints) -> Path:
@@ -91,7 +88,7 @@ def find(folder: Path, expected: Fingerprints) -> CacheManifest | None:
     """
     if not (folder / MANIFEST).exists():
         # Asked again behind it: another run may have put its cache there meanwhile.
-        if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+        if folder.exists() and (folder.is_file() or any(folder.iterdir())) and not (folder / MANIFEST).exists():
             raise UserError(f"teacher.cache is {folder}, which holds something else; allowed: a new folder, or a cache")
         return None
     try:
@@ -136,14 +133,14 @@ def build(folder: Path, teacher: LiveTeacher, task: Task, found: Fingerprints, b
                 f"{path} cannot be written: {error}; allowed: teacher.cache=null runs the teacher"
             ) from error
 
-    files = dist.gather(dist.agree(write))
-    manifest = CacheManifest(found, len(task.train), teacher.measure(batch_size), files)
+    entries = dist.gather(dist.agree(write))
+    manifest = CacheManifest(found, len(task.train), teacher.measure(batch_size), entries)
     dist.write_on_main(lambda: _complete(partial, folder, manifest), folder)
 
 
 def remove(folder: Path) -> None:
     """Remove a cache, and nothing else. Collective: every rank calls it."""
-    dist.write_on_main(lambda: shutil.rmtree(folder) if (folder / MANIFEST).exists() else None, folder)
+    dist.write_on_main(lambda: files.remove(folder) if (folder / MANIFEST).exists() else None, folder)
 
 
 class CachedTeacher:

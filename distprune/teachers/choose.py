@@ -6,12 +6,19 @@ from typing import Any
 from distprune import dist
 from distprune.config import Config
 from distprune.engine import build_frozen, dtype_of
+from distprune.errors import UserError
 from distprune.tasks.base import Task
 from distprune.teachers import cache
 from distprune.teachers.cache import CachedTeacher, CacheManifest, Fingerprints
 from distprune.teachers.live import LiveTeacher
 
 Teacher = LiveTeacher | CachedTeacher
+
+
+def is_cached(config: Config, task: Task) -> bool:
+    """Return whether the teacher's outputs come from a cache, which keeps logits only."""
+    logits_only = config.distillation.hidden == config.distillation.attention == 0
+    return config.teacher.cache is not None and task.cacheable and logits_only
 
 
 def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int) -> Teacher:
@@ -26,12 +33,9 @@ def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int) ->
     Raises:
         UserError: on every rank, where the cache is of something else, damaged, or cannot be written or seen by all.
     """
-    keeps_logits_only = config.distillation.hidden == config.distillation.attention == 0
-    if config.teacher.cache is None or not task.cacheable or not keeps_logits_only:
-        teacher = LiveTeacher(_engine(config, task, directory, micro_batch), task)
-        if config.distillation.attention > 0:
-            teacher.engine.module.set_attn_implementation("eager")  # the only one that puts out its attention
-        return teacher
+    if not is_cached(config, task):
+        return LiveTeacher(_engine(config, task, directory, micro_batch), task)
+    assert config.teacher.cache is not None
     dtype = dtype_of(config.deepspeed.teacher)
     found = dist.on_main(lambda: cache.fingerprints(directory, task, dtype))
     folder = cache.folder_of(found) if config.teacher.cache == "auto" else Path(config.teacher.cache).expanduser()
@@ -52,9 +56,16 @@ def _build(config: Config, task: Task, directory: Path, folder: Path, found: Fin
         print(f"the teacher's outputs for {len(task.train):,} training rows are computed once, into {folder}")
     cache.build(folder, LiveTeacher(engine, task), task, found, batch_size)
     engine.destroy()
-    manifest = dist.on_main(lambda: cache.find(folder, found))
-    assert manifest is not None
-    return manifest
+
+    def made() -> CacheManifest:
+        manifest = cache.find(folder, found)
+        if manifest is None:
+            raise UserError(
+                f"the teacher's cache {folder} was removed meanwhile; allowed: one run at a time to rebuild it"
+            )
+        return manifest
+
+    return dist.on_main(made)
 
 
 def _engine(config: Config, task: Task, directory: Path, micro_batch: int) -> Any:

@@ -45,16 +45,14 @@ PAIRS = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for
 
 @pytest.fixture(scope="module")
 def interrupted(world: Worlds, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function that gives a run of a stage, cut off before step 10; it may have gone on for 5 more."""
+    """Return a function that gives a run of a stage, cut off after step 10, or after step 14 where it went on."""
     root = tmp_path_factory.mktemp("interrupted")
 
     def of(student: int, further: bool = False) -> Path:
         output = root / f"{student}-{further}"
         if not output.exists():
             size, options = WORLD_OF[student], (*stage(student), *EVERY_STEP)
-            cut_off(world, size, task, output, 10, *options)
-            if further:
-                cut_off(world, size, task, output, 5, *options)
+            cut_off(world, size, task, output, 14 if further else 10, *options)
         return output
 
     return of

@@ -125,11 +125,17 @@ def test_other_teachers_have_other_places_in_the_users_cache(world: Worlds, task
 
 @pytest.mark.slow
 def test_features_of_the_teacher_are_learnt_at_every_world_and_stage(world: Worlds, task: Path, tmp_path: Path) -> None:
-    features = ("distillation.hidden=0.5", "distillation.attention=0.5", "teacher.cache=auto", *SHORT)
+    features = (
+        "distillation.hidden=0.5",
+        "distillation.attention=0.5",
+        "model.dropout=0",
+        "teacher.cache=auto",
+        *SHORT,
+    )
     seen = []
     for size, number in ((1, 0), (2, 2), (2, 3)):
         output = tmp_path / f"{size}-{number}"
-        (summary, *_) = world(size).run(run, task, output, *features, *stage(number))
+        (summary, *_) = world(size).run(run, task, output, *features, *SHORT, *stage(number))
         assert summary["bytes_per_rank"]["teacher"][0]["weights"] > 0, "what is not kept needs the teacher itself"
         lines = records(output, "train")
         seen.append([(line["hidden_loss"], line["attention_loss"], line["loss"]) for line in lines])

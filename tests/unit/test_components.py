@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     RobertaConfig,
     RobertaForMultipleChoice,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from distprune.components import component_matrices, layer_of
@@ -42,6 +44,10 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2))
 
 
+def t5() -> nn.Module:
+    return T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=30))
+
+
 def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=16))
 
@@ -55,9 +61,10 @@ def gpt2() -> nn.Module:
         (lambda: ElectraForSequenceClassification(ElectraConfig(**SMALL, embedding_size=8)), BERT | {"head": 2}),
         (distilbert, {"token_embedding": 1, "position_embedding": 1, "attention": 8, "feed_forward": 4, "head": 2}),
         (llama, {"token_embedding": 1, "attention": 8, "feed_forward": 6, "head": 1}),
+        (t5, {"token_embedding": 1, "position_embedding": 2, "attention": 24, "feed_forward": 8}),
         (gpt2, {"token_embedding": 1, "position_embedding": 1, "attention": 4, "feed_forward": 4}),
     ],
-    ids=["bert", "bert-mlm-tied", "roberta", "electra", "distilbert", "llama", "gpt2-tied"],
+    ids=["bert", "bert-mlm-tied", "roberta", "electra", "distilbert", "llama", "t5-tied", "gpt2-tied"],
 )
 def test_matrices_have_their_component(model, counts):
     with torch.device("meta"):
@@ -83,6 +90,14 @@ def test_what_is_pruned_follows_the_components():
     assert every == [name for name, p in model.named_parameters() if p.dim() == 2]
 
 
-def test_layers_have_the_name_up_to_their_number():
-    assert layer_of("bert.encoder.layer.11.output.dense.weight") == "bert.encoder.layer.11"
-    assert layer_of("bert.embeddings.word_embeddings.weight") is None
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("bert.encoder.layer.11.output.dense.weight", "bert.encoder.layer.11"),
+        ("model.layers.3.mlp.experts.7.up.weight", "model.layers.3"),
+        ("bert.pooler.dense.weight", None),
+        ("layer12.weight", None),
+    ],
+)
+def test_a_parameters_layer_is_the_first_number_in_its_name(name: str, layer: str | None) -> None:
+    assert layer_of(name) == layer

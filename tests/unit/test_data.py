@@ -89,6 +89,7 @@ def test_columns_that_cannot_be_used(build):
             {"rows": [{"sentence": None, "label": 0}, *TRAIN]},
             "1 of 21 rows of train.jsonl have no value in column 'sentence': row 1;",
         ),
+        ({"rows": [row | {"_row": 1} for row in TRAIN]}, "train.jsonl has a column '_row'; allowed: another name"),
         ({"held": labelled(0, None)}, "1 of 2 rows of validation.jsonl have no value in column 'label': row 2"),
         (
             {"rows": labelled(0, 1, None), "suffix": ".csv"},

@@ -95,8 +95,11 @@ def test_settings_that_cannot_be_used(lm):
         ({"tokenizer": make_tokenizer()}, "has no mask token"),
         ({"max_length": 2}, "task.max_length is 2; this tokenizer and 1 text columns allow 3"),
         ({"name": "causal_lm", "max_length": 1}, "task.max_length is 1; allowed for causal_lm: at least 2"),
-        ({"name": "causal_lm", "metrics": ["accuracy"]}, "does not suit causal_lm; allowed: perplexity, nll"),
-        ({"metrics": ["f1"]}, "metric 'f1' does not suit masked_lm; allowed: perplexity, nll, accuracy"),
+        (
+            {"name": "causal_lm", "metrics": ["accuracy"]},
+            "metric of causal_lm 'accuracy' is unknown; allowed: perplexity, nll",
+        ),
+        ({"metrics": ["f1"]}, "metric of masked_lm 'f1' is unknown; allowed: perplexity, nll, accuracy"),
     ]:
         with pytest.raises(UserError, match=message):
             lm(**options)

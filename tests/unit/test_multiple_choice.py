@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoConfig, BertConfig
 
-from distprune.config import Config
+from distprune.config import Config, TaskConfig
 from distprune.errors import UserError
+from distprune.tasks.choices import find_choices
+from distprune.tasks.data import Split
 from tests.unit.task_files import CLS, PAD, SEP, WORDS, ids, make_tokenizer
 
 
@@ -137,7 +140,7 @@ def test_data_that_cannot_be_used(choices):
         (ROWS, {"label": "options"}, "'options' of train.jsonl holds .*answers are whole numbers or texts"),
         (ROWS, {"labels": ["a", "b", "c"]}, "task.labels names 3 answers; allowed: one for each of 2 choices"),
         (named, {}, "1 of 2 rows of train.jsonl have an answer in column 'answer' that is none of 0 to 1"),
-        (ROWS, {"metrics": ["f1"]}, "metric 'f1' does not suit multiple_choice; allowed: accuracy"),
+        (ROWS, {"metrics": ["f1"]}, "metric of multiple_choice 'f1' is unknown; allowed: accuracy"),
         (ROWS, {"max_length": 4}, "task.max_length is 4; this tokenizer and 2 text columns allow 5"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -207,3 +210,14 @@ def test_a_teacher_of_pairs_must_be_given_token_types(choices):
 
 def test_separators_are_where_the_tokenizer_puts_them():
     assert pair("a", "b") == [CLS, WORDS.index("a"), SEP, WORDS.index("b"), SEP]
+
+
+def test_named_answers_of_hub_data_are_their_names_where_labels_are_given():
+    features = Features(
+        {"text": Value("string"), "choices": List(Value("string")), "answer": ClassLabel(names=["1", "2"])}
+    )
+    rows = {"text": ["a"] * 4, "choices": [["b", "c"]] * 4, "answer": [0, 1, 1, 0]}
+    split = Split(Dataset.from_dict(rows, features).add_column("_row", range(4)), "here")
+    for labels, places in (([], [0, 1, 1, 0]), (["1", "2"], [0, 1, 1, 0]), (["2", "1"], [1, 0, 0, 1])):
+        task = TaskConfig(text=["text"], choices=["choices"], label="answer", labels=labels)
+        assert find_choices(split, task).of(split, task, [])["label"][:] == places

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from distprune.config import DistillationConfig
 from distprune.distill import attention_loss, hidden_loss, layer_pairs
 from distprune.errors import UserError
-from distprune.objective import Objective
+from distprune.objective import Objective, check_features
 from distprune.teachers.live import LiveTeacher
 from tests.unit.task_files import WORDS
 
@@ -99,9 +99,19 @@ def test_layers_are_spread_or_as_given() -> None:
     [
         (DistillationConfig(hidden=1.0), {"hidden_size": 12}, "hidden states of 8 and the teacher hidden states of 12"),
         (DistillationConfig(attention=1.0), {"num_attention_heads": 4}, "attention heads: 2 and the teacher attention"),
+        (DistillationConfig(hidden=1.0, layers=[1, 13]), {}, "allowed: one of the teacher's layers 1 to 12 for each"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(batch_of, config, sizes, message) -> None:
-    task, batch, rows = batch_of
+def test_what_cannot_be_compared_is_refused(config, sizes, message) -> None:
+    student = BertConfig(**SIZES, num_hidden_layers=2)
     with pytest.raises(UserError, match=message):
-        Objective(task, LiveTeacher(model(2, 1, **sizes), task), config).losses(model(2, 0), batch, rows)
+        check_features(config, student, BertConfig(**SIZES | sizes, num_hidden_layers=12))
+    check_features(DistillationConfig(hardness=1.0), student, BertConfig(**SIZES | sizes, num_hidden_layers=12))
+
+
+def test_tokens_without_a_mask_all_count(batch_of) -> None:
+    task, batch, rows = batch_of
+    del batch["attention_mask"]
+    config = DistillationConfig(hidden=1.0)
+    losses = Objective(task, LiveTeacher(model(2, 1), task), config).losses(model(2, 0), batch, rows)
+    assert losses.hidden > 0

@@ -182,7 +182,7 @@ def test_what_cannot_be_cut_to_windows_is_refused(build_qa):
         ({"tokenizer": slow}, "does not say which characters a token holds; allowed .* a fast tokenizer"),
         ({"text": ["context"]}, r"task.text is \['context'\]; question answering allows two columns"),
         ({"max_length": 600}, "task.max_length is 600; .* 2 text columns allow 5 to 512"),
-        ({"metrics": ["accuracy"]}, "metric 'accuracy' is unknown; allowed: f1, exact_match"),
+        ({"metrics": ["accuracy"]}, "metric of question_answering 'accuracy' is unknown; allowed: f1, exact_match"),
     ]:
         with pytest.raises(UserError, match=message):
             build_qa(**options)

@@ -70,7 +70,13 @@ def test_a_written_configuration_is_derived_again(tmp_path: Path) -> None:
     assert settings.load(str(tmp_path / "config.yaml"), []) == first
     other = settings.load(str(tmp_path / "config.yaml"), ["pruning.sparsity=0.97"])
     assert (other.recipe.replicas, other.pruning.initial, other.lr.peak) == (8, 0.7, 2e-4)
-    assert settings.load(str(tmp_path / "config.yaml"), ["recipe=null"]).train.epochs == Config().train.epochs
+    for recipe in ("null", "obert_10"):
+        with pytest.raises(UserError, match=r"with recipe.name gmp, and recipe.name is .* the file that the run was"):
+            settings.load(str(tmp_path / "config.yaml"), [f"recipe={recipe}"])
+    (tmp_path / "plain.yaml").write_text(settings.to_yaml(settings.load(None, NEEDED)))
+    assert settings.load(str(tmp_path / "plain.yaml"), []) == settings.load(None, NEEDED)
+    with pytest.raises(UserError, match=r"with recipe.name None, and recipe.name is gmp"):
+        settings.load(str(tmp_path / "plain.yaml"), ["recipe=gmp", "pruning.sparsity=0.9"])
 
 
 def test_a_recipe_in_a_file_may_be_its_name(tmp_path: Path) -> None:
@@ -141,6 +147,8 @@ def test_sparse_transfer_keeps_the_zeros() -> None:
         (["recipe=gmp", "pruning.sparsity=0.9", "recipe.replicas=1"], "at least two replicas"),
         (["recipe=gmp", "pruning.sparsity=0.9", "recipe.epochs=0"], "recipe.epochs is 0.0; allowed: more than 0"),
         (["recipe=gmp", "pruning.sparsity=0.9", "recipe.epochs=.nan"], "recipe.epochs is nan; allowed: more than 0"),
+        (["recipe=gmp", "pruning.sparsity=0.9", "train.epochs=.inf"], "train.epochs is inf; allowed: more than 0"),
+        (["recipe=smc_gmp", "pruning.sparsity=0.9", "train.epochs=.inf"], "train.epochs is inf; allowed: more than 0"),
         (["recipe=gmp", "pruning.sparsity=.nan"], "pruning.sparsity is nan; allowed where recipe.name is gmp"),
         (["recipe=gmp", "pruning.sparsity=0.9", "train.epochs=7"], "train.epochs is 7.0 .* whole replicas of recipe"),
         (["recipe=dense", "train.epochs=4", "recipe.replicas=2"], "allowed with recipe.name dense: one of the two"),

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from fractions import Fraction
 from math import prod
 
+from distprune.components import layer_of
 from distprune.config import PruningConfig
 from distprune.errors import UserError
-from distprune.pruning.structures.attention import heads, layer_of, neurons
+from distprune.pruning.structures.attention import heads, neurons
 from distprune.pruning.structures.base import Choice, Structure
 from distprune.pruning.structures.blocks import Blocks, tiles
 from distprune.pruning.structures.n_of_m import NOfM
@@ -69,7 +70,7 @@ def _groups(config: PruningConfig, shapes: dict[str, tuple[int, ...]]) -> list[d
     by_scope: dict[str, Callable[[str], str]] = {
         "global": lambda name: "",
         "tensor": lambda name: name,
-        "layer": layer_of,
+        "layer": lambda name: layer_of(name) or name,
         "groups": lambda name: _matching_group(name, shapes[name], config.groups),
     }
     group_of = by_scope[config.scope]

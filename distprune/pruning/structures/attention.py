@@ -7,6 +7,7 @@ output, whatever its biases are, so that it can be taken out.
 
 import re
 
+from distprune.components import layer_of
 from distprune.errors import UserError
 from distprune.pruning.structures.blocks import Grid
 
@@ -25,12 +26,6 @@ NEURON_ROWS = [r"intermediate\.dense\.weight$", r"ffn\.lin1\.weight$"]
 NEURON_COLUMNS = [r"(?<!attention\.)output\.dense\.weight$", r"ffn\.lin2\.weight$"]
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-def layer_of(name: str) -> str:
-    """Return a parameter's name up to the number of its layer; all of it where it is in none."""
-    found = re.match(r".*?\.\d+\.", name)
-    return found.group() if found else name
 
 
 def heads(shapes: Shapes, number: int) -> dict[str, Grid]:
@@ -91,7 +86,7 @@ def _layers(
         is_row, is_column = _matches(name, row_patterns), _matches(name, column_patterns)
         if not (is_row or is_column):
             raise UserError(f"{name} of shape {list(shape)} is no matrix of {what} that distprune knows")
-        rows, columns = layers.setdefault(layer_of(name), ({}, {}))
+        rows, columns = layers.setdefault(layer_of(name) or name, ({}, {}))
         (rows if is_row else columns)[name] = (shape[0], shape[1])
     for layer, (rows, columns) in layers.items():
         if len(rows) != row_matrices or len(columns) != 1:

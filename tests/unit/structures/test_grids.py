@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distprune.components import layer_of
 from distprune.errors import UserError
-from distprune.pruning.structures.attention import is_by_columns, layer_of, members
+from distprune.pruning.structures.attention import is_by_columns, members
 from distprune.pruning.structures.blocks import Grid
 from tests.unit.structures.harness import drawn, prune
 from tests.unit.structures.units import HEADS, bert_heads, bert_neurons
@@ -136,19 +137,6 @@ def test_the_matrices_of_heads_and_neurons_are_found_among_all(naming: str | Non
         assert [name for name in mine if is_by_columns(name)] == columns
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("bert.encoder.layer.11.output.dense.weight", "bert.encoder.layer.11."),
-        ("model.layers.3.mlp.experts.7.up.weight", "model.layers.3."),
-        ("bert.pooler.dense.weight", "bert.pooler.dense.weight"),
-        ("layer12.weight", "layer12.weight"),
-    ],
-)
-def test_a_parameters_layer_is_the_first_number_in_its_name(name: str, layer: str) -> None:
-    assert layer_of(name) == layer
-
-
 # ------------------------------------------------------------------------------ refused
 
 QUERY, _, VALUE, OUTPUT = list(SHAPES["heads"])[:4]
@@ -165,14 +153,14 @@ def without(structure: str, name: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("structure", "shapes", "message"),
     [
-        ("heads", without("heads", VALUE), r"layer\.0\. has 3 of the 4 matrices of its heads"),
-        ("heads", without("heads", OUTPUT), r"layer\.0\. has 3 of the 4 matrices of its heads"),
-        ("neurons", without("neurons", FIRST), r"layer\.0\. has 1 of the 2 matrices of its neurons"),
-        ("neurons", without("neurons", SECOND), r"layer\.0\. has 1 of the 2 matrices of its neurons"),
+        ("heads", without("heads", VALUE), r"layer\.0 has 3 of the 4 matrices of its heads"),
+        ("heads", without("heads", OUTPUT), r"layer\.0 has 3 of the 4 matrices of its heads"),
+        ("neurons", without("neurons", FIRST), r"layer\.0 has 1 of the 2 matrices of its neurons"),
+        ("neurons", without("neurons", SECOND), r"layer\.0 has 1 of the 2 matrices of its neurons"),
         ("heads", {**SHAPES["heads"], FIRST: (20, 12)}, r"intermediate.* of shape \[20, 12\] is no matrix of heads"),
         ("neurons", {**SHAPES["neurons"], QUERY: (12, 12)}, r"query.* of shape \[12, 12\] is no matrix of neurons"),
-        ("heads", {**SHAPES["heads"], VALUE: (15, 12)}, r"layer\.0\. has matrices of heads of .*sizes: \[12, 15\]"),
-        ("neurons", {**SHAPES["neurons"], SECOND: (12, 18)}, r"layer\.0\. has matrices of neurons .*: \[18, 20\]"),
+        ("heads", {**SHAPES["heads"], VALUE: (15, 12)}, r"layer\.0 has matrices of heads of .*sizes: \[12, 15\]"),
+        ("neurons", {**SHAPES["neurons"], SECOND: (12, 18)}, r"layer\.0 has matrices of neurons .*: \[18, 20\]"),
         ("heads", dict.fromkeys(SHAPES["heads"], (10, 10)), r"query\.weight has shape \[10, 10\], whose rows 3 heads"),
         ("neurons", SHAPES["neurons"] | SMALLER, r"neurons differ in their number of weights: .*: 24.*: 16"),
         ("3x4", MATRICES, r"a\.weight has shape \[4, 8\]; blocks of 3x4 need a matrix whose rows 3 divides"),
