@@ -25,8 +25,22 @@ from distprune.weights import load_model, set_dropout
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
+def with_defaults(section: dict[str, Any]) -> dict[str, Any]:
+    """Return a section of DeepSpeed's options with distprune's own defaults where it says nothing."""
+    options = deepcopy(section)
+    zero = options.setdefault("zero_optimization", {})
+    # The replacement of torch's linear function would outlive the engine and reach the other model.
+    zero.setdefault("memory_efficient_linear", False)
+    if stage_of(section) in (1, 2) and not zero.setdefault("reduce_scatter", False):
+        # DeepSpeed all-reduces a bucket either way; without the option it does so in place, without two copies of it.
+        options.setdefault("prescale_gradients", True)  # divided before the sum, as with the option
+    options.setdefault("zero_force_ds_cpu_optimizer", False)
+    options.setdefault("steps_per_print", 2**31)
+    return options
+
+
 def engine_options(section: dict[str, Any], micro_batch: int, accumulation: int, clip: float) -> dict[str, Any]:
-    """Return a DeepSpeed configuration: the user's section, and what distprune sets in every one.
+    """Return a DeepSpeed configuration: the user's section, distprune's defaults, and what distprune decides.
 
     Args:
         section: DeepSpeed's own options.
@@ -34,13 +48,7 @@ def engine_options(section: dict[str, Any], micro_batch: int, accumulation: int,
         accumulation: forward passes in an optimizer step.
         clip: largest gradient norm; 0: no clipping.
     """
-    options = deepcopy(section)
-    zero = options.setdefault("zero_optimization", {})
-    # The replacement of torch's linear function would outlive the engine and reach the other model.
-    zero.setdefault("memory_efficient_linear", False)
-    options.setdefault("zero_force_ds_cpu_optimizer", False)
-    options.setdefault("steps_per_print", 2**31)
-    return options | {
+    return with_defaults(section) | {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip,

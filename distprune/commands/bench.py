@@ -118,7 +118,7 @@ def _train(
     table = Table(title=f"{model}, {dtype}, ZeRO-{stage}, {world.size} ranks: whole training steps of {batch_size}")
     table.add_column("")
     table.add_column("examples/s", justify="right")
-    for name in ("dense", "pruned", "cached", "live", "trainer"):
+    for name in ("dense", "pruned", "cached", "live", "trainer", "same_options"):
         table.add_row(name, f"{median(getattr(each, name)):.1f}")
     table.add_section()
     for name, ratio in each.ratios.items():

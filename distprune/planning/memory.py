@@ -142,7 +142,7 @@ def _reduction(need: Need) -> Bytes:
     trained = sum(student.trained)
     in_bucket = min(layout.bucket, trained) * layout.width
     device = _freed_activations(need)
-    flat = in_bucket if layout.world > 1 else 0
+    flat = in_bucket if layout.flattens and layout.world > 1 else 0
     if layout.stage == 0:
         device.update({"gradients": trained * layout.width})
         device["copies"] = min(trained, _STAGE_0_BUCKET) * layout.width

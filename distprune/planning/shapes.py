@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
 
-from distprune.engine import dtype_of
+from distprune.engine import dtype_of, with_defaults
 from distprune.errors import UserError
 
 _ALIGNMENT = 2
@@ -65,6 +65,7 @@ class Layout:
     Attributes:
         bucket: in which gradients are reduced.
         buckets: how many of them there are.
+        flattens: whether a bucket is copied to be reduced at stages 1 and 2, as with DeepSpeed's ``reduce_scatter``.
         prefetch: weights that ZeRO-3 gathers ahead.
         reuse: within which distance of its next use ZeRO-3 keeps a gathered weight.
         sub_group: weights that ZeRO-3 updates at once.
@@ -77,6 +78,7 @@ class Layout:
     offload_weights: bool = False
     bucket: int = 500_000_000
     buckets: int = 1
+    flattens: bool = False
     prefetch: int = 50_000_000
     reuse: int = 1_000_000_000
     sub_group: int = 1_000_000_000
@@ -103,7 +105,7 @@ def layout_of(key: str, section: dict[str, Any], world: int) -> Layout:
         UserError: options that DeepSpeed refuses, or whose memory is not known here.
     """
     try:
-        zero = DeepSpeedZeroConfig(**section.get("zero_optimization", {}))
+        zero = DeepSpeedZeroConfig(**with_defaults(section)["zero_optimization"])
     except ValidationError as error:
         raise UserError(f"{key} is not what DeepSpeed accepts: {' '.join(str(error).split())}") from error
     for name, offload in (("optimizer", zero.offload_optimizer), ("param", zero.offload_param)):
@@ -117,6 +119,7 @@ def layout_of(key: str, section: dict[str, Any], world: int) -> Layout:
         zero.offload_param is not None and zero.offload_param.device == "cpu",
         zero.reduce_bucket_size,
         2 if zero.overlap_comm and zero.stage < 3 else 1,
+        zero.reduce_scatter and zero.stage in (1, 2),
         zero.prefetch_bucket_size,
         zero.max_reuse_distance,
         zero.sub_group_size,

@@ -70,7 +70,7 @@ def test_train_compares_with_the_trainer_of_transformers(tmp_path: Path) -> None
     done = start([*TORCHRUN, "bench", "train", *options, "--json", out])
     assert done.returncode == 0, done.stderr
     (each,) = json.loads(out.read_text())["results"]
-    assert all(min(each[name]) > 0 for name in ("dense", "pruned", "cached", "live", "trainer"))
+    assert all(min(each[name]) > 0 for name in ("dense", "pruned", "cached", "live", "trainer", "same_options"))
     assert each["ratios"]["dense over trainer"] == pytest.approx(each["dense"][0] / each["trainer"][0])
     assert "cached step over step without teacher" in done.stdout
 
