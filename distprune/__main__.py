@@ -8,16 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distprune import __version__
+from distprune import __version__, allocator
 from distprune.errors import LOST, STOPPED, LostRanks, UserError
 from distprune.interrupts import Interrupted
 
 RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-
-
-ALLOCATOR = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""Large tensors in the CPU's memory lie in huge pages where Linux gives them: DeepSpeed allocates its buckets anew in
-each step, and their first touch costs more than the work on them (docs/performance.md)."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +70,7 @@ def entry() -> NoReturn:
     Where ranks met, the interpreter is not taken down: gloo's threads outlive the process group, and one that lets go
     of a tensor while Python finalises ends the process by an abort, after a run that went well.
     """
-    os.environ.update(ALLOCATOR | os.environ)  # read by torch when it first allocates
+    allocator.prepare()
     status = main()
     if "deepspeed" not in sys.modules:
         sys.exit(status)

@@ -12,8 +12,7 @@ from typing import Any
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from distprune import dist, settings
-from distprune.__main__ import ALLOCATOR
+from distprune import allocator, dist, settings
 from distprune.setup import load_task
 
 WARM_UP = 10
@@ -21,8 +20,8 @@ WARM_UP = 10
 
 
 def examples_per_s_apart(overrides: list[str], section: dict[str, Any]) -> float:
-    """Train in new processes without what distprune sets in the environment. Collective: every rank calls it."""
-    mine = {name: text for name, text in os.environ.items() if not name.startswith(("TORCHELASTIC", *ALLOCATOR))}
+    """Train in new processes, without what distprune sets in its own. Collective: every rank calls it."""
+    mine = {name: text for name, text in os.environ.items() if not name.startswith(("TORCHELASTIC", allocator.SWITCH))}
     port = str(dist.on_main(_free_port))
     command = [sys.executable, "-m", __name__, json.dumps([overrides, section])]
     done = subprocess.run(command, env=mine | {"MASTER_PORT": port}, capture_output=True, text=True, check=False)

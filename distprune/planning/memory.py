@@ -1,8 +1,8 @@
 """The memory of a rank in its fullest moment of a step: arithmetic from shapes, after what DeepSpeed 0.19 allocates.
 
 A step has three moments that may be the fullest: the end of the forward pass, with all activations; the reduction of
-the gradients, at the end of the backward pass; and the update. On a CPU, what torch frees in pieces of less than 32
-MiB stays with the process: the C library keeps it, and uses it again only where it fits. So activations, and the
+the gradients, at the end of the backward pass; and the update. On a CPU, what torch frees in pieces smaller than a huge
+page stays with the process: the C library keeps it, and uses it again only where it fits. So such activations, and such
 weights as they were loaded where DeepSpeed moves them into flat tensors, count in every moment.
 """
 
@@ -10,12 +10,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from distprune.allocator import LARGE
 from distprune.planning.activations import Activations
 from distprune.planning.held import MASTER, mask_bytes, reduced, state_bytes, stepped, weight_bytes
 from distprune.planning.shapes import Layout, Shapes
 
-KEPT_BELOW = 32 << 20
-"""glibc's largest threshold, in bytes, from which memory goes back to the system as soon as it is freed."""
 LIBRARIES = 100 << 20
 """Bytes that libraries take beside tensors on a CPU once a step has run: measured on one machine, 90 to 110 MiB."""
 _STAGE_0_BUCKET = 500_000_000
@@ -95,7 +94,7 @@ def _placed(need: Need, device: Counter[str], host: Counter[str]) -> Bytes:
     loaded = need.student.trained if need.layout.stage in (1, 2) else []
     if need.layout.stage == 3:
         loaded = [need.layout.piece(size) for size in need.student.trained]
-    small = [size for each in loaded if (size := each * need.layout.width) < KEPT_BELOW]
+    small = [size for each in loaded if (size := each * need.layout.width) < LARGE]
     return Bytes(device + host + Counter({"kept when freed": sum(small), "libraries": LIBRARIES}), Counter())
 
 
@@ -126,7 +125,7 @@ def _forward(need: Need) -> Bytes:
 
 def _freed_activations(need: Need) -> Counter[str]:
     """Return what of the activations a process still holds after the backward pass."""
-    kept = 0 if need.on_gpu else need.activations.total(need.micro_batch, KEPT_BELOW)
+    kept = 0 if need.on_gpu else need.activations.total(need.micro_batch, LARGE)
     return Counter({"kept when freed": kept})
 
 

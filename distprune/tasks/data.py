@@ -281,6 +281,11 @@ def are_cut(
 
 def _read_hub(task: TaskConfig, names: list[str], cache_dir: Path | None) -> list[Split]:
     title = f"{task.hub} ({task.subset})" if task.subset else f"{task.hub}"
+    for name in names:
+        if Path(name).suffix:
+            raise UserError(
+                f"task.hub is {task.hub}, and {name} is a file; allowed with files of your own: task.hub=null"
+            )
     try:
         splits = datasets.load_dataset(task.hub, task.subset, cache_dir=cache_dir and str(cache_dir))
     except UNREADABLE as error:

@@ -144,6 +144,11 @@ def test_classes_of_hub_data_have_names(build, hub):
     assert len(task.train) == 3
 
 
+def test_a_file_beside_a_hub_data_set_is_refused_before_the_network_is_asked(build):
+    with pytest.raises(UserError, match=r"task\.hub is nobody/nothing, and mine\.jsonl is a file; .*task\.hub=null$"):
+        build(hub="nobody/nothing", train="mine.jsonl", validation="dev")
+
+
 def test_named_classes_of_hub_data_can_be_put_into_the_order_of_a_teacher(build, hub):
     task = build(hub=hub, subset="main", train="train", validation="dev", labels=["no", "maybe", "yes"])
     assert task.train["label"][:] == [2, 1, 0]

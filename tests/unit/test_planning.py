@@ -76,10 +76,19 @@ def test_a_gpu_reserves_its_bucket_and_a_cpu_writes_to_what_it_needs_of_it() -> 
     assert gpu.device["libraries"] == 0 < cpu.device["libraries"]
 
 
+def test_a_bucket_is_copied_to_be_reduced_only_where_deepspeed_is_told_so() -> None:
+    section = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 20}}
+    in_place = memory.moments(need(layout_of("student", section, 2)))["reduction"]
+    section["zero_optimization"]["reduce_scatter"] = True
+    copied = memory.moments(need(layout_of("student", section, 2)))["reduction"]
+    assert (in_place.device["copies"], copied.device["copies"]) == (0, 20 * 4)
+
+
 def test_a_cpu_keeps_small_pieces_that_are_freed() -> None:
     cpu = memory.peak(need(Layout(2, 1), activations=Activations((100, 20)), on_gpu=False))
     assert cpu.device["kept when freed"] == 2 * 120 + 38 * 4, "activations, and the weights before they were flat"
-    assert Activations((100, 20 * MIB)).total(2, memory.KEPT_BELOW) == 200
+    assert Activations((100, 2 * MIB - 1)).total(1, memory.LARGE) == 100 + 2 * MIB - 1
+    assert Activations((100, MIB)).total(2, memory.LARGE) == 200
 
 
 def test_offload_moves_master_moments_masks_and_gradients_to_the_host() -> None:
