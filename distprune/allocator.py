@@ -1,8 +1,8 @@
 """How a process holds large tensors in the CPU's memory. Free of torch: it must be called before torch allocates.
 
-DeepSpeed allocates its buckets anew in every step, and the C library keeps what is freed, with gaps. From a huge page on,
-every tensor gets memory of its own, in huge pages where Linux gives them, and gives it back: the first touch is cheap,
-and nothing is kept. What this is worth stands in docs/performance.md.
+DeepSpeed allocates its buckets anew in every step, and the C library keeps what is freed, with gaps. From a huge page
+on, every tensor gets memory of its own, in huge pages where Linux gives them, and gives it back: the first touch is
+cheap, and nothing is kept. What this is worth stands in docs/performance.md.
 """
 
 import ctypes

@@ -15,6 +15,8 @@ from distprune.planning.activations import Activations
 from distprune.planning.held import MASTER, mask_bytes, reduced, state_bytes, stepped, weight_bytes
 from distprune.planning.shapes import Layout, Shapes
 
+GAPS = 1.5
+"""What freed pieces take with the gaps between them, over their own bytes: measured (docs/performance.md)."""
 LIBRARIES = 100 << 20
 """Bytes that libraries take beside tensors on a CPU once a step has run: measured on one machine, 90 to 110 MiB."""
 _STAGE_0_BUCKET = 500_000_000
@@ -95,7 +97,9 @@ def _placed(need: Need, device: Counter[str], host: Counter[str]) -> Bytes:
     if need.layout.stage == 3:
         loaded = [need.layout.piece(size) for size in need.student.trained]
     small = [size for each in loaded if (size := each * need.layout.width) < LARGE]
-    return Bytes(device + host + Counter({"kept when freed": sum(small), "libraries": LIBRARIES}), Counter())
+    return Bytes(
+        device + host + Counter({"kept when freed": int(GAPS * sum(small)), "libraries": LIBRARIES}), Counter()
+    )
 
 
 def gathered(shapes: Shapes, layout: Layout) -> int:
@@ -125,7 +129,7 @@ def _forward(need: Need) -> Bytes:
 
 def _freed_activations(need: Need) -> Counter[str]:
     """Return what of the activations a process still holds after the backward pass."""
-    kept = 0 if need.on_gpu else need.activations.total(need.micro_batch, LARGE)
+    kept = 0 if need.on_gpu else int(GAPS * need.activations.total(need.micro_batch, LARGE))
     return Counter({"kept when freed": kept})
 
 
