@@ -14,7 +14,7 @@ from tests.distributed.runs import same_weights, told
 from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
 
 # Long enough that a signal on a fast machine comes before the end.
-LONG = ("train.epochs=60", "checkpoint.steps=40", "train.log_every=1", "train.eval_every=15 epochs")
+LONG = ("train.epochs=90", "checkpoint.steps=40", "train.log_every=1", "train.eval_every=15 epochs")
 
 
 class Started:

@@ -21,6 +21,8 @@ def model(layers: int, seed: int, **sizes: int) -> BertForSequenceClassification
     built.set_attn_implementation("eager")
     with torch.no_grad():
         built.classifier.weight.mul_(50)  # or all logits are alike
+        for layer in built.bert.encoder.layer:
+            layer.attention.self.query.weight.mul_(50)  # or all attention is uniform, and its divergence rounding
     return built
 
 
@@ -49,7 +51,7 @@ def test_all_parts_add_up(batch_of) -> None:
     assert losses.task.item() == pytest.approx(F.cross_entropy(ours.logits, batch["labels"]).item())
     assert losses.distillation.item() == pytest.approx(9 * soft.item(), rel=1e-4)
     assert losses.hidden.item() == pytest.approx(hidden.item() / 2, rel=1e-5)
-    assert losses.attention.item() == pytest.approx(attention / 2, rel=1e-3)
+    assert losses.attention.item() == pytest.approx(attention / 2, rel=1e-4)
     total = 0.25 * losses.task + 0.75 * losses.distillation + 0.5 * losses.hidden + 2 * losses.attention
     assert losses.total.item() == pytest.approx(total.item(), rel=1e-6)
     losses.total.backward()
