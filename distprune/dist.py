@@ -282,9 +282,14 @@ def _rendezvous(world: World) -> dict[str, str]:
         hosts = subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()
         port = 20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000
         return {"MASTER_ADDR": hosts[0], "MASTER_PORT": str(port)} | set_already
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | set_already
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])} | set_already
+        return int(probe.getsockname()[1])
 
 
 def _refuse_unknown_launchers() -> None:

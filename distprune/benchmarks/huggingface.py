@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,17 +21,11 @@ WARM_UP = 10
 def examples_per_s_apart(overrides: list[str], section: dict[str, Any]) -> float:
     """Train in new processes, without what distprune sets in its own. Collective: every rank calls it."""
     mine = {name: text for name, text in os.environ.items() if not name.startswith(("TORCHELASTIC", allocator.SWITCH))}
-    port = str(dist.on_main(_free_port))
+    port = str(dist.on_main(dist.free_port))
     command = [sys.executable, "-m", __name__, json.dumps([overrides, section])]
     done = subprocess.run(command, env=mine | {"MASTER_PORT": port}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return float(done.stdout.split()[-1])
-
-
-def _free_port() -> int:
-    with socket.socket() as each:
-        each.bind(("", 0))
-        return int(each.getsockname()[1])
 
 
 class _Timer(TrainerCallback):  # type: ignore[misc]
@@ -92,4 +85,4 @@ if __name__ == "__main__":
     dist.init()
     print(examples_per_s(*json.loads(sys.argv[1])))
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(0)  # as distprune's own processes end (`__main__.entry`)

@@ -96,10 +96,8 @@ def _placed(need: Need, device: Counter[str], host: Counter[str]) -> Bytes:
     loaded = need.student.trained if need.layout.stage in (1, 2) else []
     if need.layout.stage == 3:
         loaded = [need.layout.piece(size) for size in need.student.trained]
-    small = [size for each in loaded if (size := each * need.layout.width) < LARGE]
-    return Bytes(
-        device + host + Counter({"kept when freed": int(GAPS * sum(small)), "libraries": LIBRARIES}), Counter()
-    )
+    small = sum(size for each in loaded if (size := each * need.layout.width) < LARGE)
+    return Bytes(device + host + Counter({"kept when freed": int(GAPS * small), "libraries": LIBRARIES}), Counter())
 
 
 def gathered(shapes: Shapes, layout: Layout) -> int:

@@ -282,7 +282,7 @@ def are_cut(
 def _read_hub(task: TaskConfig, names: list[str], cache_dir: Path | None) -> list[Split]:
     title = f"{task.hub} ({task.subset})" if task.subset else f"{task.hub}"
     for name in names:
-        if Path(name).suffix:
+        if _suffix(name) in READERS:
             raise UserError(
                 f"task.hub is {task.hub}, and {name} is a file; allowed with files of your own: task.hub=null"
             )
@@ -298,8 +298,7 @@ def _read_hub(task: TaskConfig, names: list[str], cache_dir: Path | None) -> lis
 
 
 def _read_file(task: TaskConfig, name: str, cache_dir: Path | None) -> Split:
-    path = Path(name).expanduser()
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    path, suffix = Path(name).expanduser(), _suffix(name)
     if suffix not in READERS:
         raise UserError(
             f"the data file {name} has an unknown suffix; allowed: {', '.join(READERS)}, also with .gz "
@@ -316,6 +315,12 @@ def _read_file(task: TaskConfig, name: str, cache_dir: Path | None) -> Split:
     except UNREADABLE as error:
         raise UserError(f"the data file {name} cannot be read, or is empty: {_reason(error)}") from error
     return Split(_number(rows, name), name)
+
+
+def _suffix(name: str) -> str:
+    """Return what says how a file is read; names of splits may hold dots too."""
+    path = Path(name)
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
 def _number(rows: Dataset, origin: str) -> Dataset:

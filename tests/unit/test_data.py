@@ -149,6 +149,11 @@ def test_a_file_beside_a_hub_data_set_is_refused_before_the_network_is_asked(bui
         build(hub="nobody/nothing", train="mine.jsonl", validation="dev")
 
 
+def test_a_split_may_have_a_dot_in_its_name(build, hub):
+    with pytest.raises(UserError, match=r"split of the data set .*train\.clean"):
+        build(hub=hub, subset="main", train="train.clean", validation="dev")
+
+
 def test_named_classes_of_hub_data_can_be_put_into_the_order_of_a_teacher(build, hub):
     task = build(hub=hub, subset="main", train="train", validation="dev", labels=["no", "maybe", "yes"])
     assert task.train["label"][:] == [2, 1, 0]
