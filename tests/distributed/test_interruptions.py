@@ -14,7 +14,7 @@ from tests.distributed.runs import same_weights, told
 from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
 
 # Long enough that a signal on a fast machine comes before the end.
-LONG = ("train.epochs=90", "checkpoint.steps=40", "train.log_every=1", "train.eval_every=15 epochs")
+LONG = ("train.epochs=60", "checkpoint.steps=40", "train.log_every=1", "train.eval_every=15 epochs")
 
 
 class Started:
@@ -30,6 +30,8 @@ class Started:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A shell's background job ignores it, with all that it starts, and no script can trap it then.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     @property
