@@ -16,8 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.world import World
+
+settings.register_profile("distprune", deadline=None)  # how long an example takes is the machine's
+settings.load_profile("distprune")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Real process groups of gloo ranks on the CPU, each started once and kept for many checks."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -21,6 +22,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what the imports left: every engine that is built has all garbage collected
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),

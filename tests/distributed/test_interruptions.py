@@ -10,11 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed.runs import same_weights, told
+from tests.distributed.runs import run, same_weights, told
 from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
+from tests.world import Worlds
 
 # Long enough that a signal on a fast machine comes before the end.
-LONG = ("train.epochs=60", "checkpoint.steps=40", "train.log_every=1", "train.eval_every=15 epochs")
+LONG = ("train.epochs=12", "checkpoint.steps=20", "train.log_every=1", "train.eval_every=3 epochs")
 
 
 class Started:
@@ -86,10 +87,10 @@ def checkpoints(output: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(world: Worlds, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the run that nothing happened to, on two ranks."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run(local(task, output), cwd=REPOSITORY, env=environment(), check=True, capture_output=True)
+    world(2).run(run, task, output, *LONG)
     return output
 
 
@@ -100,13 +101,13 @@ def test_a_signal_saves_and_stops_all_ranks_and_the_same_command_goes_on(
     output = tmp_path / "run"
     step = 0
     for number in (signal.SIGINT, signal.SIGUSR1):
-        run = begin(local(task, output))
-        run.wait_for(lambda step=step: steps(output) >= step + 4)
-        run.process.send_signal(number)
-        assert run.end() == 75
-        assert (f"from step {step} (" in run.said) == (step > 0)
-        stopped = re.search(r"stopped after step (\d+), as asked; the same command goes on from there", run.said)
-        assert stopped, run.said
+        started = begin(local(task, output))
+        started.wait_for(lambda step=step: steps(output) >= step + 4)
+        started.process.send_signal(number)
+        assert started.end() == 75
+        assert (f"from step {step} (" in started.said) == (step > 0)
+        stopped = re.search(r"stopped after step (\d+), as asked; the same command goes on from there", started.said)
+        assert stopped, started.said
         step = int(stopped[1])
         assert checkpoints(output)[-1] == f"step-{step:08d}"
         assert not list((output / "checkpoints").glob("saving-*"))
@@ -121,10 +122,10 @@ def test_ctrl_c_stops_a_process_that_no_launcher_started_and_a_second_one_kills_
     begin: Callable[..., Started], task: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    run = begin(alone(task, output))
-    run.wait_for(lambda: steps(output) >= 3)
-    run.process.send_signal(signal.SIGINT)
-    assert run.end() == 75
+    started = begin(alone(task, output))
+    started.wait_for(lambda: steps(output) >= 3)
+    started.process.send_signal(signal.SIGINT)
+    assert started.end() == 75
     hurried = begin(alone(task, tmp_path / "other"))
     hurried.wait_for(lambda: steps(tmp_path / "other") >= 3)
     hurried.process.send_signal(signal.SIGINT)

@@ -18,7 +18,7 @@ def random_lengths(count: int, seed: int) -> list[int]:
 
 
 @given(count=st.integers(1, 700), batch_size=st.integers(1, 9), seed=seeds, epoch=st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_epoch_holds_each_example_at_most_once_in_full_batches(count, batch_size, seed, epoch):
     batch_size = min(batch_size, count)
     lengths = random_lengths(count, seed)
@@ -61,7 +61,7 @@ def test_equal_lengths_are_shuffled_over_the_whole_epoch():
 
 
 @given(world=worlds, accumulation=st.integers(1, 4), size=st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_ranks_and_micro_batches_partition_the_batch_evenly(world, accumulation, size):
     batch = [3 * i for i in range(world * accumulation * size)]
     check_batch_size(len(batch), world, accumulation)
@@ -95,7 +95,7 @@ def test_batch_sizes_that_cannot_be_dealt_are_refused(size, world, accumulation,
 
 
 @given(count=st.integers(1, 60), batch_size=st.integers(1, 9), world=worlds, seed=seeds)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_evaluation_counts_each_example_once_in_equal_shapes(count, batch_size, world, seed):
     lengths = random_lengths(count, seed)
     ranks = [eval_batches(lengths, batch_size, rank, world) for rank in range(world)]
@@ -116,7 +116,7 @@ def test_evaluation_counts_each_example_once_in_equal_shapes(count, batch_size, 
 
 
 @given(count=st.integers(1, 60), batch_size=st.integers(1, 9), world=worlds, seed=seeds)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_evaluation_batch_holds_the_same_rows_at_every_world_size(count, batch_size, world, seed):
     lengths = random_lengths(count, seed)
     ranks = [eval_batches(lengths, batch_size, rank, world) for rank in range(world)]

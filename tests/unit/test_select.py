@@ -148,7 +148,7 @@ def deal(problem: Problem, cuts: list[int], ranks: int, seed: int) -> list[list[
 @example(Problem([1.0] * 5, [False] * 5, [3, 4, 5, 6, 7], 3), [2])
 @example(Problem([0.0] * 4, [True, False, True, False], [0, 1, 2, 3], 3), [])
 @example(Problem([0.0] * 4, [True] * 4, [0, 1, 2, 3], 0), [])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @pytest.mark.usefixtures("route")
 def test_the_smallest_are_those_of_a_plain_sort(problem: Problem, cuts: list[int]) -> None:
     cut = alone(problem.pieces(cuts), problem.k)
@@ -160,7 +160,7 @@ def test_the_smallest_are_those_of_a_plain_sort(problem: Problem, cuts: list[int
 
 
 @given(problems(), cut_places, st.integers(1, 5), st.integers(0, 2**20))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_split_over_ranks_gives_the_same_cut(problem: Problem, cuts: list[int], ranks: int, seed: int) -> None:
     dealt = deal(problem, cuts, ranks, seed)
     cut, _ = over(dealt, problem.k)
@@ -203,7 +203,7 @@ def test_already_pruned_go_first_whatever_their_weight_is_now() -> None:
 
 
 @given(problems(), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_selection_grows_with_k(problem: Problem, data: st.DataObject) -> None:
     fewer = data.draw(st.integers(0, problem.k))
     pieces = problem.pieces([])
@@ -266,7 +266,7 @@ def test_global_indices_beyond_32_bits(first: int) -> None:
 
 
 @given(problems(), st.integers(-1, 50), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_cut_selects_the_same_in_pieces_as_in_one(problem: Problem, offset: int, data: st.DataObject) -> None:
     keys, first = problem.keys, problem.indices[0]
     cut = Cut(data.draw(st.sampled_from(keys.tolist())) + data.draw(st.integers(0, 1)), max(0, first + offset))

@@ -18,7 +18,7 @@ def test_two_classes_by_hand():
     assert found.sums() == pytest.approx([1, entropy, 0.75, 2 * math.hypot(0.25, 0.25)])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 6), st.floats(0.3, 20), st.integers(0, 10**6))
 def test_the_gradient_is_that_of_the_distillation_loss(classes: int, temperature: float, seed: int):
     teacher = 3 * torch.randn(1, classes, generator=torch.Generator().manual_seed(seed))

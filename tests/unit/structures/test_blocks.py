@@ -73,7 +73,7 @@ def test_units_of_the_smallest_sums_go_at_every_split(kind: tuple[str, Shapes, l
 
 
 @given(st.sampled_from(list(KINDS)), st.integers(0, 2**20), st.sampled_from(list(SPLITS)), st.integers(1, 6), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_on_a_ladder_masks_grow_while_weights_change(
     name: str, seed: int, split: str, world: int, data: st.DataObject
 ) -> None:

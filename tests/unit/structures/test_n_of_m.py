@@ -92,7 +92,7 @@ def test_groups_are_converted_by_what_they_lose_at_every_split(kept: int, of: in
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 2**20), st.sampled_from(list(SPLITS)), st.integers(1, 6), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_on_a_ladder_masks_grow_while_weights_change(
     kind: tuple[int, int], seed: int, split: str, world: int, data: st.DataObject
 ) -> None:

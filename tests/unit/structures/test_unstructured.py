@@ -89,7 +89,7 @@ def test_the_smallest_of_each_group_go_at_every_split(scope: str, levels: int | 
 
 
 @given(st.integers(0, 2**20), st.sampled_from(list(SPLITS)), st.integers(1, 6), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_on_a_ladder_masks_grow_while_weights_change(seed: int, split: str, world: int, data: st.DataObject) -> None:
     scope = data.draw(st.sampled_from(list(SCOPES)))
     rungs = sorted(data.draw(st.lists(st.fractions(0, Fraction(99, 100), max_denominator=100), max_size=4)))
