@@ -35,7 +35,8 @@ class RecipeConfig:
     """A rule, or a published recipe, that sets what is not given; ``recipe: NAME`` is short for its name."""
 
     name: str | None = key(
-        None, "gmp, dense, obert_10, obert_30, smc_gmp or sparse_transfer (docs/recipes.md); null: all is given"
+        None,
+        "gmp, dense, one_shot, obert_10, obert_30, smc_gmp or sparse_transfer (docs/recipes.md); null: all is given",
     )
     epochs: float = key(2.0, "gmp and dense: epochs of the task's dense recipe, which is replicated")
     replicas: int | None = key(None, "gmp and dense: how often; null: as pruning.sparsity asks for, or once")
@@ -174,6 +175,11 @@ class PruningConfig:
     score: str = key(
         "magnitude",
         "what goes first has the smallest: magnitude, normalized_magnitude, taylor, movement, random, or module:Class",
+    )
+    weights_of: str | None = key(
+        None,
+        "model directory or hub id whose weights are scored in place of the student's, e.g. the trained ones of a "
+        "lottery ticket; null: the student's own",
     )
     start_sparse: bool = key(False, "zeros of the model are its first mask, which stays")
 

@@ -94,6 +94,25 @@ def _replicated(config: Config, given: Collection[str], replicas: int, why: str)
     }
 
 
+def one_shot(config: Config, given: Collection[str]) -> Values:
+    """Prune everything before the first step, then train with that mask for as long as the dense recipe (SMC-Bench).
+
+    Which of its one-shot methods it is follows from what is given: ``model.path`` (pretrained, or trained already),
+    ``pruning.score`` (magnitude, random, taylor) and ``pruning.weights_of`` (docs/recipes.md, baselines).
+    """
+    sparsity = config.pruning.sparsity
+    if not 0 < sparsity < 1:
+        raise UserError(
+            f"pruning.sparsity is {sparsity}; allowed where recipe.name is one_shot: more than 0, less than 1"
+        )
+    return _replicated(config, given, 1, "the dense recipe itself") | {
+        "pruning.initial": Derived(sparsity, "all at once"),
+        "pruning.start": Derived("0 steps", "before the first step"),
+        "pruning.end": Derived("0 steps", "the mask is fixed from there on"),
+        "distillation.hardness": Derived(0.0, "SMC-Bench's code: no distillation"),
+    }
+
+
 def obert_10(config: Config, given: Collection[str]) -> Values:
     """Ten epochs (oBERT, arXiv 2203.07259, table 9)."""
     source = "oBERT, table 9"
@@ -171,6 +190,7 @@ def sparse_transfer(config: Config, given: Collection[str]) -> Values:
 RECIPES: dict[str, Callable[[Config, Collection[str]], Values]] = {
     "gmp": gmp,
     "dense": dense,
+    "one_shot": one_shot,
     "obert_10": obert_10,
     "obert_30": obert_30,
     "smc_gmp": smc_gmp,

@@ -1,6 +1,7 @@
 """From a configuration to everything a run is made of, every mistake of the user's found before the first step."""
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from distprune.batches import check_batch_size
 from distprune.config import Config
 from distprune.engine import build_student
 from distprune.errors import UserError
-from distprune.model_files import read_config, resolve
+from distprune.model_files import open_source, read_config, resolve, stored_names
 from distprune.objective import check_features, put_out_features
 from distprune.plan import Plan, make_plan
 from distprune.pruning.pruner import Pruner
@@ -107,12 +108,39 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
         raise UserError(
             f"pruning.score is {pruning.score!r}, whose gradients fp16 scales; allowed: bf16 or fp32 with it"
         )
-    pruner = Pruner(parameters, student.basic_optimizer, structure, score)
+    other_weights = None
+    if pruning.weights_of is not None:
+        if score.needs_gradient:
+            raise UserError(
+                f"pruning.weights_of is {pruning.weights_of!r} and pruning.score {pruning.score!r}, which takes the "
+                "student's gradients; allowed: a score of weights alone, such as magnitude"
+            )
+        directory = local_model(pruning.weights_of, None)
+        other_weights = dist.agree(lambda: weights_of(directory, shapes, student.module.base_model_prefix))
+    pruner = Pruner(parameters, student.basic_optimizer, structure, score, other_weights)
     if pruning.start_sparse and not resumes:
         pruner.adopt_zeros()
         if pruner.masked == 0:
             raise UserError(f"pruning.start_sparse is true, and no weight to prune of {config.model.path!r} is zero")
     return pruner
+
+
+def weights_of(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], base_prefix: str
+) -> Callable[[str], torch.Tensor]:
+    """Return a function that reads a weight of a model directory by the student's name: fp32, flat, whole, a copy.
+
+    Args:
+        directory: of the model.
+        shapes: of the weights to prune, by the student's names.
+        base_prefix: the student's ``base_model_prefix``.
+
+    Raises:
+        UserError: where the model lacks one of them, or has it in another shape.
+    """
+    source = open_source(directory)
+    stored = stored_names(source, shapes, base_prefix)
+    return lambda name: source.read(stored[name]).to(torch.float32, copy=True).flatten()
 
 
 def _cuts(parameters: ShardedParameters) -> dict[str, list[int]]:

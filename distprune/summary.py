@@ -70,7 +70,9 @@ def _method(pruning: PruningConfig) -> str:
     """Return in words how the weights were chosen."""
     what = {"unstructured": "single weights", "heads": "attention heads", "neurons": "feed-forward neurons"}
     where = {"global": "", "groups": " within groups"}.get(pruning.scope, f" within each {pruning.scope}")
-    return f"gradual pruning of {what.get(pruning.structure, pruning.structure)}{where} by {pruning.score}"
+    how = "one-shot" if 0 < pruning.initial == pruning.sparsity else "gradual"
+    whose = " of another model's weights" if pruning.weights_of else ""
+    return f"{how} pruning of {what.get(pruning.structure, pruning.structure)}{where} by {pruning.score}{whose}"
 
 
 def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:

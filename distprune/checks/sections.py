@@ -244,6 +244,11 @@ PRUNING = (
         "regexes where pruning.scope is groups, and none elsewhere",
         lambda c: (c.pruning.scope == "groups") == bool(c.pruning.groups),
     ),
+    Check(
+        "pruning.weights_of",
+        "null where pruning.start_sparse is true, whose mask is that of the student's own zeros",
+        lambda c: c.pruning.weights_of is None or not c.pruning.start_sparse,
+    ),
 )
 
 WANDB = (

@@ -25,7 +25,7 @@ from distprune.checks.sections import PRUNING
 from distprune.config import Config, PruningConfig
 from distprune.errors import UserError
 from distprune.lr import LrSchedule
-from distprune.model_files import Source, auto_class_of, match_names
+from distprune.model_files import Source, auto_class_of, stored_names
 from distprune.monitor import Monitor
 from distprune.pruning.exchange import over_ranks, summed
 from distprune.pruning.masks import KEPT, PRUNED, count_pruned
@@ -169,16 +169,11 @@ def _open(source: Path, pruning: PruningConfig) -> Files:
         raise UserError(f"{str(source)!r} is a checkpoint; allowed: a model directory, as distprune export makes")
     model, checkpoint = skeleton(source, auto_class_of(source), {})
     names = find_targets(model, pruning.include, pruning.exclude, pruning.structure)
-    stored = match_names(names, list(checkpoint.file_of), model.base_model_prefix)
-    for name in names:
-        if name not in stored:
-            raise UserError(f"{checkpoint.directory} lacks {name}, which is to be pruned")
-        found, wanted = checkpoint.shape(stored[name]), list(model.get_parameter(name).shape)
-        if found != wanted:
-            raise UserError(f"{name} has shape {found} in {checkpoint.directory}, and {wanted} in the model")
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
+    stored = stored_names(checkpoint, shapes, model.base_model_prefix)
     world = dist.detect()
     every = sorted(set(checkpoint.file_of.values()), key=lambda file: (-file.stat().st_size, file))
-    return Files(model, checkpoint, {name: stored[name] for name in names}, every[world.rank :: world.size])
+    return Files(model, checkpoint, stored, every[world.rank :: world.size])
 
 
 def _write(files: Files, slices: list[Slice], choice: Choice, target: Path) -> int:

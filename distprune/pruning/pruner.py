@@ -7,6 +7,7 @@ optimizer stepped, before DeepSpeed copies the fp32 weights to the low-precision
 copy of a weight is ever unpruned.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
@@ -47,10 +48,25 @@ class Pruner:
     """The masks of this rank's slices, a byte a weight, and what keeps the masked weights zero."""
 
     def __init__(
-        self, parameters: ShardedParameters, optimizer: torch.optim.Optimizer, structure: Structure, score: Score
+        self,
+        parameters: ShardedParameters,
+        optimizer: torch.optim.Optimizer,
+        structure: Structure,
+        score: Score,
+        other_weights: Callable[[str], Tensor] | None = None,
     ):
+        """Take charge of the weights to prune.
+
+        Args:
+            parameters: the weights to prune, as this rank holds them.
+            optimizer: steps them.
+            structure: what goes together.
+            score: what goes first.
+            other_weights: gives the fp32 weights, flat, whole and anew each time, that are scored in place of the
+                parameter of that name.
+        """
         self.parameters, self.optimizer = parameters, optimizer
-        self.structure, self.score = structure, score
+        self.structure, self.score, self.other_weights = structure, score, other_weights
         self.flat_masks = _flat_masks(parameters.shards)
         by_base = {id(flat.base): flat for flat in self.flat_masks}
         self.masks = [by_base[id(shard.base)].of(shard) for shard in self.shards]
@@ -132,6 +148,9 @@ class Pruner:
         choice = over_ranks(choosing, self._device)
         before = self.masked
         nans = self._per_parameter([choice.mark(each) for each in self.slices])
+        if self.other_weights is not None:
+            for flat in self.flat_masks:  # what was marked, and zeroed, is a copy
+                apply_mask(flat.master, flat.mask)
         for name in (name for name, number in nans.items() if number):
             raise UserError(
                 f"{name} has scores that are NaN, which have no place in an order; the learning rate may be too high"
@@ -241,6 +260,11 @@ class Pruner:
         names, numel = self.parameters.names, self.parameters.numel
         first_index = dict(zip(names, accumulate((numel[name] for name in names), initial=0), strict=False))
 
+        def weights(shard: Shard) -> Tensor:
+            if self.other_weights is None:
+                return shard.master
+            return self.other_weights(shard.name)[shard.start : shard.end].to(shard.master.device)
+
         def of(shard: Shard, mask: Tensor) -> Slice:
             return Slice(
                 shard.name,
@@ -251,7 +275,7 @@ class Pruner:
                 shard.own_end,
                 first_index[shard.name],
                 mask,
-                lambda: shard.master,
+                lambda: weights(shard),
                 lambda: self.parameters.gradient(shard) if self.score.needs_gradient else None,
                 torch.zeros_like(shard.master) if self.score.accumulates else None,
             )

@@ -95,6 +95,15 @@ def test_dense_is_as_long_as_it_is_told() -> None:
     assert settings.load(None, ["recipe=dense", "model.path=m"]).distillation.hardness == 0
 
 
+def test_one_shot_prunes_before_the_first_step_and_is_as_long_as_the_dense_recipe() -> None:
+    config = load("one_shot", "pruning.sparsity=0.79", "recipe.epochs=3")
+    ladder, lr = schedules(config)
+    assert ladder == {0: Fraction("0.79")}
+    assert lr == schedules(load("dense", "recipe.epochs=3"))[1]
+    assert (config.train.epochs, config.distillation.hardness) == (3, 0)
+    assert load("one_shot", "pruning.sparsity=0.5", "recipe.epochs=3", "recipe.replicas=4").train.epochs == 12
+
+
 PUBLISHED = {  # oBERT's 30 epochs: percent at epochs 2, 6, ..., 26
     0.8: [70, 74.2, 77.0, 78.8, 79.6, 79.95, 80],
     0.9: [70, 78.4, 84.1, 87.5, 89.3, 89.9, 90],
@@ -153,6 +162,7 @@ def test_sparse_transfer_keeps_the_zeros() -> None:
         (["recipe=gmp", "pruning.sparsity=0.9", "train.epochs=7"], "train.epochs is 7.0 .* whole replicas of recipe"),
         (["recipe=dense", "train.epochs=4", "recipe.replicas=2"], "allowed with recipe.name dense: one of the two"),
         (["recipe=dense", "pruning.sparsity=0.9"], "pruning.sparsity is 0.9; allowed where recipe.name is dense: 0"),
+        (["recipe=one_shot"], "pruning.sparsity is 0.0; allowed where recipe.name is one_shot: more than 0"),
         (["recipe=dense", "recipe.replicas=0"], "recipe.replicas is 0; allowed: at least 1"),
     ],
 )
