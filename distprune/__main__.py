@@ -115,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     schedule.add_argument("--png", default="schedule.png", metavar="PATH", help="where to draw it [%(default)s]")
     _configurable(schedule)
 
+    sweep = commands.add_parser("sweep", help="the runs of a grid of methods, seeds and keys, and their table and plot")
+    sweep.add_argument("sweep_path", metavar="SWEEP", help="YAML file (docs/sweeps.md)")
+    sweep.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="for all runs")
+    sweep.add_argument("--dry-run", action="store_true", help="only say what would run")
+    sweep.add_argument("--table", action="store_true", dest="only_table", help="only table and plot of what there is")
+
     plan = commands.add_parser("plan", help="memory, wire and hours of a run, before its job is queued")
     plan.add_argument("--world", type=int, required=True, metavar="N", help="ranks that it is planned for")
     plan.add_argument("--examples-per-s", type=float, metavar="X", help="over all ranks; left out: measured here")

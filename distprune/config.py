@@ -218,6 +218,7 @@ class WandbConfig:
     project: str = key("distprune", "project")
     entity: str | None = key(None, "user or team")
     name: str | None = key(None, "name of the run; null: the run directory's name")
+    group: str | None = key(None, "runs that belong together, as those of a sweep; null: none")
     tags: list[str] = key([], "tags")
 
 

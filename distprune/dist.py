@@ -23,7 +23,7 @@ from distprune.errors import UserError
 
 T = TypeVar("T")
 
-_LAUNCHER, _LOCAL_RANK = "DISTPRUNE_LAUNCHER", "DISTPRUNE_LOCAL_RANK"
+LAUNCHER, _LOCAL_RANK = "DISTPRUNE_LAUNCHER", "DISTPRUNE_LOCAL_RANK"
 """What `init` found, for `detect` to find again: DeepSpeed wants every launcher's variables named as its own."""
 
 
@@ -54,7 +54,7 @@ def detect() -> World:
     """Read the launcher's environment: deepspeed or torchrun, srun, or none of them."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        launcher = env.get(_LAUNCHER, "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed")
+        launcher = env.get(LAUNCHER, "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed")
         size = int(env["WORLD_SIZE"])
         local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))
         local_rank = int(env.get(_LOCAL_RANK, env.get("LOCAL_RANK", 0)))
@@ -81,7 +81,7 @@ def init() -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ |= _rendezvous(world)
     os.environ |= {
-        _LAUNCHER: world.launcher,
+        LAUNCHER: world.launcher,
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),
         _LOCAL_RANK: str(world.local_rank),

@@ -33,7 +33,7 @@ class Wandb:
 
     Args:
         run_dir: run directory; holds ``wandb_id`` and wandb's own folder.
-        options: mode (online or offline), project, entity, name and tags.
+        options: mode (online or offline), project, entity, name, group and tags.
         config: the resolved configuration, shown with the run.
     """
 
@@ -102,6 +102,7 @@ class Wandb:
             project=options.project,
             entity=options.entity,
             name=options.name or self._run_dir.resolve().name,
+            group=options.group,
             tags=options.tags,
             config=dict(self._config),
             settings=wandb.Settings(

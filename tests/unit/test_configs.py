@@ -17,7 +17,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 # Bases of runs: tasks, and what the runs of a folder share.
 TASK_PARTS = sorted((CONFIGS / "tasks").glob("*.yaml"))
 PARTS = [*TASK_PARTS, *CONFIGS.glob("*/model.yaml"), CONFIGS / "small" / "minilm.yaml"]
-RUNS = sorted(set(CONFIGS.glob("**/*.y*ml")) - set(PARTS))
+SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
+RUNS = sorted(set(CONFIGS.glob("**/*.y*ml")) - {*PARTS, *SWEEPS})
 PRUNED_BERT = [path for path in RUNS if re.fullmatch(r"(sst2|mnli|qqp|squad)_\d+_\d+ep", path.stem)]
 EPOCH = 1000
 GRID = [0.2, 0.36, 0.488, 0.59, 0.672, 0.738, 0.791, 0.8325, 0.866, 0.893]

@@ -1,0 +1,94 @@
+"""``distprune sweep``: the runs of a file, one after another or several at a time, and their table and plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from distprune.errors import UserError
+from distprune.interrupts import Interrupted
+from distprune.sweeps import results
+from distprune.sweeps.execute import Outcome, carry_out, check_room
+from distprune.sweeps.results import Row
+from distprune.sweeps.spec import Run, Sweep, read_sweep, runs_of
+from distprune.sweeps.table import as_csv, draw, markdown, means_of
+
+
+def run(sweep_path: str, overrides: list[str], dry_run: bool, only_table: bool) -> None:
+    """Carry out what is missing of a sweep, then write its table and plot.
+
+    Args:
+        sweep_path: the file.
+        overrides: ``key=value`` for all runs.
+        dry_run: print what would run, and run nothing.
+        only_table: make table and plot of the results that there are.
+
+    Raises:
+        UserError: before anything runs, where the file, the results or a run directory do not fit; in the end, where
+            runs failed.
+    """
+    path = Path(sweep_path)
+    sweep = read_sweep(path)
+    output = Path(sweep.output).expanduser()
+    stored = Path(sweep.results) if sweep.results is not None else output / "results.jsonl"
+    runs = runs_of(sweep, path, [*overrides, f"wandb.group={path.stem}"])
+    rows = results.read_rows(stored)
+    if only_table:
+        _report(runs, rows, sweep, stored, path.stem)
+        return
+    fingerprints = {each.name: each.fingerprint(output) for each in runs}
+    results.check_rows(rows, fingerprints, stored)
+    results.check_directories(runs, fingerprints, output)
+    missing = results.still_to_run(runs, rows, output)
+    print(f"{len(runs)} runs, {sum(each.name in rows for each in runs)} with a result, {len(missing)} to run")
+    if dry_run:
+        print("".join(f"{each.name}\n" for each in missing), end="")
+        return
+    check_room(sweep.ranks, sweep.at_once)
+    outcome = _run(missing, fingerprints, rows, sweep, output, stored)
+    if any(each.name in rows for each in runs):
+        _report(runs, rows, sweep, stored, path.stem)
+    if outcome.stopped:
+        print("stopped, as asked; the same command goes on from there")
+        raise Interrupted(0, requeue=False)
+    if outcome.failed:
+        logs = ", ".join(f"{name} ({log})" for name, log in outcome.failed.items())
+        without = f"; not run without them: {', '.join(outcome.left)}" if outcome.left else ""
+        raise UserError(f"{len(outcome.failed)} of {len(missing)} runs failed, see their logs: {logs}{without}")
+
+
+def _run(
+    missing: Sequence[Run],
+    fingerprints: dict[str, str],
+    rows: dict[str, Row],
+    sweep: Sweep,
+    output: Path,
+    stored: Path,
+) -> Outcome:
+    """Carry out what is missing; each result is written as its run ends."""
+
+    def done(run: Run) -> None:
+        row = results.row_of(run, fingerprints[run.name], output)
+        if run.name not in rows:
+            results.append(stored, row)
+            rows[run.name] = row
+        print(f"{run.name}: {row['metric_name']} {row['final_metric']:.4f}", flush=True)
+
+    finished = [each for each in missing if results.is_finished(each, output)]
+    for each in finished:
+        done(each)  # it ended, and the sweep was stopped before its line was written
+    left = [each for each in missing if each not in finished]
+    return carry_out(left, output, sweep.ranks, sweep.at_once, done, lambda text: print(text, flush=True))
+
+
+def _report(runs: Sequence[Run], rows: dict[str, Row], sweep: Sweep, stored: Path, name: str) -> None:
+    """Write table and plot beside the results, and print the table."""
+    means = means_of({each.name: rows[each.name] for each in runs if each.name in rows}, sweep.baseline, sweep.chance)
+    if not means:
+        raise UserError(f"{stored} has no result of this sweep yet; allowed: --table once it has")
+    table, (markdown_path, csv_path, png) = (
+        markdown(means, sweep.baseline),
+        map(stored.with_suffix, (".md", ".csv", ".png")),
+    )
+    markdown_path.write_text(table)
+    csv_path.write_text(as_csv(means))
+    draw(means, sweep.baseline, png, name)
+    print(f"{table}{markdown_path}, {csv_path}, {png}")

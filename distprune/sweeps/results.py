@@ -1,0 +1,130 @@
+"""What the runs of a sweep came to: one line of JSON a run, which a sweep goes on from without the runs themselves."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from distprune.checkpoints.run_directory import CONFIG, SUMMARY
+from distprune.errors import UserError
+from distprune.monitor.jsonl import finite
+from distprune.report import read_metrics
+from distprune.sweeps.spec import Run
+
+Row = dict[str, Any]
+
+_OF_SUMMARY = (
+    "metric_name",
+    "final_metric",
+    "dense_metric",
+    "final_metrics",
+    "steps",
+    "sparsity_target",
+    "sparsity_masked",
+    "encoder_sparsity",
+    "model_sparsity",
+    "masked_weights",
+    "prunable_weights",
+    "zeros_in_file",
+    "world_size",
+    "zero_stage",
+    "wall_time_s",
+    "environment",
+)
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """Return the lines of a results file by the names of their runs; none where there is no file.
+
+    Raises:
+        UserError: a line that is no result, as one whose writing was cut off.
+    """
+    rows: dict[str, Row] = {}
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            name, _ = row["run"], (row["settings"], row["final_metric"], row["steps"], row["point"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: line {number} is no result of a run; allowed: without that line") from error
+        if name in rows:
+            raise UserError(f"{path}: line {number} is a second result of {name}; allowed: one of them")
+        rows[name] = row
+    return rows
+
+
+def check_rows(rows: dict[str, Row], fingerprints: Mapping[str, str], path: Path) -> None:
+    """Refuse results of runs that had other settings.
+
+    Args:
+        rows: by the names of their runs.
+        fingerprints: of all runs, by name.
+        path: where the rows are from.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    for name, fingerprint in fingerprints.items():
+        if name in rows and rows[name]["settings"] != fingerprint:
+            raise UserError(
+                f"{path}: {name} was measured with other settings than the sweep has now; allowed: another results "
+                "file, or without that line"
+            )
+
+
+def check_directories(runs: Iterable[Run], fingerprints: Mapping[str, str], output: Path) -> None:
+    """Refuse run directories of other runs than these.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    for run in runs:
+        directory = output / run.name
+        if not (directory / CONFIG).exists():
+            continue
+        there = Run(run.method, run.point, directory / CONFIG, (), run.models)
+        if there.fingerprint(output) != fingerprints[run.name]:
+            raise UserError(f"{directory} holds a run with other settings; allowed: another output, or without it")
+
+
+def is_finished(run: Run, output: Path) -> bool:
+    """Return whether a run's directory is there, with its model."""
+    return (output / run.name / SUMMARY).exists()
+
+
+def row_of(run: Run, fingerprint: str, output: Path) -> Row:
+    """Return the result of a finished run."""
+    directory = output / run.name
+    summary = json.loads((directory / SUMMARY).read_text())
+    speeds = [
+        record["examples_per_s"] for record in read_metrics(directory / "metrics.jsonl") if "examples_per_s" in record
+    ]
+    return {
+        "run": run.name,
+        "method": run.method,
+        "point": run.point,
+        "models": run.models,
+        "settings": fingerprint,
+        **{key: summary[key] for key in _OF_SUMMARY},
+        "examples_per_s": median(speeds) if speeds else None,
+    }
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a line to a results file, on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def still_to_run(runs: Sequence[Run], rows: dict[str, Row], output: Path) -> list[Run]:
+    """Return the runs without a result, and those whose models they need and that are not here any more."""
+    needed = {run.name for run in runs if run.name not in rows}
+    for run in reversed(runs):  # behind those whose models it gets
+        if run.name in needed and not is_finished(run, output):
+            needed |= set(run.models.values())
+    return [run for run in runs if run.name in needed and not (run.name in rows and is_finished(run, output))]

@@ -1,0 +1,199 @@
+"""A sweep's file, and the runs that it asks for. Free of torch: a mistake is found before anything runs.
+
+Every method has a run for each combination of the values in the two grids, its own and the sweep's. A key in ``models``
+gets the ``final/`` of another method's run: of the one that has the same values of all keys that both grids have.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distprune import settings
+from distprune.errors import UserError, unknown
+
+SEED = "train.seed"
+_PLACES = ("train.output", "model.path", "teacher.path", "teacher.cache", "task.train", "task.validation")
+"""Keys that may differ from machine to machine, and are the same run all the same."""
+
+
+@dataclass
+class Method:
+    """One line of the plot: what its runs have beside what all have."""
+
+    config: str | None = None
+    set: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Sweep:
+    """A sweep's file (docs/sweeps.md)."""
+
+    config: str = "???"
+    methods: dict[str, Method] = field(default_factory=dict)
+    set: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    output: str = "runs/sweep"
+    results: str | None = None
+    ranks: int = 1
+    at_once: int = 1
+    baseline: str | None = None
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep."""
+
+    method: str
+    point: dict[str, Any]
+    """The grids' keys, and its values of them."""
+    config: Path
+    overrides: tuple[str, ...]
+    models: dict[str, str]
+    """Keys, and the names of the runs whose ``final/`` they get."""
+
+    @property
+    def name(self) -> str:
+        """Its folder below the sweep's output."""
+        values = ",".join(f"{key}={_text(value)}" for key, value in self.point.items())
+        return f"{self.method}/{values or 'run'}"
+
+    def arguments(self, output: Path) -> list[str]:
+        """Return the overrides with which ``distprune train`` carries it out."""
+        places = [f"{key}={output / name / 'final'}" for key, name in self.models.items()]
+        return [*self.overrides, *places, f"train.output={output / self.name}", f"wandb.name={self.name}"]
+
+    def fingerprint(self, output: Path) -> str:
+        """Return a digest of everything that its result depends on, but for the places of files.
+
+        Raises:
+            UserError: with the name of the run, where it has no configuration that a run can have.
+        """
+        try:
+            config: dict[str, Any] = asdict(settings.load_valid(str(self.config), self.arguments(output)))
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
+        for place in (*_PLACES, *self.models):
+            section, key = place.split(".")
+            config[section][key] = self.models.get(place)
+        config["wandb"] = None
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Return a sweep's file.
+
+    Raises:
+        UserError: it cannot be read, or has a key or a value that no sweep has.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Sweep), OmegaConf.load(path))
+        sweep = OmegaConf.to_object(merged)
+    except FileNotFoundError as error:
+        raise UserError(f"the sweep {path} does not exist") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no sweep: {' '.join(str(error).split())}") from error
+    assert isinstance(sweep, Sweep)
+    for key, value, holds in (
+        ("ranks", sweep.ranks, sweep.ranks >= 1),
+        ("at_once", sweep.at_once, sweep.at_once >= 1),
+    ):
+        if not holds:
+            raise UserError(f"{path}: {key} is {value}; allowed: at least 1")
+    if not sweep.methods:
+        raise UserError(f"{path} has no methods; allowed: at least one")
+    if sweep.baseline is not None and sweep.baseline not in sweep.methods:
+        raise unknown(f"{path}: baseline", sweep.baseline, sweep.methods)
+    return sweep
+
+
+def runs_of(sweep: Sweep, path: Path, overrides: Sequence[str] = ()) -> list[Run]:
+    """Return all runs of a sweep, each behind those whose models it gets.
+
+    Args:
+        sweep: what the file says.
+        path: the file, to which configurations are relative.
+        overrides: ``key=value``, on top of what all runs have.
+
+    Raises:
+        UserError: a grid without values, a key that does not exist or is set twice, a method that there is not, or
+            methods that wait for each other.
+    """
+    runs: dict[str, list[Run]] = {}
+    for name in _in_order(sweep, path):
+        runs[name] = [_run(sweep, path, name, point, overrides, runs) for point in _points(sweep, path, name)]
+    return [run for each in runs.values() for run in each]
+
+
+def _in_order(sweep: Sweep, path: Path) -> list[str]:
+    """Return the methods, each behind those whose models it gets."""
+    order: list[str] = []
+    left = list(sweep.methods)
+    while left:
+        for name in left:
+            for other in sweep.methods[name].models.values():
+                if other not in sweep.methods:
+                    raise unknown(f"{path}: the method of models in {name}", other, sweep.methods)
+        ready = [name for name in left if set(sweep.methods[name].models.values()) <= set(order)]
+        if not ready:
+            raise UserError(f"{path}: {' and '.join(left)} wait for each other's models; allowed: one before the other")
+        order += ready
+        left = [name for name in left if name not in ready]
+    return order
+
+
+def _points(sweep: Sweep, path: Path, name: str) -> list[dict[str, Any]]:
+    axes = sweep.grid | sweep.methods[name].grid
+    for key, values in axes.items():
+        if not values:
+            raise UserError(f"{path}: the grid of {name} has no values of {key}; allowed: at least one")
+        if len({_text(value) for value in values}) < len(values):
+            raise UserError(f"{path}: the grid of {name} has a value of {key} twice; allowed: each once")
+    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+
+
+def _run(
+    sweep: Sweep, path: Path, name: str, point: dict[str, Any], overrides: Sequence[str], runs: Mapping[str, list[Run]]
+) -> Run:
+    method = sweep.methods[name]
+    given = {text.partition("=")[0] for text in overrides}
+    for key in point:
+        if key in given or key in method.set or key in method.models:
+            raise UserError(f"{path}: {key} is in the grid of {name}, and set beside it; allowed: one of the two")
+    common = {key: value for key, value in sweep.set.items() if key not in method.models}
+    values = common | method.set | point
+    texts = [f"{key}={_text(value)}" for key, value in values.items()]
+    models = {key: _source(path, name, other, point, runs[other]) for key, other in method.models.items()}
+    config = path.parent / (method.config or sweep.config)
+    return Run(name, point, config, (*texts, *overrides), models)
+
+
+def _source(path: Path, name: str, other: str, point: dict[str, Any], runs: list[Run]) -> str:
+    """Return the name of the only run of another method that has the same values of all keys that both have."""
+    fitting = [run.name for run in runs if all(run.point[key] == point[key] for key in run.point.keys() & point.keys())]
+    if len(fitting) != 1:
+        raise UserError(
+            f"{path}: {name} at {point} fits {len(fitting)} runs of {other}; allowed: one, so that the grid of {name} "
+            f"has every key of the grid of {other}"
+        )
+    return fitting[0]
+
+
+def seedless(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a point without its seed: what the runs of one mean share."""
+    return {key: value for key, value in point.items() if key != SEED}
+
+
+def _text(value: Any) -> str:
+    """Return a value as YAML that fits into one word of a command line."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

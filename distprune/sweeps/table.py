@@ -1,0 +1,172 @@
+"""A sweep's rows as means over seeds: a table in three forms, and a plot of the metric over the sparsity."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from scipy.stats import t as student_t
+
+from distprune.monitor.plots import BLUE, GREEN, GREY, RED
+from distprune.sweeps.results import Row
+from distprune.sweeps.spec import seedless
+
+COLOURS = (BLUE, RED, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The runs of one method at one point, over all seeds; those at chance are counted, and left out of the means."""
+
+    method: str
+    point: dict[str, Any]
+    metric_name: str
+    seeds: int
+    diverged: int
+    metric: float | None
+    """Mean over the seeds that converged; None where none did."""
+    deviation: float | None
+    """The sample's; None for fewer than two."""
+    below: float | None
+    """Mean of the baseline's metric less this one's, seed by seed."""
+    interval: float | None
+    """Half of the 95 % interval of that mean (Student's t); None for fewer than two seeds."""
+    steps: int
+    total_steps: int
+    """With those of the models that it started from, but not of its teacher."""
+    sparsity: float
+    """Masked over prunable weights."""
+    model_sparsity: float
+    """Zeros over all weights of the model."""
+    examples_per_s: float | None
+
+    def record(self) -> dict[str, Any]:
+        """Return it as one flat row."""
+        return {**vars(self), "point": ",".join(f"{key}={value}" for key, value in self.point.items())}
+
+
+def means_of(rows: dict[str, Row], baseline: str | None, chance: float | None) -> list[Mean]:
+    """Return the means of a sweep, in the order of its rows.
+
+    Args:
+        rows: by the names of their runs.
+        baseline: the method that others are compared with, seed by seed.
+        chance: a run whose metric is not above it has diverged.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows.values():
+        groups.setdefault((row["method"], json.dumps(seedless(row["point"]), sort_keys=True)), []).append(row)
+    return [_mean(group, rows, baseline, chance) for group in groups.values()]
+
+
+def _mean(group: Sequence[Row], rows: dict[str, Row], baseline: str | None, chance: float | None) -> Mean:
+    first = group[0]
+    good = [row for row in group if chance is None or row["final_metric"] > chance]
+    metrics = [row["final_metric"] for row in good]
+    below = [] if first["method"] == baseline else _differences(good, rows, baseline)
+    speeds = [row["examples_per_s"] for row in group if row["examples_per_s"]]
+    return Mean(
+        first["method"],
+        seedless(first["point"]),
+        first["metric_name"],
+        len(group),
+        len(group) - len(good),
+        mean(metrics) if metrics else None,
+        stdev(metrics) if len(metrics) > 1 else None,
+        mean(below) if below else None,
+        _half_interval(below),
+        first["steps"],
+        first["steps"] + _steps_before(first, rows),
+        mean(row["sparsity_masked"] for row in group),
+        mean(row["model_sparsity"] for row in group),
+        mean(speeds) if speeds else None,
+    )
+
+
+def _differences(group: Iterable[Row], rows: dict[str, Row], baseline: str | None) -> list[float]:
+    """Return, for each row, what the baseline's of the same seed, and of all else that it has, has more."""
+    found = []
+    for row in group:
+        point = row["point"]
+        fitting = [
+            other
+            for other in rows.values()
+            if other["method"] == baseline
+            and all(point.get(key, value) == value for key, value in other["point"].items())
+        ]
+        found += [fitting[0]["final_metric"] - row["final_metric"]] if len(fitting) == 1 else []
+    return found
+
+
+def _half_interval(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    return float(student_t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5)
+
+
+def _steps_before(row: Row, rows: dict[str, Row]) -> int:
+    """Return the steps of the models that a run started from, or whose weights said what goes."""
+    before = {name for key, name in row["models"].items() if key != "teacher.path"}
+    return sum(rows[name]["steps"] + _steps_before(rows[name], rows) for name in before if name in rows)
+
+
+def markdown(means: Sequence[Mean], baseline: str | None) -> str:
+    """Return the table for a reader."""
+    names = ", ".join(sorted({each.metric_name for each in means})) or "metric"
+    titles = ["method", "at", names, f"below {baseline}", "seeds", "diverged", "steps", "with those before"]
+    titles += ["sparsity", "of the model", "examples/s"]
+    lines = [titles, ["---"] * len(titles)]
+    for each in means:
+        point = ", ".join(f"{key} {value}" for key, value in each.point.items())
+        counts = [str(number) for number in (each.seeds, each.diverged, each.steps, each.total_steps)]
+        sparsities = [f"{each.sparsity:.2%}", f"{each.model_sparsity:.2%}"]
+        speed = "" if each.examples_per_s is None else f"{each.examples_per_s:.1f}"
+        line = [each.method, point, _with_spread(each.metric, each.deviation), _with_spread(each.below, each.interval)]
+        lines.append([*line, *counts, *sparsities, speed])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _with_spread(value: float | None, spread: float | None) -> str:
+    return "" if value is None else f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+
+
+def as_csv(means: Sequence[Mean]) -> str:
+    """Return the table for a spreadsheet."""
+    text = StringIO()
+    records = [each.record() for each in means]
+    writer = csv.DictWriter(text, list(records[0]) if records else ["method"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def draw(means: Sequence[Mean], baseline: str | None, path: Path, title: str) -> None:
+    """Draw the metric over the sparsity, a line with a band (the deviation) for each method, the baseline dashed."""
+    figure = Figure(figsize=(8, 14 / 3), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    methods = dict.fromkeys(each.method for each in means if each.metric is not None)
+    for method, colour in zip((name for name in methods if name != baseline), COLOURS * len(methods), strict=False):
+        line = sorted(
+            (each.sparsity, each.metric or 0.0, each.deviation or 0.0)
+            for each in means
+            if each.method == method and each.metric is not None
+        )
+        sparsities, metrics, spreads = zip(*line, strict=True)
+        axes.plot(sparsities, metrics, color=colour, marker="o", label=method)
+        low, high = ([m + sign * s for m, s in zip(metrics, spreads, strict=True)] for sign in (-1, 1))
+        axes.fill_between(sparsities, low, high, color=colour, alpha=0.15, linewidth=0)
+    dense = [each.metric for each in means if each.method == baseline and each.metric is not None]
+    for value in dense:
+        axes.axhline(value, color=GREY, linestyle="--", label=f"{baseline} {value:.3f}")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlabel="sparsity of the prunable weights", ylabel=means[0].metric_name if means else "", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, format="png")

@@ -1,0 +1,81 @@
+"""Sweeps in processes of their own: stopped and gone on with, and one run that fails among others."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_interruptions import Started, begin  # noqa: F401 - a fixture
+from tests.distributed.test_launch import BIN, start
+
+
+def write_sweep(task: Path, folder: Path, more: str = "") -> Path:
+    """Write a sweep of a dense method and one that starts from its models, on the small task."""
+    path = folder / "methods.yaml"
+    path.write_text(f"""
+config: {task / "run.yaml"}
+output: {folder / "runs"}
+results: {folder / "kept" / "results.jsonl"}
+ranks: 2
+baseline: dense
+set: {{train.log_every: 1, distillation.hardness: 0}}
+grid: {{train.seed: [1, 2]}}
+methods:
+  dense: {{set: {{pruning.sparsity: 0}}}}
+  after:
+    set: {{pruning.start: 0 steps, pruning.end: 0 steps, pruning.initial: 0.5, pruning.sparsity: 0.5}}
+    models: {{model.path: dense}}
+{more}""")
+    return path
+
+
+@pytest.mark.slow
+def test_a_sweep_stops_goes_on_and_then_needs_its_lines_alone(
+    begin: Callable[..., Started],  # noqa: F811
+    task: Path,
+    tmp_path: Path,
+) -> None:
+    path = write_sweep(task, tmp_path)
+    command = [str(BIN / "distprune"), "sweep", str(path)]
+    kept, second = tmp_path / "kept" / "results.jsonl", tmp_path / "runs" / "dense" / "train.seed=2"
+    started = begin(command)
+    started.wait_for(lambda: (second / "metrics.jsonl").exists())
+    started.process.send_signal(signal.SIGINT)
+    assert started.end() == 75, started.said
+    assert "dense/train.seed=2 has stopped with status 75, and can go on" in started.said
+    assert [json.loads(line)["run"] for line in kept.read_text().splitlines()] == ["dense/train.seed=1"]
+    done = start([*command])
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["dense", "dense", "after", "after"]
+    assert "going on with the run in" in second.with_name(second.name + ".log").read_text()
+    assert [row["world_size"] for row in rows] == [2] * 4
+    assert json.loads((second / "summary.json").read_text())["launcher"] == "sweep"
+    assert [row["masked_weights"] for row in rows[2:]] == [rows[2]["prunable_weights"] // 2] * 2
+    assert "| after |  |" in done.stdout
+    assert kept.with_suffix(".png").exists()
+    shutil.rmtree(tmp_path / "runs")
+    again = start([*command])
+    assert again.returncode == 0
+    assert "4 runs, 4 with a result, 0 to run" in again.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_with_its_log_and_the_others_go_on(task: Path, tmp_path: Path) -> None:
+    broken = """  broken: {set: {train.batch_size: 1000}}
+  behind: {models: {model.path: broken}}
+"""
+    path = write_sweep(task, tmp_path, broken)
+    path.write_text(path.read_text().replace("ranks: 2", "ranks: 1\nat_once: 2").replace("[1, 2]", "[1]"))
+    done = start([BIN / "distprune", "sweep", path])
+    assert done.returncode == 2, done.stdout + done.stderr
+    log = tmp_path / "runs" / "broken" / "train.seed=1.log"
+    assert f"1 of 4 runs failed, see their logs: broken/train.seed=1 ({log})" in done.stderr
+    assert "not run without them: behind/train.seed=1" in done.stderr
+    assert "train.batch_size is 1000" in log.read_text()
+    rows = (tmp_path / "kept" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["run"] for line in rows] == ["dense/train.seed=1", "after/train.seed=1"]

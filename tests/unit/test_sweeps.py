@@ -1,0 +1,222 @@
+"""A sweep's file, its results and its means, without a run."""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from distprune.commands.sweep import run as sweep
+from distprune.errors import UserError
+from distprune.sweeps import results
+from distprune.sweeps.results import Row
+from distprune.sweeps.spec import Run, read_sweep, runs_of
+from distprune.sweeps.table import as_csv, draw, markdown, means_of
+from tests.unit.test_configs import SWEEPS
+
+FILE = """
+config: run.yaml
+output: {folder}/runs
+baseline: dense
+set: {{train.epochs: 4}}
+grid: {{train.seed: [1, 2]}}
+methods:
+  after:
+    set: {{recipe.name: one_shot}}
+    grid: {{pruning.sparsity: [0.5, 0.9]}}
+    models: {{model.path: dense}}
+  dense:
+    set: {{recipe.name: dense}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text("model: {path: m}\ntask: {hub: a, validation: b}\n")
+    (tmp_path / "sweep.yaml").write_text(FILE.format(folder=tmp_path))
+    return tmp_path / "sweep.yaml"
+
+
+def runs(file: Path, *overrides: str) -> list[Run]:
+    return runs_of(read_sweep(file), file, overrides)
+
+
+def test_every_method_has_a_run_for_each_combination_behind_the_models_that_it_gets(file: Path) -> None:
+    found = runs(file)
+    assert [run.name for run in found] == [
+        "dense/train.seed=1",
+        "dense/train.seed=2",
+        *(f"after/train.seed={seed},pruning.sparsity={sparsity}" for seed in (1, 2) for sparsity in (0.5, 0.9)),
+    ]
+    assert [run.models for run in found[2:]] == [{"model.path": f"dense/train.seed={seed}"} for seed in (1, 1, 2, 2)], (
+        "that of the same seed"
+    )
+    out = Path("out")
+    assert found[-1].arguments(out) == [
+        "train.epochs=4",
+        "recipe.name=one_shot",
+        "train.seed=2",
+        "pruning.sparsity=0.9",
+        "model.path=out/dense/train.seed=2/final",
+        "train.output=out/after/train.seed=2,pruning.sparsity=0.9",
+        "wandb.name=after/train.seed=2,pruning.sparsity=0.9",
+    ]
+
+
+def test_a_fingerprint_is_that_of_the_settings_and_not_of_places(file: Path) -> None:
+    first, again = (runs(file, *more)[-1] for more in ((), ("task.train=elsewhere", "wandb.mode=offline")))
+    assert first.fingerprint(Path("here")) == again.fingerprint(Path("there"))
+    for other in (("task.max_length=9",), ("train.batch_size=8",), ("lr.peak=1e-3",)):
+        assert runs(file, *other)[-1].fingerprint(Path("here")) != first.fingerprint(Path("here"))
+    assert len({run.fingerprint(Path("here")) for run in runs(file)}) == len(runs(file))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("train.epochs: 4", "train.epoch: 4", r"there is no key train.epoch .*did you mean train.epochs\?"),
+        ("train.epochs: 4", "train.epochs: 0", r"dense/train.seed=1: train.epochs is 0.0; allowed: more than 0"),
+        ("[0.5, 0.9]", "[]", "the grid of after has no values of pruning.sparsity; allowed: at least one"),
+        ("[0.5, 0.9]", "[0.5, 0.5]", "has a value of pruning.sparsity twice; allowed: each once"),
+        ("[0.5, 0.9]", "[0.5, 1.5]", r"after/.*=1.5: pruning.sparsity is 1.5; allowed"),
+        ("model.path: dense", "model.path: dens", r"'dens' is unknown \(did you mean 'dense'\?\)"),
+        ("model.path: dense", "model.path: after", "after wait for each other's models"),
+        ("{recipe.name: dense}", "{}\n    grid: {lr.peak: [1, 2]}", "fits 2 runs of dense; allowed: one"),
+        ("baseline: dense", "baseline: danse", r"baseline 'danse' is unknown \(did you mean 'dense'\?\)"),
+        ("baseline: dense", "ranks: 0", "ranks is 0; allowed: at least 1"),
+        ("baseline: dense", "rank: 2", "is no sweep: .*rank"),
+        ("set: {train.epochs: 4}", "set: {train.epochs: 4}\nranks: two", "is no sweep: .*two"),
+        ("{recipe.name: dense}", "{train.seed: 3}", "train.seed is in the grid of dense, and set beside it"),
+        ("config: run.yaml", "config: other.yaml", "other.yaml does not exist"),
+    ],
+)  # fmt: skip
+def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(file: Path, old: str, new: str, message: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=message):
+        sweep(str(file), [], dry_run=False, only_table=False)
+    assert not (file.parent / "runs").exists()
+
+
+def row(run: Run, metric: float, output: Path, **more: Any) -> Row:
+    shared = {"metric_name": "accuracy", "steps": 100, "sparsity_masked": run.point.get("pruning.sparsity", 0.0)}
+    shared |= {"model_sparsity": 0.1, "examples_per_s": 50.0, "final_metric": metric}
+    named = {"run": run.name, "method": run.method, "point": run.point, "models": run.models}
+    return {**named, "settings": run.fingerprint(output), **shared, **more}
+
+
+def test_results_go_on_from_their_lines_alone(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, found = file.parent / "runs", runs(file)
+    stored = output / "results.jsonl"
+    for each in found[1:-1]:
+        results.append(stored, row(each, 0.5, output))
+    sweep(str(file), [], dry_run=True, only_table=False)
+    first, *to_run = capsys.readouterr().out.splitlines()
+    assert first == "6 runs, 4 with a result, 3 to run"
+    assert to_run == [found[0].name, found[1].name, found[-1].name], "the model of the last is not here any more"
+    results.append(stored, row(found[0], 0.5, output))
+    results.append(stored, row(found[-1], 0.5, output))
+    sweep(str(file), [], dry_run=True, only_table=False)
+    assert capsys.readouterr().out == "6 runs, 6 with a result, 0 to run\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:-20], "line 2 is no result of a run; allowed: without that line"),
+        (lambda text: text + "{}\n", "line 3 is no result of a run"),
+        (lambda text: text + text.splitlines()[0] + "\n", "line 3 is a second result of dense/train.seed=1"),
+        (lambda text: re.sub(r'"settings": "...', '"settings": "fff', text), "measured with other settings than the"),
+    ],
+)
+def test_results_that_do_not_fit_are_refused(file: Path, change: Any, message: str) -> None:
+    output = file.parent / "runs"
+    stored = output / "results.jsonl"
+    for each in runs(file)[:2]:
+        results.append(stored, row(each, 0.5, output))
+    stored.write_text(change(stored.read_text()))
+    with pytest.raises(UserError, match=message):
+        sweep(str(file), [], dry_run=True, only_table=False)
+
+
+def test_a_directory_of_another_run_is_refused(file: Path) -> None:
+    output, (first, *_) = file.parent / "runs", runs(file)
+    directory = output / first.name
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text("model: {path: other}\ntask: {hub: a, validation: b}\ntrain: {seed: 7}\n")
+    with pytest.raises(UserError, match="holds a run with other settings; allowed: another output, or without it"):
+        sweep(str(file), [], dry_run=True, only_table=False)
+
+
+DENSE, AFTER = {1: 0.9, 2: 0.94, 3: 0.91}, {1: 0.85, 2: 0.86, 3: 0.5}
+
+
+@pytest.fixture
+def rows(file: Path) -> dict[str, Row]:
+    file.write_text(file.read_text().replace("[1, 2]", "[1, 2, 3]").replace("[0.5, 0.9]", "[0.9]"))
+    metric = {"dense": DENSE, "after": AFTER}
+    found = [row(each, metric[each.method][each.point["train.seed"]], file.parent) for each in runs(file)]
+    return {each["run"]: each for each in found}
+
+
+def test_means_are_over_seeds_that_converged_and_differences_are_paired(rows: dict[str, Row]) -> None:
+    dense, after = means_of(rows, "dense", chance=0.5)
+    assert (dense.metric, dense.deviation) == (
+        pytest.approx(mean(DENSE.values())),
+        pytest.approx(stdev(DENSE.values())),
+    )
+    assert (dense.below, dense.diverged, dense.total_steps) == (None, 0, 100)
+    assert (after.seeds, after.diverged) == (3, 1)
+    assert after.metric == pytest.approx(0.855)
+    low, high = ttest_rel([0.9, 0.94], [0.85, 0.86]).confidence_interval(0.95)
+    assert after.below == pytest.approx((low + high) / 2)
+    assert after.interval == pytest.approx((high - low) / 2)
+    assert (after.steps, after.total_steps) == (100, 200), "with those of the dense model that it started from"
+    (_, all_seeds) = means_of(rows, "dense", chance=None)
+    assert (all_seeds.diverged, all_seeds.metric) == (0, pytest.approx(mean(AFTER.values())))
+    (_, none) = means_of(rows, None, chance=0.99)
+    assert (none.metric, none.deviation, none.below, none.diverged) == (None, None, None, 3)
+
+
+def test_the_table_is_markdown_csv_and_a_plot(rows: dict[str, Row], tmp_path: Path) -> None:
+    means = means_of(rows, "dense", chance=0.5)
+    lines = markdown(means, "dense").splitlines()
+    assert lines[0].startswith("| method | at | accuracy | below dense | seeds | diverged | steps |")
+    assert lines[3].startswith(
+        "| after | pruning.sparsity 0.9 | 0.8550 ± 0.0071 | 0.0650 ± 0.1906 | 3 | 1 | 100 | 200 |"
+    )
+    header, *records = as_csv(means).splitlines()
+    assert header.split(",")[:3] == ["method", "point", "metric_name"]
+    assert len(records) == 2
+    draw(means, "dense", tmp_path / "plot.png", "sweep")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_is_made_of_what_there_is(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="has no result of this sweep yet"):
+        sweep(str(file), [], dry_run=False, only_table=True)
+    output = file.parent / "runs"
+    results.append(output / "results.jsonl", row(runs(file)[0], 0.75, output))
+    sweep(str(file), [], dry_run=False, only_table=True)
+    assert "| dense |  | 0.7500 |" in capsys.readouterr().out
+    assert (output / "results.md").exists()
+    assert json.loads((output / "results.jsonl").read_text())["final_metric"] == 0.75
+
+
+def test_a_sweep_starts_its_ranks_itself(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="was started as 2 ranks; allowed: one, which starts them"):
+        sweep(str(file), [], dry_run=False, only_table=False)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
+def test_every_shipped_sweep_has_runs_that_can_be(path: Path) -> None:
+    found = runs_of(read_sweep(path), path)
+    assert len({run.fingerprint(Path("out")) for run in found}) == len(found) > 1
+    assert np.all([run.config.exists() for run in found])
