@@ -18,7 +18,7 @@ from distprune.model_files import open_source, read_config, resolve, stored_name
 from distprune.objective import check_features, put_out_features
 from distprune.plan import Plan, make_plan
 from distprune.pruning.pruner import Pruner
-from distprune.pruning.scores import build_score
+from distprune.pruning.scores import Random, build_score
 from distprune.pruning.structures import build_structure
 from distprune.pruning.targets import find_targets
 from distprune.shards import ShardedParameters, shards_of, trained_shards
@@ -110,10 +110,10 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
         )
     other_weights = None
     if pruning.weights_of is not None:
-        if score.needs_gradient:
+        if score.needs_gradient or isinstance(score, Random):
             raise UserError(
-                f"pruning.weights_of is {pruning.weights_of!r} and pruning.score {pruning.score!r}, which takes the "
-                "student's gradients; allowed: a score of weights alone, such as magnitude"
+                f"pruning.weights_of is {pruning.weights_of!r} and pruning.score {pruning.score!r}; allowed: a score "
+                "of weights alone, as magnitude"
             )
         directory = local_model(pruning.weights_of, None)
         other_weights = dist.agree(lambda: weights_of(directory, shapes, student.module.base_model_prefix))

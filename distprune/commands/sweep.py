@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from distprune.checkpoints import run_directory
 from distprune.errors import UserError
 from distprune.interrupts import Interrupted
 from distprune.sweeps import results
 from distprune.sweeps.execute import Outcome, carry_out, check_room
-from distprune.sweeps.results import Row
-from distprune.sweeps.spec import Run, Sweep, read_sweep, runs_of
+from distprune.sweeps.results import Row, Settings
+from distprune.sweeps.spec import Run, Sweep, check_files, read_sweep, runs_of
 from distprune.sweeps.table import as_csv, draw, markdown, means_of
 
 
@@ -28,22 +29,28 @@ def run(sweep_path: str, overrides: list[str], dry_run: bool, only_table: bool) 
     path = Path(sweep_path)
     sweep = read_sweep(path)
     output = Path(sweep.output).expanduser()
-    stored = Path(sweep.results) if sweep.results is not None else output / "results.jsonl"
-    runs = runs_of(sweep, path, [*overrides, f"wandb.group={path.stem}"])
+    stored = Path(sweep.results).expanduser() if sweep.results is not None else output / "results.jsonl"
+    runs = runs_of(sweep, path, [*overrides, f'wandb.group="{path.stem}"'])
+    configs = {each.name: each.load(output) for each in runs}
+    settings = {each.name: each.settings(configs[each.name]) for each in runs}
+    if not (only_table or dry_run):
+        check_room(sweep.ranks, sweep.at_once)
+        output.mkdir(parents=True, exist_ok=True)
+        run_directory.lock(output)  # until this process ends
     rows = results.read_rows(stored)
+    results.check_rows(rows, settings, stored)
     if only_table:
         _report(runs, rows, sweep, stored, path.stem)
         return
-    fingerprints = {each.name: each.fingerprint(output) for each in runs}
-    results.check_rows(rows, fingerprints, stored)
-    results.check_directories(runs, fingerprints, output)
+    results.check_directories(runs, settings, output)
     missing = results.still_to_run(runs, rows, output)
     print(f"{len(runs)} runs, {sum(each.name in rows for each in runs)} with a result, {len(missing)} to run")
     if dry_run:
         print("".join(f"{each.name}\n" for each in missing), end="")
         return
-    check_room(sweep.ranks, sweep.at_once)
-    outcome = _run(missing, fingerprints, rows, sweep, output, stored)
+    for each in missing:
+        check_files(each, configs[each.name])
+    outcome = _run(missing, settings, rows, sweep, output, stored)
     if any(each.name in rows for each in runs):
         _report(runs, rows, sweep, stored, path.stem)
     if outcome.stopped:
@@ -57,7 +64,7 @@ def run(sweep_path: str, overrides: list[str], dry_run: bool, only_table: bool) 
 
 def _run(
     missing: Sequence[Run],
-    fingerprints: dict[str, str],
+    settings: dict[str, Settings],
     rows: dict[str, Row],
     sweep: Sweep,
     output: Path,
@@ -66,11 +73,11 @@ def _run(
     """Carry out what is missing; each result is written as its run ends."""
 
     def done(run: Run) -> None:
-        row = results.row_of(run, fingerprints[run.name], output)
+        row = results.row_of(run, settings[run.name], output)
         if run.name not in rows:
             results.append(stored, row)
             rows[run.name] = row
-        print(f"{run.name}: {row['metric_name']} {row['final_metric']:.4f}", flush=True)
+        print(f"{run.name}: {row['metric_name']} {row['final_metric']}", flush=True)
 
     finished = [each for each in missing if results.is_finished(each, output)]
     for each in finished:

@@ -34,6 +34,11 @@ class Job:
     """Whether it was asked to stop."""
     broken_since: float | None = None
 
+    def kill(self) -> None:
+        """End all ranks at once."""
+        for each in self.ranks:
+            each.kill()
+
     def stop(self) -> None:
         """Ask all ranks, once, to save and stop."""
         for each in self.ranks if not self.told else ():
@@ -45,8 +50,7 @@ class Job:
         if self.status and self.broken_since is None:
             self.broken_since = time.monotonic()
         if self.broken_since is not None and time.monotonic() - self.broken_since > _GRACE:
-            for each in self.ranks:
-                each.kill()
+            self.kill()
         return None not in [each.poll() for each in self.ranks]
 
     @property
@@ -63,7 +67,13 @@ class Outcome:
     """Names, and the logs that say why."""
     left: list[str] = field(default_factory=list)
     """Those that need the model of one that failed."""
-    stopped: bool = False
+    signals: int = 0
+    """How often it was asked to stop."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was asked to stop."""
+        return self.signals > 0
 
 
 def check_room(ranks: int, at_once: int) -> None:
@@ -85,7 +95,8 @@ def carry_out(
 ) -> Outcome:
     """Carry out runs, and go on with the others where one fails.
 
-    A signal (SIGINT, SIGTERM) is handed on to all ranks: they save and stop, and nothing else is begun.
+    A signal (SIGINT, SIGTERM, SIGHUP) is handed on to all ranks: they save and stop, and nothing else is begun. A
+    second one kills them.
 
     Args:
         runs: each behind those whose models it gets.
@@ -96,7 +107,7 @@ def carry_out(
         say: is called with what happens.
     """
     waiting, jobs, outcome = list(runs), list[Job](), Outcome()
-    with _signals(outcome):
+    with _signals(outcome), _none_left_behind(jobs):
         while waiting or jobs:
             for job in [job for job in jobs if job.has_ended()]:
                 jobs.remove(job)
@@ -110,7 +121,7 @@ def carry_out(
             if outcome.stopped:
                 waiting = []
                 for job in jobs:
-                    job.stop()
+                    job.stop() if outcome.signals == 1 else job.kill()
             _leave_out(waiting, outcome)
             busy = {job.run.name for job in jobs} | {run.name for run in waiting}
             ready = [run for run in waiting if not busy & set(run.models.values())]
@@ -165,13 +176,26 @@ def _share_of_the_machine(ranks: int, at_once: int, place: int) -> dict[str, str
 
 
 @contextmanager
+def _none_left_behind(jobs: list[Job]) -> Iterator[None]:
+    """Kill, in the end, the ranks of jobs that an error has left: they can go on from their checkpoints."""
+    try:
+        yield
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+@contextmanager
 def _signals(outcome: Outcome) -> Iterator[None]:
     """Note what asks the sweep to stop, within the ``with``."""
 
     def note(number: int, frame: FrameType | None) -> None:
-        outcome.stopped = True
+        outcome.signals += 1
 
-    before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+    heard = [
+        each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN
+    ]
+    before = {each: signal.signal(each, note) for each in heard}
     try:
         yield
     finally:

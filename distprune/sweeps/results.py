@@ -14,6 +14,7 @@ from distprune.report import read_metrics
 from distprune.sweeps.spec import Run
 
 Row = dict[str, Any]
+Settings = dict[str, Any]
 
 _OF_SUMMARY = (
     "metric_name",
@@ -55,26 +56,36 @@ def read_rows(path: Path) -> dict[str, Row]:
     return rows
 
 
-def check_rows(rows: dict[str, Row], fingerprints: Mapping[str, str], path: Path) -> None:
-    """Refuse results of runs that had other settings.
+def check_rows(rows: dict[str, Row], settings: Mapping[str, Settings], path: Path) -> None:
+    """Refuse results of runs that had other settings, and two runs that are the same.
 
     Args:
         rows: by the names of their runs.
-        fingerprints: of all runs, by name.
+        settings: of all runs, by name.
         path: where the rows are from.
 
     Raises:
         UserError: with the first of them.
     """
-    for name, fingerprint in fingerprints.items():
-        if name in rows and rows[name]["settings"] != fingerprint:
+    known: dict[str, str] = {}
+    for name, wanted in settings.items():
+        same = known.setdefault(json.dumps(wanted, sort_keys=True), name)
+        if same != name:
+            raise UserError(f"{name} has the settings of {same}; allowed: a grid whose values make a difference")
+        if name in rows and (changed := _difference(rows[name]["settings"], wanted)):
             raise UserError(
-                f"{path}: {name} was measured with other settings than the sweep has now; allowed: another results "
-                "file, or without that line"
+                f"{path}: {name} was measured with other settings than the sweep has now, {changed}; allowed: another "
+                "results file, or without that line"
             )
 
 
-def check_directories(runs: Iterable[Run], fingerprints: Mapping[str, str], output: Path) -> None:
+def _difference(before: Settings, now: Settings) -> str | None:
+    """Return in words the first key that has another value; null stands for the default."""
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return f"{keys[0]} {json.dumps(before.get(keys[0]))} -> {json.dumps(now.get(keys[0]))}" if keys else None
+
+
+def check_directories(runs: Iterable[Run], settings: Mapping[str, Settings], output: Path) -> None:
     """Refuse run directories of other runs than these.
 
     Raises:
@@ -85,38 +96,43 @@ def check_directories(runs: Iterable[Run], fingerprints: Mapping[str, str], outp
         if not (directory / CONFIG).exists():
             continue
         there = Run(run.method, run.point, directory / CONFIG, (), run.models)
-        if there.fingerprint(output) != fingerprints[run.name]:
-            raise UserError(f"{directory} holds a run with other settings; allowed: another output, or without it")
+        if changed := _difference(there.settings(there.load(output)), settings[run.name]):
+            raise UserError(
+                f"{directory} holds a run with other settings, {changed}; allowed: another output, or without it"
+            )
 
 
 def is_finished(run: Run, output: Path) -> bool:
-    """Return whether a run's directory is there, with its model."""
+    """Return whether a run's directory is there, and it has come to its end."""
     return (output / run.name / SUMMARY).exists()
 
 
-def row_of(run: Run, fingerprint: str, output: Path) -> Row:
-    """Return the result of a finished run."""
+def row_of(run: Run, settings: Settings, output: Path) -> Row:
+    """Return the result of a finished run; a metric that is not finite is None."""
     directory = output / run.name
     summary = json.loads((directory / SUMMARY).read_text())
     speeds = [
         record["examples_per_s"] for record in read_metrics(directory / "metrics.jsonl") if "examples_per_s" in record
     ]
-    return {
+    row = {
         "run": run.name,
         "method": run.method,
         "point": run.point,
         "models": run.models,
-        "settings": fingerprint,
+        "settings": settings,
         **{key: summary[key] for key in _OF_SUMMARY},
         "examples_per_s": median(speeds) if speeds else None,
     }
+    return finite(row)  # type: ignore[return-value]
 
 
 def append(path: Path, row: Row) -> None:
     """Add a line to a results file, on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+        if path.read_bytes()[-1:] not in (b"", b"\n"):
+            file.write("\n")
+        file.write(json.dumps(row, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -4,8 +4,8 @@ Every method has a run for each combination of the values in the two grids, its 
 gets the ``final/`` of another method's run: of the one that has the same values of all keys that both grids have.
 """
 
-import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -17,11 +17,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distprune import settings
+from distprune.config import Config
 from distprune.errors import UserError, unknown
 
 SEED = "train.seed"
-_PLACES = ("train.output", "model.path", "teacher.path", "teacher.cache", "task.train", "task.validation")
-"""Keys that may differ from machine to machine, and are the same run all the same."""
+MODELS = ("model.path", "teacher.path", "pruning.weights_of")
+"""Keys that may get the model of another run."""
+_FILES = (*MODELS, "model.tokenizer", "task.train", "task.validation")
+"""Keys of which only the file's or folder's name counts, and not where it is."""
+_FREE = ("train.output", "teacher.cache", "teacher.rebuild_cache", "recipe.derived")
+_FREE_SECTIONS = ("checkpoint", "wandb")
 
 
 @dataclass
@@ -65,29 +70,41 @@ class Run:
     @property
     def name(self) -> str:
         """Its folder below the sweep's output."""
-        values = ",".join(f"{key}={_text(value)}" for key, value in self.point.items())
-        return f"{self.method}/{values or 'run'}"
+        values = ",".join(f"{key}={_word(value)}" for key, value in self.point.items())
+        return f"{self.method}/{values.replace('/', '_') or 'run'}"
 
     def arguments(self, output: Path) -> list[str]:
         """Return the overrides with which ``distprune train`` carries it out."""
-        places = [f"{key}={output / name / 'final'}" for key, name in self.models.items()]
-        return [*self.overrides, *places, f"train.output={output / self.name}", f"wandb.name={self.name}"]
+        models = {key: output / name / "final" for key, name in self.models.items()}
+        places = models | {"train.output": output / self.name, "wandb.name": self.name}
+        return [*self.overrides, *(_override(key, str(value)) for key, value in places.items())]
 
-    def fingerprint(self, output: Path) -> str:
-        """Return a digest of everything that its result depends on, but for the places of files.
+    def load(self, output: Path) -> Config:
+        """Return its configuration.
 
         Raises:
-            UserError: with the name of the run, where it has no configuration that a run can have.
+            UserError: with the name of the run, where no run can have it.
         """
         try:
-            config: dict[str, Any] = asdict(settings.load_valid(str(self.config), self.arguments(output)))
+            return settings.load_valid(str(self.config), self.arguments(output))
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from error
-        for place in (*_PLACES, *self.models):
-            section, key = place.split(".")
-            config[section][key] = self.models.get(place)
-        config["wandb"] = None
-        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        """Return everything that its result depends on and that is not as it is by default, by dotted key.
+
+        Files and folders are named by their last part, models of other runs by those.
+        """
+        default: dict[str, Any] = asdict(Config())
+        found = {}
+        for section, values in asdict(config).items():
+            for name, value in values.items():
+                key = f"{section}.{name}"
+                if value == default[section][name] or key in _FREE or section in _FREE_SECTIONS:
+                    continue
+                is_file = key in _FILES and not (key.startswith("task.") and config.task.hub)
+                found[key] = self.models.get(key) or (_last_part(value) if is_file else value)
+        return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -112,6 +129,14 @@ def read_sweep(path: Path) -> Sweep:
             raise UserError(f"{path}: {key} is {value}; allowed: at least 1")
     if not sweep.methods:
         raise UserError(f"{path} has no methods; allowed: at least one")
+    if sweep.results is not None and not sweep.results.endswith(".jsonl"):
+        raise UserError(f"{path}: results is {sweep.results!r}; allowed: a name that ends in .jsonl")
+    for name, method in sweep.methods.items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"{path}: a method is called {name!r}; allowed: letters, digits, '_', '-' and '.'")
+        for key in method.models:
+            if key not in MODELS:
+                raise unknown(f"{path}: the key of models in {name}", key, MODELS)
     if sweep.baseline is not None and sweep.baseline not in sweep.methods:
         raise unknown(f"{path}: baseline", sweep.baseline, sweep.methods)
     return sweep
@@ -157,7 +182,7 @@ def _points(sweep: Sweep, path: Path, name: str) -> list[dict[str, Any]]:
     for key, values in axes.items():
         if not values:
             raise UserError(f"{path}: the grid of {name} has no values of {key}; allowed: at least one")
-        if len({_text(value) for value in values}) < len(values):
+        if len({_word(value) for value in values}) < len(values):
             raise UserError(f"{path}: the grid of {name} has a value of {key} twice; allowed: each once")
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
@@ -168,11 +193,11 @@ def _run(
     method = sweep.methods[name]
     given = {text.partition("=")[0] for text in overrides}
     for key in point:
-        if key in given or key in method.set or key in method.models:
+        if key in given or key in sweep.set or key in method.set or key in method.models:
             raise UserError(f"{path}: {key} is in the grid of {name}, and set beside it; allowed: one of the two")
     common = {key: value for key, value in sweep.set.items() if key not in method.models}
     values = common | method.set | point
-    texts = [f"{key}={_text(value)}" for key, value in values.items()]
+    texts = [_override(key, value) for key, value in values.items()]
     models = {key: _source(path, name, other, point, runs[other]) for key, other in method.models.items()}
     config = path.parent / (method.config or sweep.config)
     return Run(name, point, config, (*texts, *overrides), models)
@@ -194,6 +219,26 @@ def seedless(point: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in point.items() if key != SEED}
 
 
-def _text(value: Any) -> str:
-    """Return a value as YAML that fits into one word of a command line."""
+def check_files(run: Run, config: Config) -> None:
+    """Refuse a run whose local data are not there, before any is begun.
+
+    Raises:
+        UserError: with the first file that is missing.
+    """
+    for key, file in (("task.train", config.task.train), ("task.validation", config.task.validation)):
+        if config.task.hub is None and not Path(file).expanduser().exists():
+            raise UserError(f"{run.name}: {key} is {file!r}, which is not there; allowed: a file, or task.hub")
+
+
+def _override(key: str, value: Any) -> str:
+    return f"{key}={json.dumps(value)}"  # JSON is YAML, and keeps texts that look like something else
+
+
+def _word(value: Any) -> str:
+    """Return a value as a part of a name."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def _last_part(place: str | None) -> str | None:
+    """Return a hub id, or a path of two parts, as it is, and the last part of a longer path."""
+    return place if place is None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place) else Path(place).name

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy.stats import t as student_t
 
+from distprune.best import merit_of
 from distprune.monitor.plots import BLUE, GREEN, GREY, RED
 from distprune.sweeps.results import Row
 from distprune.sweeps.spec import seedless
@@ -34,9 +35,11 @@ class Mean:
     deviation: float | None
     """The sample's; None for fewer than two."""
     below: float | None
-    """Mean of the baseline's metric less this one's, seed by seed."""
+    """How much worse than the baseline, a mean over pairs of the same seed."""
     interval: float | None
     """Half of the 95 % interval of that mean (Student's t); None for fewer than two seeds."""
+    pairs: int
+    """Seeds of which both converged."""
     steps: int
     total_steps: int
     """With those of the models that it started from, but not of its teacher."""
@@ -57,7 +60,7 @@ def means_of(rows: dict[str, Row], baseline: str | None, chance: float | None) -
     Args:
         rows: by the names of their runs.
         baseline: the method that others are compared with, seed by seed.
-        chance: a run whose metric is not above it has diverged.
+        chance: a run whose metric is not better than it has diverged, as has one whose metric is not finite.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows.values():
@@ -67,9 +70,9 @@ def means_of(rows: dict[str, Row], baseline: str | None, chance: float | None) -
 
 def _mean(group: Sequence[Row], rows: dict[str, Row], baseline: str | None, chance: float | None) -> Mean:
     first = group[0]
-    good = [row for row in group if chance is None or row["final_metric"] > chance]
+    good = [row for row in group if _converged(row, chance)]
     metrics = [row["final_metric"] for row in good]
-    below = [] if first["method"] == baseline else _differences(good, rows, baseline)
+    below = [] if first["method"] == baseline else _differences(good, rows, baseline, chance)
     speeds = [row["examples_per_s"] for row in group if row["examples_per_s"]]
     return Mean(
         first["method"],
@@ -81,16 +84,28 @@ def _mean(group: Sequence[Row], rows: dict[str, Row], baseline: str | None, chan
         stdev(metrics) if len(metrics) > 1 else None,
         mean(below) if below else None,
         _half_interval(below),
-        first["steps"],
-        first["steps"] + _steps_before(first, rows),
+        len(below),
+        round(mean(row["steps"] for row in group)),
+        round(mean(row["steps"] + _steps_before(row, rows) for row in group)),
         mean(row["sparsity_masked"] for row in group),
         mean(row["model_sparsity"] for row in group),
         mean(speeds) if speeds else None,
     )
 
 
-def _differences(group: Iterable[Row], rows: dict[str, Row], baseline: str | None) -> list[float]:
-    """Return, for each row, what the baseline's of the same seed, and of all else that it has, has more."""
+def _converged(row: Row, chance: float | None) -> bool:
+    if row["final_metric"] is None:
+        return False
+    return chance is None or _merit(row) > merit_of({row["metric_name"]: chance})
+
+
+def _merit(row: Row) -> float:
+    """Return a row's metric, or its negative where lower is better."""
+    return merit_of({row["metric_name"]: row["final_metric"]})
+
+
+def _differences(group: Iterable[Row], rows: dict[str, Row], baseline: str | None, chance: float | None) -> list[float]:
+    """Return how much worse each row is than the baseline's only one with the same seed, and all else that it has."""
     found = []
     for row in group:
         point = row["point"]
@@ -98,9 +113,10 @@ def _differences(group: Iterable[Row], rows: dict[str, Row], baseline: str | Non
             other
             for other in rows.values()
             if other["method"] == baseline
+            and _converged(other, chance)
             and all(point.get(key, value) == value for key, value in other["point"].items())
         ]
-        found += [fitting[0]["final_metric"] - row["final_metric"]] if len(fitting) == 1 else []
+        found += [_merit(fitting[0]) - _merit(row)] if len(fitting) == 1 else []
     return found
 
 
@@ -119,12 +135,13 @@ def _steps_before(row: Row, rows: dict[str, Row]) -> int:
 def markdown(means: Sequence[Mean], baseline: str | None) -> str:
     """Return the table for a reader."""
     names = ", ".join(sorted({each.metric_name for each in means})) or "metric"
-    titles = ["method", "at", names, f"below {baseline}", "seeds", "diverged", "steps", "with those before"]
+    titles = ["method", "at", names, f"worse than {baseline}", "pairs", "seeds", "diverged", "steps"]
+    titles += ["with those before"]
     titles += ["sparsity", "of the model", "examples/s"]
     lines = [titles, ["---"] * len(titles)]
     for each in means:
         point = ", ".join(f"{key} {value}" for key, value in each.point.items())
-        counts = [str(number) for number in (each.seeds, each.diverged, each.steps, each.total_steps)]
+        counts = [str(number) for number in (each.pairs, each.seeds, each.diverged, each.steps, each.total_steps)]
         sparsities = [f"{each.sparsity:.2%}", f"{each.model_sparsity:.2%}"]
         speed = "" if each.examples_per_s is None else f"{each.examples_per_s:.1f}"
         line = [each.method, point, _with_spread(each.metric, each.deviation), _with_spread(each.below, each.interval)]

@@ -101,7 +101,8 @@ def test_other_weights_that_do_not_fit_are_refused(world: Worlds, task: Path, tm
     for options, sentence in (
         ((f"pruning.weights_of={smaller}",), "has shape [8, 16] in"),
         ((f"pruning.weights_of={tmp_path / 'none'}",), "is not a directory"),
-        ((f"pruning.weights_of={task / 'model'}", "pruning.score=taylor"), "which takes the student's gradients"),
+        ((f"pruning.weights_of={task / 'model'}", "pruning.score=taylor"), "allowed: a score of weights alone"),
+        ((f"pruning.weights_of={task / 'model'}", "pruning.score=random"), "allowed: a score of weights alone"),
         ((f"pruning.weights_of={task / 'model'}", "pruning.start_sparse=true"), "null where pruning.start_sparse"),
     ):
         said = world(2).run(run, task, tmp_path / "run", *AT_ONCE, *options)

@@ -21,7 +21,7 @@ output: {folder / "runs"}
 results: {folder / "kept" / "results.jsonl"}
 ranks: 2
 baseline: dense
-set: {{train.log_every: 1, distillation.hardness: 0}}
+set: {{train.log_every: 1, train.epochs: 8, distillation.hardness: 0}}
 grid: {{train.seed: [1, 2]}}
 methods:
   dense: {{set: {{pruning.sparsity: 0}}}}
@@ -57,11 +57,17 @@ def test_a_sweep_stops_goes_on_and_then_needs_its_lines_alone(
     assert [row["masked_weights"] for row in rows[2:]] == [rows[2]["prunable_weights"] // 2] * 2
     assert "| after |  |" in done.stdout
     assert kept.with_suffix(".png").exists()
+    whole = kept.read_text()
+    kept.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    unwritten = start([*command])
+    assert "4 runs, 3 with a result, 1 to run" in unwritten.stdout
+    assert "begins" not in unwritten.stdout, "the run had ended; only its line was missing"
+    assert kept.read_text() == whole
     shutil.rmtree(tmp_path / "runs")
     again = start([*command])
     assert again.returncode == 0
     assert "4 runs, 4 with a result, 0 to run" in again.stdout
-    assert not (tmp_path / "runs").exists()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [".lock"]
 
 
 @pytest.mark.slow

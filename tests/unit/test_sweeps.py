@@ -1,12 +1,10 @@
 """A sweep's file, its results and its means, without a run."""
 
 import json
-import re
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
@@ -58,21 +56,50 @@ def test_every_method_has_a_run_for_each_combination_behind_the_models_that_it_g
     out = Path("out")
     assert found[-1].arguments(out) == [
         "train.epochs=4",
-        "recipe.name=one_shot",
+        'recipe.name="one_shot"',
         "train.seed=2",
         "pruning.sparsity=0.9",
-        "model.path=out/dense/train.seed=2/final",
-        "train.output=out/after/train.seed=2,pruning.sparsity=0.9",
-        "wandb.name=after/train.seed=2,pruning.sparsity=0.9",
+        'model.path="out/dense/train.seed=2/final"',
+        'train.output="out/after/train.seed=2,pruning.sparsity=0.9"',
+        'wandb.name="after/train.seed=2,pruning.sparsity=0.9"',
     ]
 
 
-def test_a_fingerprint_is_that_of_the_settings_and_not_of_places(file: Path) -> None:
-    first, again = (runs(file, *more)[-1] for more in ((), ("task.train=elsewhere", "wandb.mode=offline")))
-    assert first.fingerprint(Path("here")) == again.fingerprint(Path("there"))
-    for other in (("task.max_length=9",), ("train.batch_size=8",), ("lr.peak=1e-3",)):
-        assert runs(file, *other)[-1].fingerprint(Path("here")) != first.fingerprint(Path("here"))
-    assert len({run.fingerprint(Path("here")) for run in runs(file)}) == len(runs(file))
+def settings_of(run: Run, output: Path = Path("out")) -> dict[str, Any]:
+    return run.settings(run.load(output))
+
+
+def test_settings_are_what_is_not_as_it_is_by_default_and_not_where_files_are(file: Path) -> None:
+    local = "task.hub=null task.train=/a/train.csv task.validation=/a/dev.csv"
+    first, *same = (
+        settings_of(runs(file, *local.replace("/a", folder).split(), *more)[-1], Path(output))
+        for folder, output, more in (("/a", "here", ()), ("/b", "there", ("wandb.mode=offline", "checkpoint.keep=9")))
+    )
+    assert [first] == same
+    assert first == {
+        "recipe.name": "one_shot",
+        "model.path": "dense/train.seed=2",
+        "task.train": "train.csv",
+        "task.validation": "dev.csv",
+        "train.epochs": 4.0,
+        "train.seed": 2,
+        "lr.rewind_every": "2 epochs",
+        "pruning.sparsity": 0.9,
+        "pruning.initial": 0.9,
+        "pruning.start": "0 steps",
+        "pruning.end": "0 steps",
+    }
+    for more in ("train.batch_size=8", "lr.peak=1e-3", "task.train=/a/other.csv", "task.hub=x"):
+        assert settings_of(runs(file, *local.split(), more)[-1]) != first
+    on_hub = [settings_of(runs(file, f"task.train={split}")[0]) for split in ("a", "c")]
+    assert on_hub[0] != on_hub[1], "splits are no files"
+
+
+def test_values_come_through_the_command_line_as_they_are(file: Path) -> None:
+    text = file.read_text().replace("{pruning.sparsity: [0.5, 0.9]}", '{pruning.structure: ["2:4", unstructured]}')
+    file.write_text(text.replace("{recipe.name: one_shot}", "{recipe.name: one_shot, pruning.sparsity: 0.5}"))
+    found = [run for run in runs(file) if run.method == "after"]
+    assert [run.load(Path("out")).pruning.structure for run in found] == ["2:4", "unstructured"] * 2
 
 
 @pytest.mark.parametrize(
@@ -92,6 +119,11 @@ def test_a_fingerprint_is_that_of_the_settings_and_not_of_places(file: Path) -> 
         ("set: {train.epochs: 4}", "set: {train.epochs: 4}\nranks: two", "is no sweep: .*two"),
         ("{recipe.name: dense}", "{train.seed: 3}", "train.seed is in the grid of dense, and set beside it"),
         ("config: run.yaml", "config: other.yaml", "other.yaml does not exist"),
+        ("baseline: dense", "results: a.csv", r"results is 'a.csv'; allowed: a name that ends in .jsonl"),
+        ("model.path: dense", "train.output: dense", r"key of models in after 'train.output' is unknown"),
+        ("  after:", "  ../after:", "a method is called '../after'; allowed: letters"),
+        ("train.epochs: 4", "task.hub: null", "dense/train.seed=1: task.train is 'train', which is not there"),
+        ("[0.5, 0.9]", "[0.5, 5.0e-1]", "twice"),
     ],
 )  # fmt: skip
 def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(file: Path, old: str, new: str, message: str) -> None:
@@ -100,14 +132,14 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(file: Path, old:
     file.write_text(text.replace(old, new))
     with pytest.raises(UserError, match=message):
         sweep(str(file), [], dry_run=False, only_table=False)
-    assert not (file.parent / "runs").exists()
+    assert not list((file.parent / "runs").glob("*/*")), "not even a folder or a log"
 
 
 def row(run: Run, metric: float, output: Path, **more: Any) -> Row:
     shared = {"metric_name": "accuracy", "steps": 100, "sparsity_masked": run.point.get("pruning.sparsity", 0.0)}
     shared |= {"model_sparsity": 0.1, "examples_per_s": 50.0, "final_metric": metric}
     named = {"run": run.name, "method": run.method, "point": run.point, "models": run.models}
-    return {**named, "settings": run.fingerprint(output), **shared, **more}
+    return {**named, "settings": settings_of(run, output), **shared, **more}
 
 
 def test_results_go_on_from_their_lines_alone(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +163,7 @@ def test_results_go_on_from_their_lines_alone(file: Path, capsys: pytest.Capture
         (lambda text: text[:-20], "line 2 is no result of a run; allowed: without that line"),
         (lambda text: text + "{}\n", "line 3 is no result of a run"),
         (lambda text: text + text.splitlines()[0] + "\n", "line 3 is a second result of dense/train.seed=1"),
-        (lambda text: re.sub(r'"settings": "...', '"settings": "fff', text), "measured with other settings than the"),
+        (lambda text: text.replace('"train.epochs": 4.0', '"train.epochs": 5.0'), "train.epochs 5.0 -> 4.0; allowed"),
     ],
 )
 def test_results_that_do_not_fit_are_refused(file: Path, change: Any, message: str) -> None:
@@ -149,7 +181,9 @@ def test_a_directory_of_another_run_is_refused(file: Path) -> None:
     directory = output / first.name
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text("model: {path: other}\ntask: {hub: a, validation: b}\ntrain: {seed: 7}\n")
-    with pytest.raises(UserError, match="holds a run with other settings; allowed: another output, or without it"):
+    with pytest.raises(
+        UserError, match=r"holds a run with other settings, .* -> .*; allowed: another output, or without it"
+    ):
         sweep(str(file), [], dry_run=True, only_table=False)
 
 
@@ -181,14 +215,27 @@ def test_means_are_over_seeds_that_converged_and_differences_are_paired(rows: di
     assert (all_seeds.diverged, all_seeds.metric) == (0, pytest.approx(mean(AFTER.values())))
     (_, none) = means_of(rows, None, chance=0.99)
     assert (none.metric, none.deviation, none.below, none.diverged) == (None, None, None, 3)
+    assert after.pairs == 2
+
+
+def test_pairs_have_converged_on_both_sides_and_lower_may_be_better(rows: dict[str, Row]) -> None:
+    rows["dense/train.seed=1"]["final_metric"] = None
+    dense, after = means_of(rows, "dense", chance=0.4)
+    assert (dense.diverged, after.diverged, after.pairs) == (1, 0, 2)
+    assert after.below == pytest.approx(((0.94 - 0.86) + (0.91 - 0.5)) / 2)
+    for each in rows.values():
+        each["metric_name"] = "nll"
+    dense, after = means_of(rows, "dense", chance=0.92)
+    assert (dense.diverged, after.diverged, after.pairs) == (2, 0, 1)
+    assert after.below == pytest.approx(0.5 - 0.91), "it is better"
 
 
 def test_the_table_is_markdown_csv_and_a_plot(rows: dict[str, Row], tmp_path: Path) -> None:
     means = means_of(rows, "dense", chance=0.5)
     lines = markdown(means, "dense").splitlines()
-    assert lines[0].startswith("| method | at | accuracy | below dense | seeds | diverged | steps |")
+    assert lines[0].startswith("| method | at | accuracy | worse than dense | pairs | seeds | diverged | steps |")
     assert lines[3].startswith(
-        "| after | pruning.sparsity 0.9 | 0.8550 ± 0.0071 | 0.0650 ± 0.1906 | 3 | 1 | 100 | 200 |"
+        "| after | pruning.sparsity 0.9 | 0.8550 ± 0.0071 | 0.0650 ± 0.1906 | 2 | 3 | 1 | 100 | 200 |"
     )
     header, *records = as_csv(means).splitlines()
     assert header.split(",")[:3] == ["method", "point", "metric_name"]
@@ -203,6 +250,8 @@ def test_a_table_is_made_of_what_there_is(file: Path, capsys: pytest.CaptureFixt
     output = file.parent / "runs"
     results.append(output / "results.jsonl", row(runs(file)[0], 0.75, output))
     sweep(str(file), [], dry_run=False, only_table=True)
+    with pytest.raises(UserError, match=r"train.batch_size null -> 8; allowed"):
+        sweep(str(file), ["train.batch_size=8"], dry_run=False, only_table=True)
     assert "| dense |  | 0.7500 |" in capsys.readouterr().out
     assert (output / "results.md").exists()
     assert json.loads((output / "results.jsonl").read_text())["final_metric"] == 0.75
@@ -218,5 +267,5 @@ def test_a_sweep_starts_its_ranks_itself(file: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_every_shipped_sweep_has_runs_that_can_be(path: Path) -> None:
     found = runs_of(read_sweep(path), path)
-    assert len({run.fingerprint(Path("out")) for run in found}) == len(found) > 1
-    assert np.all([run.config.exists() for run in found])
+    found = [json.dumps(settings_of(run), sort_keys=True) for run in found]
+    assert len(set(found)) == len(found) > 1
