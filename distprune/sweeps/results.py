@@ -16,6 +16,7 @@ from distprune.sweeps.spec import Run
 Row = dict[str, Any]
 Settings = dict[str, Any]
 
+_OF_RUN = ("method", "point", "models", "settings", "examples_per_s")
 _OF_SUMMARY = (
     "metric_name",
     "final_metric",
@@ -47,7 +48,7 @@ def read_rows(path: Path) -> dict[str, Row]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            name, _ = row["run"], (row["settings"], row["final_metric"], row["steps"], row["point"])
+            name, _ = row["run"], [row[key] for key in (*_OF_RUN, *_OF_SUMMARY)]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: line {number} is no result of a run; allowed: without that line") from error
         if name in rows:
