@@ -6,6 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$REPOSITORY"
 install
 activate
-# Two files at a time: a test of one process, or of ranks that wait for each other, leaves a core free. In the order of
-# the folders: files of few tests take longest, and would come last.
-exec pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
+# Two files at a time: a test of one process, or of ranks that wait for each other, leaves a core free.
+exec pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
