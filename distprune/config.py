@@ -38,8 +38,8 @@ class RecipeConfig:
         None,
         "gmp, dense, one_shot, obert_10, obert_30, smc_gmp or sparse_transfer (docs/recipes.md); null: all is given",
     )
-    epochs: float = key(2.0, "gmp and dense: epochs of the task's dense recipe, which is replicated")
-    replicas: int | None = key(None, "gmp and dense: how often; null: as pruning.sparsity asks for, or once")
+    epochs: float = key(2.0, "gmp, dense and one_shot: epochs of the task's dense recipe, which is replicated")
+    replicas: int | None = key(None, "gmp, dense and one_shot: how often; null: as pruning.sparsity asks for, or once")
     derived: list[str] = key([], "the keys that the recipe has set; written by distprune, not to be given")
 
 

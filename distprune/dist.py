@@ -24,7 +24,10 @@ from distprune.errors import UserError
 T = TypeVar("T")
 
 LAUNCHER, _LOCAL_RANK = "DISTPRUNE_LAUNCHER", "DISTPRUNE_LOCAL_RANK"
-"""What `init` found, for `detect` to find again: DeepSpeed wants every launcher's variables named as its own."""
+"""What `init` found, for `detect` to find again: DeepSpeed wants every launcher's variables named as its own.
+
+A sweep, which is its runs' launcher, sets the first itself.
+"""
 
 
 @dataclass(frozen=True)

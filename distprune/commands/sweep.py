@@ -91,11 +91,8 @@ def _report(runs: Sequence[Run], rows: dict[str, Row], sweep: Sweep, stored: Pat
     means = means_of({each.name: rows[each.name] for each in runs if each.name in rows}, sweep.baseline, sweep.chance)
     if not means:
         raise UserError(f"{stored} has no result of this sweep yet; allowed: --table once it has")
-    table, (markdown_path, csv_path, png) = (
-        markdown(means, sweep.baseline),
-        map(stored.with_suffix, (".md", ".csv", ".png")),
-    )
-    markdown_path.write_text(table)
-    csv_path.write_text(as_csv(means))
-    draw(means, sweep.baseline, png, name)
-    print(f"{table}{markdown_path}, {csv_path}, {png}")
+    table = markdown(means, sweep.baseline)
+    stored.with_suffix(".md").write_text(table)
+    stored.with_suffix(".csv").write_text(as_csv(means))
+    draw(means, sweep.baseline, stored.with_suffix(".png"), name)
+    print(f"{table}table and plot: {stored.with_suffix('')}.md, .csv and .png")

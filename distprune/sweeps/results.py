@@ -16,8 +16,8 @@ from distprune.sweeps.spec import Run
 Row = dict[str, Any]
 Settings = dict[str, Any]
 
-_OF_RUN = ("method", "point", "models", "settings", "examples_per_s")
-_OF_SUMMARY = (
+OF_RUN = ("method", "point", "models", "settings", "examples_per_s")
+OF_SUMMARY = (
     "metric_name",
     "final_metric",
     "dense_metric",
@@ -48,7 +48,7 @@ def read_rows(path: Path) -> dict[str, Row]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            name, _ = row["run"], [row[key] for key in (*_OF_RUN, *_OF_SUMMARY)]
+            name, _ = row["run"], [row[key] for key in (*OF_RUN, *OF_SUMMARY)]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: line {number} is no result of a run; allowed: without that line") from error
         if name in rows:
@@ -121,7 +121,7 @@ def row_of(run: Run, settings: Settings, output: Path) -> Row:
         "point": run.point,
         "models": run.models,
         "settings": settings,
-        **{key: summary[key] for key in _OF_SUMMARY},
+        **{key: summary[key] for key in OF_SUMMARY},
         "examples_per_s": median(speeds) if speeds else None,
     }
     return finite(row)  # type: ignore[return-value]

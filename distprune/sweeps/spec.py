@@ -121,11 +121,8 @@ def read_sweep(path: Path) -> Sweep:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"{path} is no sweep: {' '.join(str(error).split())}") from error
     assert isinstance(sweep, Sweep)
-    for key, value, holds in (
-        ("ranks", sweep.ranks, sweep.ranks >= 1),
-        ("at_once", sweep.at_once, sweep.at_once >= 1),
-    ):
-        if not holds:
+    for key, value in (("ranks", sweep.ranks), ("at_once", sweep.at_once)):
+        if value < 1:
             raise UserError(f"{path}: {key} is {value}; allowed: at least 1")
     if not sweep.methods:
         raise UserError(f"{path} has no methods; allowed: at least one")

@@ -136,8 +136,7 @@ def markdown(means: Sequence[Mean], baseline: str | None) -> str:
     """Return the table for a reader."""
     names = ", ".join(sorted({each.metric_name for each in means})) or "metric"
     titles = ["method", "at", names, f"worse than {baseline}", "pairs", "seeds", "diverged", "steps"]
-    titles += ["with those before"]
-    titles += ["sparsity", "of the model", "examples/s"]
+    titles += ["with those before", "sparsity", "of the model", "examples/s"]
     lines = [titles, ["---"] * len(titles)]
     for each in means:
         point = ", ".join(f"{key} {value}" for key, value in each.point.items())

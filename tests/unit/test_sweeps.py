@@ -138,7 +138,7 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(file: Path, old:
 def row(run: Run, metric: float, output: Path, **more: Any) -> Row:
     shared = {"metric_name": "accuracy", "steps": 100, "sparsity_masked": run.point.get("pruning.sparsity", 0.0)}
     shared |= {"model_sparsity": 0.1, "examples_per_s": 50.0, "final_metric": metric}
-    shared = dict.fromkeys(results._OF_SUMMARY) | shared
+    shared = dict.fromkeys(results.OF_SUMMARY) | shared
     named = {"run": run.name, "method": run.method, "point": run.point, "models": run.models}
     return {**named, "settings": settings_of(run, output), **shared, **more}
 
