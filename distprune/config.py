@@ -174,7 +174,8 @@ class PruningConfig:
     groups: list[str] = key([], "regexes, each the weights of a group, where scope is groups")
     score: str = key(
         "magnitude",
-        "what goes first has the smallest: magnitude, normalized_magnitude, taylor, movement, random, or module:Class",
+        "what goes first has the smallest: magnitude, normalized_magnitude, taylor, movement, random, obs "
+        "(oBERT's), or module:Class",
     )
     weights_of: str | None = key(
         None,
@@ -182,6 +183,16 @@ class PruningConfig:
         "lottery ticket; null: the student's own",
     )
     start_sparse: bool = key(False, "zeros of the model are its first mask, which stays")
+
+
+@dataclass
+class FisherConfig:
+    """The Fisher matrix behind pruning.score obs, estimated before each pruning from batches of their own."""
+
+    block: int = key(50, "consecutive weights of a block; 1: the diagonal. A rank holds 4 * block bytes a weight")
+    samples: int = key(1024, "gradients, each the mean of a batch of train.batch_size examples")
+    damping: float = key(1e-7, "added to the diagonal, > 0")
+    dropout: bool = key(False, "leave dropout on, as SMC-Bench does")
 
 
 @dataclass
@@ -235,6 +246,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr: LrConfig = field(default_factory=LrConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
+    fisher: FisherConfig = field(default_factory=FisherConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

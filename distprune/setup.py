@@ -103,7 +103,7 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
     shapes = {name: tuple(parameters.shape(name)) for name in names}
     cuts = _cuts(parameters)
     structure = dist.agree(lambda: build_structure(pruning, shapes, cuts, heads))
-    score = dist.agree(lambda: build_score(pruning.score, config.train.seed))
+    score = dist.agree(lambda: build_score(pruning.score, config.train.seed, config.fisher, cuts))
     if score.needs_gradient and student.fp16_enabled():
         raise UserError(
             f"pruning.score is {pruning.score!r}, whose gradients fp16 scales; allowed: bf16 or fp32 with it"

@@ -17,6 +17,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -87,6 +88,10 @@ class ShardedParameters(ABC):
         parameter took no part in the loss.
         """
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a backward pass, as if it had not been: no step is taken on them."""
+        self.engine.optimizer.zero_grad()
+
     def gradients_changed(self, shards: Iterable[Shard]) -> None:
         """Tell DeepSpeed that gradients were written: under optimizer offload it noted their norms beforehand."""
         optimizer = self.engine.optimizer
@@ -148,6 +153,17 @@ class PartitionedOptimizer(ShardedParameters):
         gradient: Tensor = fragment.view(-1)
         assert gradient.numel() == shard.end - shard.start, f"gradient of {shard.name} is not its partition's"
         return gradient
+
+    def drop_gradients(self) -> None:  # noqa: D102
+        optimizer = self.engine.optimizer
+        super().drop_gradients()
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+            optimizer._offload_accumulated_param_ids = set()
+            return
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
 
 
 class PartitionedParameters(ShardedParameters):

@@ -23,6 +23,7 @@ from distprune.checkpoints.pieces import Pieces
 from distprune.checkpoints.saver import Saver
 from distprune.checkpoints.state import owned_tensors, restore, state_of
 from distprune.config import Config
+from distprune.curvature import estimate
 from distprune.diagnose import refuse_nonfinite, refuse_nonfinite_weights
 from distprune.engine import set_learning_rate
 from distprune.errors import UserError
@@ -34,6 +35,7 @@ from distprune.monitor.resources import memory_mib
 from distprune.monitor.wandb import stored_id
 from distprune.objective import Losses, Objective
 from distprune.pruning.pruner import Pruner
+from distprune.pruning.scores import OptimalBrainSurgeon
 from distprune.setup import Setup
 from distprune.tasks.base import Batch
 
@@ -108,6 +110,8 @@ class Trainer:
         student, pruner, plan = self.setup.student, self.setup.pruner, self.setup.plan
         world, task = self.setup.world, self.setup.task
         set_learning_rate(student, plan.lr.at(self.step))
+        if pruner is not None and isinstance(pruner.score, OptimalBrainSurgeon) and self.step in plan.ladder:
+            estimate(self.config, self.setup, pruner, self.step)
         parts = rank_part(batch, world.rank, world.size, self.config.train.accumulation)
         sums, draw = [0.0] * len(Losses._fields), stream_seed(self.config.train.seed, self.step, [])
         for number, rows in enumerate(parts, start=1):

@@ -251,6 +251,12 @@ PRUNING = (
     ),
 )
 
+FISHER = (
+    _at_least_one("fisher.block"),
+    _at_least_one("fisher.samples"),
+    Check("fisher.damping", "more than 0", lambda c: 0 < c.fisher.damping < inf),
+)
+
 WANDB = (
     Check(
         "wandb.mode",
@@ -259,4 +265,4 @@ WANDB = (
     ),
 )
 
-SECTIONS = (*RECIPE, *MODEL, *DISTILLATION, *TASK, *TRAIN, *CHECKPOINT, *OPTIMIZER, *LR, *PRUNING, *WANDB)
+SECTIONS = (*RECIPE, *MODEL, *DISTILLATION, *TASK, *TRAIN, *CHECKPOINT, *OPTIMIZER, *LR, *PRUNING, *FISHER, *WANDB)

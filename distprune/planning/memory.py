@@ -101,28 +101,41 @@ def _placed(need: Need, device: Counter[str], host: Counter[str]) -> Bytes:
 
 
 def gathered(shapes: Shapes, layout: Layout) -> int:
-    """Return the weights that ZeRO-3 has gathered at once in a pass forward and backward.
+    """Return the weights that ZeRO-3 has gathered at once in a pass forward and backward; none on one rank.
 
     One is kept whose next use is nearer than ``layout.reuse``: the last ones of the forward pass come first in the
-    backward pass, so half of that distance stays; beside it what is in use and what is fetched ahead.
+    backward pass, so half of that distance stays. Every module that begins has ``layout.prefetch`` more weights
+    fetched, which is more than most modules let go, so that up to ``layout.live`` are there.
     """
-    if layout.world == 1:
+    if layout.stage < 3 or layout.world == 1:
         return 0
-    return min(sum(shapes.sizes), max(shapes.sizes) + layout.prefetch + layout.reuse // 2)
+    ahead = layout.live if layout.prefetch else 0
+    return min(sum(shapes.sizes), max(shapes.sizes) + max(ahead, layout.reuse // 2))
+
+
+def _arriving(shapes: Shapes, layout: Layout, on_gpu: bool) -> int:
+    """Return the weights that are there twice because a fetch has just come: in its flat tensor, and by themselves.
+
+    On a CPU gloo has one more copy, of the fetch behind it.
+    """
+    fetch = max(*shapes.sizes, layout.prefetch)
+    return min(gathered(shapes, layout), fetch if on_gpu else 2 * fetch)
 
 
 def _gathered(need: Need) -> Counter[str]:
     """Return what ZeRO-3 has gathered of the student until the update, before which it lets all of it go."""
-    size = gathered(need.student, need.layout) * need.layout.width if need.layout.stage == 3 else 0
-    return Counter({"gathered weights": size})
+    return Counter({"gathered weights": gathered(need.student, need.layout) * need.layout.width})
 
 
 def _forward(need: Need) -> Bytes:
+    """Return what is held at the end of the forward pass, or of the teacher's behind it."""
     device = _gathered(need) + Counter({"activations": need.activations.total(need.micro_batch)})
-    if need.teacher is not None and need.teacher[1].stage == 3 and need.teacher[1].world > 1:
-        shapes, layout = need.teacher  # it is gathered once in a pass, so nothing is kept for a next use
-        device["teacher's gathered weights"] = gathered(shapes, replace(layout, reuse=0)) * layout.width
-    return Bytes(device, Counter())
+    arriving = _arriving(need.student, need.layout, need.on_gpu) * need.layout.width
+    if need.teacher is not None:
+        shapes, layout = need.teacher[0], replace(need.teacher[1], reuse=0)  # a weight is used once in its pass
+        device["teacher's gathered weights"] = gathered(shapes, layout) * layout.width
+        arriving = max(arriving, _arriving(shapes, layout, need.on_gpu) * layout.width)
+    return Bytes(device + Counter({"copies": arriving}), Counter())
 
 
 def _freed_activations(need: Need) -> Counter[str]:

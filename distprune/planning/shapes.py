@@ -66,7 +66,8 @@ class Layout:
         bucket: in which gradients are reduced.
         buckets: how many of them there are.
         flattens: whether a bucket is copied to be reduced at stages 1 and 2, as with DeepSpeed's ``reduce_scatter``.
-        prefetch: weights that ZeRO-3 gathers ahead.
+        prefetch: weights that ZeRO-3 gathers ahead whenever a module begins.
+        live: up to how many gathered weights it does so.
         reuse: within which distance of its next use ZeRO-3 keeps a gathered weight.
         sub_group: weights that ZeRO-3 updates at once.
     """
@@ -80,6 +81,7 @@ class Layout:
     buckets: int = 1
     flattens: bool = False
     prefetch: int = 50_000_000
+    live: int = 1_000_000_000
     reuse: int = 1_000_000_000
     sub_group: int = 1_000_000_000
 
@@ -121,6 +123,7 @@ def layout_of(key: str, section: dict[str, Any], world: int) -> Layout:
         2 if zero.overlap_comm and zero.stage < 3 else 1,
         zero.reduce_scatter and zero.stage in (1, 2),
         zero.prefetch_bucket_size,
+        zero.max_live_parameters,
         zero.max_reuse_distance,
         zero.sub_group_size,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from distprune.errors import UserError
 from distprune.pruning.exchange import over_ranks, summed
 from distprune.pruning.masks import KEPT, PRUNED, apply_mask, count_pruned, is_masked
-from distprune.pruning.scores import Score
+from distprune.pruning.scores import OptimalBrainSurgeon, Score
 from distprune.pruning.slices import Slice
 from distprune.pruning.structures import Structure
 from distprune.shards import Shard, ShardedParameters
@@ -134,6 +134,19 @@ class Pruner:
             self._mask_gradients()
 
     @torch.no_grad()
+    def learn(self) -> None:
+        """Let the score know the gradients of a batch that were taken for it alone, and drop them.
+
+        Collective: every rank calls it after a backward pass, and neither after_backward nor a step follows.
+        """
+        assert isinstance(self.score, OptimalBrainSurgeon)
+        if self.masked:
+            self._mask_gradients()
+        gradients = [self.parameters.gradient(shard) for shard in self.shards]
+        over_ranks(self.score.learn(self.slices, gradients), self._device)
+        self.parameters.drop_gradients()
+
+    @torch.no_grad()
     def prune(self, sparsity: Fraction) -> None:
         """Mask what the structure has at a sparsity: unstructured exactly ``floor(sparsity * prunable)`` weights.
 
@@ -147,7 +160,11 @@ class Pruner:
         choosing = self.structure.choose(self.slices, self.score, sparsity, self.masked_of)
         choice = over_ranks(choosing, self._device)
         before = self.masked
+        surgeon = self.score if isinstance(self.score, OptimalBrainSurgeon) else None
+        weights_before = [each.weights().clone() for each in self.slices] if surgeon else []
         nans = self._per_parameter([choice.mark(each) for each in self.slices])
+        if surgeon is not None:
+            over_ranks(surgeon.compensate(self.slices, weights_before), self._device)
         if self.other_weights is not None:
             for flat in self.flat_masks:  # what was marked, and zeroed, is a copy
                 apply_mask(flat.master, flat.mask)

@@ -2,15 +2,17 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from inspect import isabstract
 
 import torch
 from torch import Tensor
 
+from distprune.config import FisherConfig
 from distprune.errors import UserError
 from distprune.pruning.exchange import Exchange, Request
+from distprune.pruning.fisher import InverseFisher
 from distprune.pruning.fixed import exponent_for, to_fixed
 from distprune.pruning.keys import (
     FLOAT_BITS,
@@ -22,7 +24,7 @@ from distprune.pruning.keys import (
     key_magnitude,
     magnitude_keys,
 )
-from distprune.pruning.masks import MAGNITUDE
+from distprune.pruning.masks import MAGNITUDE, PRUNED, apply_mask
 from distprune.pruning.slices import Part, Slice
 
 
@@ -30,7 +32,7 @@ class Score(ABC):
     """A score of each weight."""
 
     needs_gradient = False
-    """Whether it reads the gradient, as it is before it is masked."""
+    """Whether it reads gradients: the step's, as it is before it is masked, or others that were taken for it."""
     accumulates = False
     """Whether it has a state that every optimizer step adds to."""
     samples = False
@@ -177,6 +179,66 @@ class Random(Score):
         return key / 2**30
 
 
+class OptimalBrainSurgeon(PositiveScore):
+    """w^2 / (2 [F^-1]_ww), what the loss rises by to second order where the others make up for it (arXiv 2203.07259).
+
+    F is the empirical Fisher matrix in blocks (`InverseFisher`), estimated anew before each pruning from gradients of
+    the task's loss. What stays then makes up for what goes, each weight of it by itself (equation 8). Blocks of one
+    weight are the diagonal, which makes up for nothing.
+    """
+
+    needs_gradient = True
+
+    def __init__(
+        self, seed: int = 0, fisher: FisherConfig | None = None, cuts: Mapping[str, Sequence[int]] | None = None
+    ):
+        """Take what the Fisher matrix is estimated from, and where parameters are cut between ranks."""
+        super().__init__(seed)
+        self.config, self.cuts = fisher or FisherConfig(), cuts or {}
+        self._fisher: InverseFisher | None = None
+        self._diagonals: dict[str, tuple[int, Tensor]] = {}
+
+    def learn(self, slices: Sequence[Slice], gradients: Sequence[Tensor | None]) -> Exchange[None]:
+        """Take a batch's averaged gradients into account, 0 where a weight is pruned."""
+        if self._fisher is None:
+            config = self.config
+            self._fisher = InverseFisher(slices, self.cuts, config.block, config.samples, config.damping)
+        yield from self._fisher.add(gradients)
+
+    def prepare(self, slices: Sequence[Slice], sizes: dict[str, int]) -> Exchange[None]:  # noqa: D102
+        yield from ()
+        assert self._fisher is not None, "no gradient was taken before the pruning"
+        self._diagonals = {
+            each.name: (each.first_index + each.start, diagonal)
+            for each, diagonal in zip(slices, self._fisher.diagonals(), strict=True)
+        }
+
+    def scores(self, part: Part) -> Tensor:  # noqa: D102
+        return part.weights.square() / (2 * self._inverse(part))
+
+    def compensate(self, slices: Sequence[Slice], before: Sequence[Tensor]) -> Exchange[None]:
+        """Move the weights that stay, then forget the Fisher matrix.
+
+        Args:
+            slices: of this rank, with the new masks.
+            before: their weights before the pruning.
+        """
+        assert self._fisher is not None
+        gone = [
+            torch.where(each.mask == PRUNED, weights / self._diagonals[each.name][1], 0)
+            for each, weights in zip(slices, before, strict=True)
+        ]
+        for each, moved in zip(slices, (yield from self._fisher.times(gone)), strict=True):
+            weights = each.weights()
+            weights -= moved
+            apply_mask(weights, each.mask)
+        self._fisher, self._diagonals = None, {}
+
+    def _inverse(self, part: Part) -> Tensor:
+        first, diagonal = self._diagonals[part.name]
+        return diagonal[part.first_index - first :][: part.weights.numel()]
+
+
 def _shifted(numbers: Tensor, bits: int) -> Tensor:
     """Shift int64 to the right as if it were unsigned."""
     return (numbers >> bits) & ((1 << (64 - bits)) - 1)
@@ -188,15 +250,26 @@ SCORES: dict[str, type[Score]] = {
     "taylor": Taylor,
     "movement": Movement,
     "random": Random,
+    "obs": OptimalBrainSurgeon,
 }
 
 
-def build_score(name: str, seed: int) -> Score:
+def build_score(
+    name: str, seed: int, fisher: FisherConfig | None = None, cuts: Mapping[str, Sequence[int]] | None = None
+) -> Score:
     """Return a score by its name, or by ``module:Class`` where it is of another package.
+
+    Args:
+        name: of the score.
+        seed: of the run.
+        fisher: what obs estimates.
+        cuts: where in each flattened parameter a rank's slice begins or ends.
 
     Raises:
         UserError: where there is none of this name.
     """
+    if name == "obs":
+        return OptimalBrainSurgeon(seed, fisher, cuts)
     if name in SCORES:
         return SCORES[name](seed)
     module, colon, attribute = name.partition(":")

@@ -122,7 +122,17 @@ def test_a_teacher_is_replicated_or_sharded() -> None:
 def test_stage_3_gathers_no_more_than_its_options_let_it() -> None:
     assert gathered(SHAPES, Layout(3, 1)) == 0
     assert gathered(SHAPES, Layout(3, 2)) == 43
-    assert gathered(SHAPES, Layout(3, 2, prefetch=4, reuse=2)) == 21 + 4 + 1
+    assert gathered(SHAPES, Layout(3, 2, prefetch=4, live=10, reuse=2)) == 21 + 10
+    assert gathered(SHAPES, Layout(3, 2, prefetch=0, reuse=2)) == 21 + 1
+    assert gathered(SHAPES, Layout(2, 2)) == 0
+
+
+def test_what_has_just_been_gathered_is_there_twice_and_once_more_for_gloo() -> None:
+    frozen = Shapes((), (10, 21, 90), frozenset())
+    teacher = frozen, Layout(3, 2, prefetch=30, live=100)
+    gpu, cpu = (memory.moments(need(Layout(0, 2), teacher=teacher, on_gpu=each)) for each in (True, False))
+    assert gpu["forward pass"].device["teacher's gathered weights"] == 121 * 4
+    assert (gpu["forward pass"].device["copies"], cpu["forward pass"].device["copies"]) == (90 * 4, 121 * 4)
 
 
 def test_the_wire_of_each_stage() -> None:
@@ -153,11 +163,16 @@ def test_hours() -> None:
 
 def test_options_are_read_as_deepspeed_reads_them() -> None:
     section = {
-        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "stage3_prefetch_bucket_size": 7},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_param": {"device": "cpu"},
+            "stage3_prefetch_bucket_size": 7,
+            "stage3_max_live_parameters": 9,
+        },
         "bf16": {"enabled": True},
     }
     layout = layout_of("deepspeed.student", section, 4)
-    assert (layout.stage, layout.world, layout.width, layout.prefetch) == (3, 4, 2, 7)
+    assert (layout.stage, layout.world, layout.width, layout.prefetch, layout.live) == (3, 4, 2, 7, 9)
     assert (layout.offload_weights, layout.offload_optimizer, layout.bucket) == (True, False, 500_000_000)
     with pytest.raises(UserError, match=r"offload_optimizer\.device 'nvme'; allowed: cpu"):
         layout_of("x", {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/"}}}, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from distprune.errors import UserError
 from distprune.pruning.keys import HIGHEST_FLOAT, HIGHEST_MAGNITUDE
 from distprune.pruning.masks import KEPT, MAGNITUDE
-from distprune.pruning.scores import SCORES, Movement, NormalizedMagnitude, Score, build_score
+from distprune.pruning.scores import SCORES, Movement, NormalizedMagnitude, OptimalBrainSurgeon, Score, build_score
 from distprune.pruning.slices import Part
 from tests.unit.simulated import answer
 from tests.unit.structures.harness import LAYOUTS, SPLITS, Parameters, Shapes, dense, drawn, slices_of
@@ -43,6 +43,8 @@ def prepared(name: str) -> Score:
     score = build_score(name, 3)
     if isinstance(score, NormalizedMagnitude):
         score._norms = {"w": 0.75}
+    if isinstance(score, OptimalBrainSurgeon):
+        score._diagonals = {"w": (0, torch.tensor(0.75).expand(1 << 40))}
     return score
 
 
@@ -231,7 +233,7 @@ def test_a_score_of_another_package_is_built_by_its_path() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("magnitud", r"score 'magnitud' is unknown; allowed: magnitude, .*random, or module:Class"),
+        ("magnitud", r"score 'magnitud' is unknown; allowed: magnitude, .*obs, or module:Class"),
         ("", "is unknown"),
         (":Score", "is unknown"),
         (".scores:Score", "is unknown"),

@@ -1,0 +1,35 @@
+"""Gradients that are taken for a score alone, before a pruning: of the task's loss, and no step follows them."""
+
+from itertools import count, islice
+
+from distprune.batches import rank_part, stream_seed, train_batches
+from distprune.config import Config
+from distprune.evaluate import on_device
+from distprune.pruning.pruner import Pruner
+from distprune.setup import Setup
+
+
+def estimate(config: Config, setup: Setup, pruner: Pruner, step: int) -> None:
+    """Let the pruner's score know ``fisher.samples`` gradients of whole batches. Collective: every rank calls it.
+
+    Args:
+        config: of the run.
+        setup: whose student and data are used.
+        pruner: whose score is told.
+        step: with the seed it says which batches; they are drawn as a run's are, by epochs of their own.
+    """
+    student, task, world = setup.student, setup.task, setup.world
+    seed = stream_seed(config.train.seed, step, [])
+    lengths, size = task.train["length"], config.train.batch_size
+    batches = (batch for epoch in count() for batch in train_batches(lengths, size, seed, epoch))
+    student.train(config.fisher.dropout)
+    for batch in islice(batches, config.fisher.samples):
+        parts = rank_part(batch, world.rank, world.size, config.train.accumulation)
+        for number, rows in enumerate(parts, start=1):
+            micro_batch = on_device(task.collate(task.train.__getitems__(rows), seed), student)
+            student.set_gradient_accumulation_boundary(number == len(parts))
+            logits = task.logits(task.run(student, micro_batch), micro_batch)
+            student.backward(task.loss(logits, micro_batch))
+        pruner.learn()
+    student.set_gradient_accumulation_boundary(None)
+    student.train()

@@ -1,0 +1,129 @@
+"""Pruning by the inverse Fisher matrix in real engines, against one process that inverts it plainly."""
+
+from fractions import Fraction
+from math import floor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distprune.config import FisherConfig
+from distprune.pruning.scores import OptimalBrainSurgeon
+from tests.distributed.engines import (
+    ALL_LAYOUTS,
+    OTHER_LAYOUTS,
+    Layout,
+    Student,
+    forward,
+    plain_model,
+    random_batch,
+    reference_masks,
+    rows,
+    target_weights,
+)
+from tests.distributed.runs import run, same_weights, stage
+from tests.world import Worlds, by_world
+
+FISHER = FisherConfig(block=7, samples=3, damping=1e-3)
+SPARSITY = Fraction("0.6")
+
+
+def backward(student: Student, number: int) -> None:
+    """Take gradients of a global batch, without a step."""
+    for part in range(student.accumulation):
+        batch = rows(
+            random_batch(number), student.rank * student.accumulation + part, student.world * student.accumulation
+        )
+        student.engine.set_gradient_accumulation_boundary(part + 1 == student.accumulation)
+        student.engine.backward(F.cross_entropy(forward(student.engine, batch).float(), batch["labels"]))
+
+
+def pruned(directory: Path, layout: Layout, accumulation: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return masks and weights right after a pruning, before any step."""
+    student = Student(directory, layout, accumulation, pruning={"score": "obs"})
+    assert isinstance(student.pruner.score, OptimalBrainSurgeon)
+    student.pruner.score.config = FISHER
+    for number in range(FISHER.samples):
+        backward(student, number)
+        student.pruner.learn()
+    backward(student, FISHER.samples)  # the step's own, which is not asked for
+    student.pruner.prune(SPARSITY)
+    found = student.masks(), student.masters()
+    student.close()
+    return found
+
+
+def reference(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the same of one process: plain gradients, plain inverses of plain blocks."""
+    model = plain_model(directory)
+    gradients: list[dict[str, Tensor]] = []
+    for number in range(FISHER.samples):
+        batch = random_batch(number)
+        model.zero_grad()
+        F.cross_entropy(model(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"]).backward()
+        every = dict(model.named_parameters())
+        gradients.append({name: every[name].grad.double().flatten() for name in target_weights(model)})
+    weights = {name: each.double() for name, each in target_weights(model).items()}
+    inverses = {}
+    for name, each in weights.items():
+        place = torch.arange(len(each)) // FISHER.block
+        same = place[:, None] == place[None, :]
+        fisher = sum(torch.outer(each[name], each[name]) for each in gradients) / FISHER.samples
+        inverses[name] = torch.linalg.inv(fisher * same + FISHER.damping * torch.eye(len(each)))
+    scores = {name: each**2 / (2 * inverses[name].diagonal()) for name, each in weights.items()}
+    masks = reference_masks(scores, SPARSITY)
+    for name, each in weights.items():
+        gone = torch.where(masks[name], each / inverses[name].diagonal(), 0)
+        weights[name] = torch.where(masks[name], 0, each - inverses[name] @ gone)
+    return masks, weights
+
+
+@by_world
+def test_masks_and_weights_are_those_of_plain_inverses(world: Worlds, directory: Path, size: int) -> None:
+    masks, weights = reference(directory)
+    assert any(not torch.equal(each, target_weights(plain_model(directory))[name]) for name, each in weights.items())
+    for layout in (each for each in (*ALL_LAYOUTS, *OTHER_LAYOUTS) if each.dtype == "fp32"):
+        found_masks, found = world(size).run(pruned, directory, layout, accumulation=1 + (layout.stage == 2))[0]
+        for name in masks:
+            assert torch.equal(found_masks[name], masks[name]), f"{layout}: {name}"
+            torch.testing.assert_close(found[name].double(), weights[name], rtol=1e-3, atol=1e-5)
+
+
+def stepped(directory: Path, layout: Layout, accumulation: int, drops: bool) -> dict[str, Tensor]:
+    student = Student(directory, layout, accumulation, pruning={"score": "obs"})
+    for number in range(2):
+        if drops:
+            backward(student, 7)
+            student.pruner.parameters.drop_gradients()
+            student.engine.set_gradient_accumulation_boundary(None)
+        student.step(number)
+    masters = student.masters()
+    student.close()
+    return masters
+
+
+@by_world
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_that_are_dropped_leave_no_trace(
+    world: Worlds, directory: Path, size: int, accumulation: int
+) -> None:
+    for layout in (*ALL_LAYOUTS, *OTHER_LAYOUTS):
+        without, dropped = (
+            world(size).run(stepped, directory, layout, accumulation, drops)[0] for drops in (False, True)
+        )
+        for name in without:
+            assert torch.equal(without[name], dropped[name]), f"{layout}: {name}"
+
+
+@pytest.mark.slow
+def test_a_run_prunes_by_it_to_the_exact_number(world: Worlds, task: Path, tmp_path: Path) -> None:
+    options = ("pruning.score=obs", "fisher.samples=3", "fisher.block=10", "train.accumulation=2")
+    for size, zero in ((1, 0), (2, 3)):
+        summary = world(size).run(run, task, tmp_path / f"{size}", *options, *stage(zero))[0]
+        wanted = floor(Fraction(str(summary["sparsity_target"])) * summary["prunable_weights"])
+        assert summary["masked_weights"] == wanted > 0
+        assert summary["zeros_in_file"] == wanted
+        world(size).run(run, task, tmp_path / f"{size}-magnitude", *options[1:], *stage(zero))
+        assert not same_weights(tmp_path / f"{size}", tmp_path / f"{size}-magnitude")
