@@ -121,6 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--dry-run", action="store_true", help="only say what would run")
     sweep.add_argument("--table", action="store_true", dest="only_table", help="only table and plot of what there is")
 
+    report = commands.add_parser("report", help="a page about a run, or about several side by side")
+    report.add_argument("run_dirs", metavar="RUN", nargs="+", help="a run's directory")
+    report.add_argument("--html", default="report.html", metavar="PATH", help="with .png and .csv beside [%(default)s]")
+
     plan = commands.add_parser("plan", help="memory, wire and hours of a run, before its job is queued")
     plan.add_argument("--world", type=int, required=True, metavar="N", help="ranks that it is planned for")
     plan.add_argument("--examples-per-s", type=float, metavar="X", help="over all ranks; left out: measured here")

@@ -51,13 +51,13 @@ def save_png(figure: Figure, path: str) -> None:
         raise UserError(f"--png {path!r} cannot be written: {error}") from error
 
 
-def _series(metrics: Metrics, name: str, split: str | None = None) -> tuple[list[int], list[float]]:
+def series(metrics: Metrics, name: str, split: str | None = None) -> tuple[list[int], list[float]]:
     """Return the steps and values of the records that have a value of that name."""
     found = [record for record in metrics if split in (None, record["split"]) and record.get(name) is not None]
     return [record["step"] for record in found], [record[name] for record in found]
 
 
-def _main_metric(metrics: Metrics) -> str | None:
+def main_metric(metrics: Metrics) -> str | None:
     """Return the name of the first metric of the validation records."""
     values = (item for record in metrics if record["split"] == "validation" for item in record.items())
     named = (name for name, value in values if value is not None)
@@ -67,9 +67,9 @@ def _main_metric(metrics: Metrics) -> str | None:
 def _draw_metric(axes: Axes, metrics: Metrics, dense: float | None) -> None:
     axes.set_zorder(2)  # above the sparsity's area
     axes.patch.set_visible(False)
-    name = _main_metric(metrics)
+    name = main_metric(metrics)
     if name is not None:
-        steps, values = _series(metrics, name, "validation")
+        steps, values = series(metrics, name, "validation")
         label = name.replace("_", " ")
         axes.plot(steps, values, color=BLUE, marker="o", linewidth=2, label=f"{label} {values[-1]:.3f}")
         axes.set_ylabel(f"{label} on validation", color=BLUE)
@@ -82,7 +82,7 @@ def _draw_metric(axes: Axes, metrics: Metrics, dense: float | None) -> None:
 
 
 def _draw_sparsity(axes: Axes, metrics: Metrics) -> None:
-    steps, values = _series(metrics, "sparsity")
+    steps, values = series(metrics, "sparsity")
     label = f"sparsity {values[-1]:.1%}" if values else None
     axes.plot(steps, values, color=RED, drawstyle="steps-post", linewidth=1.5, label=label)
     axes.fill_between(steps, values, step="post", color=RED, alpha=0.1, linewidth=0)
@@ -95,7 +95,7 @@ def _draw_sparsity(axes: Axes, metrics: Metrics) -> None:
 
 
 def _draw_learning_rate(axes: Axes, metrics: Metrics) -> None:
-    steps, values = _series(metrics, "lr")
+    steps, values = series(metrics, "lr")
     axes.plot(steps, values, color=GREEN, linewidth=1.5)
     axes.margins(x=0.02)
     axes.set_ylim(bottom=0)
@@ -117,12 +117,16 @@ def _mark_epochs(axes: Axes, metrics: Metrics) -> None:
 
 
 def plot_layers(sparsity_by_name: Mapping[str, float], path: Path) -> None:
-    """Draw the sparsity of each matrix as a PNG: a heat map of layers and kinds, and bars for the rest.
+    """Draw `layers_figure` as a PNG."""
+    layers_figure(sparsity_by_name).savefig(path, format="png")
+
+
+def layers_figure(sparsity_by_name: Mapping[str, float]) -> Figure:
+    """Return a picture of the sparsity of each matrix: a heat map of layers and kinds, and bars for the rest.
 
     Args:
         sparsity_by_name: sparsity of each parameter, [0, 1]; at least one. The first number in a name is the
             layer's.
-        path: where the PNG goes.
     """
     kinds, rest = _by_kind(sparsity_by_name)
     rows = [len(part) for part in (kinds, rest) if part]
@@ -134,7 +138,7 @@ def plot_layers(sparsity_by_name: Mapping[str, float], path: Path) -> None:
         _draw_heat_map(axes[0], kinds)
     if rest:
         _draw_bars(axes[-1], rest)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _by_kind(sparsity_by_name: Mapping[str, float]) -> tuple[dict[str, dict[int, float]], dict[str, float]]:

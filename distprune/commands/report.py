@@ -1,0 +1,37 @@
+"""``distprune report``: a page, a picture and a table of a run, or of several side by side."""
+
+import csv
+from io import StringIO
+from pathlib import Path
+
+from distprune.errors import UserError
+from distprune.monitor.plots import save_png
+from distprune.reports.figures import curves
+from distprune.reports.page import page, write
+from distprune.reports.runs import as_csv_rows, read_runs
+
+
+def run(run_dirs: list[str], html: str) -> None:
+    """Write the page, and beside it the curves as PNG and every record of metrics.jsonl as CSV.
+
+    Args:
+        run_dirs: directories of runs, which may be under way.
+        html: where the page goes; the others have its name with another suffix.
+
+    Raises:
+        UserError: a directory that is no run's, or a file that cannot be written.
+    """
+    target = Path(html).expanduser()
+    if target.suffix != ".html":
+        raise UserError(f"--html is {html!r}; allowed: a name that ends in .html")
+    runs = read_runs(run_dirs)
+    figure = curves(runs)
+    write(target, page(runs, figure))
+    save_png(figure, str(target.with_suffix(".png")))
+    rows = as_csv_rows(runs)
+    table = StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(target.with_suffix(".csv"), table.getvalue())
+    print(f"{target}, {target.with_suffix('.png')} and {target.with_suffix('.csv')}")

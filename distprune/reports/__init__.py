@@ -1,0 +1,1 @@
+"""``distprune report``: a page about a run, or about several side by side."""

@@ -1,0 +1,99 @@
+"""The pictures of a report; matplotlib's objects only, no global state."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from distprune.errors import UserError
+from distprune.model_files import match_names, open_source, resolve
+from distprune.monitor.plots import main_metric, series
+from distprune.reports.runs import RunRecord
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of Okabe and Ito
+_LOSSES: dict[str, Any] = {
+    "loss": "-",
+    "task_loss": "--",
+    "distillation_loss": ":",
+    "hidden_loss": "-.",
+    "attention_loss": (0, (5, 1, 1, 1, 1, 1)),
+}
+"""Names in metrics.jsonl, and how each is drawn."""
+_BINS = 120
+
+
+def curves(runs: Sequence[RunRecord]) -> Figure:
+    """Draw metric, losses, learning rate, sparsity, threshold and speed over the steps, a colour for each run."""
+    figure = Figure(figsize=(11, 9), dpi=120, layout="constrained")
+    panels = figure.subplots(3, 2, sharex=True)
+    titles = ("metric on validation", "losses", "sparsity", "threshold of the score", "learning rate", "examples/s")
+    for axes, title in zip(panels.flat, titles, strict=True):
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    metric, losses, *others = panels.flat
+    for index, run in enumerate(runs):
+        color = COLORS[index % len(COLORS)]
+        if (name := main_metric(run.metrics)) is not None:
+            metric.plot(*series(run.metrics, name, "validation"), color=color, marker="o", label=run.name)
+        _draw_losses(losses, run, color)
+        for axes, key in zip(others, ("sparsity", "threshold", "lr", "examples_per_s"), strict=True):
+            axes.plot(*series(run.metrics, key, "train"), color=color)
+    for axes in panels[-1]:
+        axes.set_xlabel("optimizer steps")
+    drawn = [key for key in _LOSSES if any(_has_part(run, key) for run in runs)]
+    lines = [Line2D([], [], color="#555555", linestyle=_LOSSES[key]) for key in drawn]
+    losses.legend(lines, [key.replace("_", " ") for key in drawn], fontsize=8, frameon=False)
+    figure.legend(*metric.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _draw_losses(axes: Axes, run: RunRecord, color: str) -> None:
+    for key, style in _LOSSES.items():
+        if _has_part(run, key):
+            axes.plot(*series(run.metrics, key, "train"), color=color, linestyle=style, linewidth=1.2)
+
+
+def _has_part(run: RunRecord, key: str) -> bool:
+    """Return whether a loss is drawn: the total, and parts that are neither 0 nor all of it."""
+    values = series(run.metrics, key, "train")[1]
+    return any(values) and (key == "loss" or values != series(run.metrics, "loss", "train")[1])
+
+
+def weights(run: RunRecord) -> Figure:
+    """Draw the pruned matrices' weights, before the run and after it, zeros left out, as histograms on a log scale.
+
+    Raises:
+        UserError: where one of the two models cannot be read.
+    """
+    names = list(run.summary.get("layers", {}))
+    before = _values(resolve(run.config["model.path"], run.config["model.revision"]), names)
+    after = _values(run.directory / "final", names)
+    edge = float(np.quantile(np.abs(before), 0.9995))
+    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for values, color, label in ((before, COLORS[0], "before"), (after, COLORS[1], "after, without zeros")):
+        axes.hist(
+            values[values != 0], bins=_BINS, range=(-edge, edge), log=True, histtype="step", color=color, label=label
+        )
+    axes.set_xlabel("weight")
+    axes.set_ylabel("weights in a bin")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _values(directory: Path, names: list[str]) -> np.ndarray:
+    if not names:
+        raise UserError("nothing was pruned")
+    source = open_source(directory)
+    stored = match_names(names, list(source.file_of), names[0].partition(".")[0])
+    if len(stored) < len(names):
+        raise UserError(f"{directory} lacks weights that were pruned")
+    values: np.ndarray = torch.cat([source.read(stored[name]).float().flatten() for name in names]).numpy()
+    return values
