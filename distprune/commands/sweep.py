@@ -1,6 +1,7 @@
 """``distprune sweep``: the runs of a file, one after another or several at a time, and their table and plot."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from distprune.checkpoints import run_directory
@@ -13,12 +14,13 @@ from distprune.sweeps.spec import Run, Sweep, check_files, read_sweep, runs_of
 from distprune.sweeps.table import as_csv, draw, markdown, means_of
 
 
-def run(sweep_path: str, overrides: list[str], dry_run: bool, only_table: bool) -> None:
+def run(sweep_path: str, overrides: list[str], only: list[str], dry_run: bool, only_table: bool) -> None:
     """Carry out what is missing of a sweep, then write its table and plot.
 
     Args:
         sweep_path: the file.
         overrides: ``key=value`` for all runs.
+        only: patterns (``*``, ``?``, ``[...]``) of the names of runs to carry out, beside what they need; none: all.
         dry_run: print what would run, and run nothing.
         only_table: make table and plot of the results that there are.
 
@@ -43,8 +45,9 @@ def run(sweep_path: str, overrides: list[str], dry_run: bool, only_table: bool) 
         _report(runs, rows, sweep, stored, path.stem)
         return
     results.check_directories(runs, settings, output)
-    missing = results.still_to_run(runs, rows, output)
-    print(f"{len(runs)} runs, {sum(each.name in rows for each in runs)} with a result, {len(missing)} to run")
+    names = _chosen([each.name for each in runs], only)
+    missing = results.still_to_run(runs, rows, output, names)
+    print(f"{len(names)} runs, {sum(name in rows for name in names)} with a result, {len(missing)} to run")
     if dry_run:
         print("".join(f"{each.name}\n" for each in missing), end="")
         return
@@ -60,6 +63,13 @@ def run(sweep_path: str, overrides: list[str], dry_run: bool, only_table: bool) 
         logs = ", ".join(f"{name} ({log})" for name, log in outcome.failed.items())
         without = f"; not run without them: {', '.join(outcome.left)}" if outcome.left else ""
         raise UserError(f"{len(outcome.failed)} of {len(missing)} runs failed, see their logs: {logs}{without}")
+
+
+def _chosen(names: list[str], patterns: list[str]) -> list[str]:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"--only {pattern!r} fits no run; there are e.g. {', '.join(names[:3])}")
+    return [name for name in names if not patterns or any(fnmatchcase(name, each) for each in patterns)]
 
 
 def _run(

@@ -42,7 +42,7 @@ class InverseFisher:
         """Of each block that lies on several ranks, its place in what is exchanged."""
 
     def add(self, gradients: Sequence[Tensor | None]) -> Exchange[None]:
-        """Take one more gradient into account, by the Woodbury identity (oBERT, equation 10).
+        """Take one more gradient into account, by the Woodbury identity.
 
         Args:
             gradients: of each slice, shape [n], 0 where a weight is pruned; None where there is none.

@@ -183,7 +183,7 @@ class OptimalBrainSurgeon(PositiveScore):
     """w^2 / (2 [F^-1]_ww), what the loss rises by to second order where the others make up for it (arXiv 2203.07259).
 
     F is the empirical Fisher matrix in blocks (`InverseFisher`), estimated anew before each pruning from gradients of
-    the task's loss. What stays then makes up for what goes, each weight of it by itself (equation 8). Blocks of one
+    the task's loss. What stays then makes up for what goes, each weight of it by itself. Blocks of one
     weight are the diagonal, which makes up for nothing.
     """
 

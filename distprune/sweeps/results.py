@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -138,9 +138,16 @@ def append(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def still_to_run(runs: Sequence[Run], rows: dict[str, Row], output: Path) -> list[Run]:
-    """Return the runs without a result, and those whose models they need and that are not here any more."""
-    needed = {run.name for run in runs if run.name not in rows}
+def still_to_run(runs: Sequence[Run], rows: dict[str, Row], output: Path, names: Collection[str]) -> list[Run]:
+    """Return the runs without a result, and those whose models they need and that are not here any more.
+
+    Args:
+        runs: all of the sweep.
+        rows: results, by name.
+        output: the sweep's folder.
+        names: of the runs that are asked for.
+    """
+    needed = {name for name in names if name not in rows}
     for run in reversed(runs):  # behind those whose models it gets
         if run.name in needed and not is_finished(run, output):
             needed |= set(run.models.values())

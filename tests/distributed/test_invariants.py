@@ -259,8 +259,10 @@ def plain_clipped_step(model: nn.Module, dtype: str) -> tuple[float, float, dict
     return norm, whole_norm, {name: 0.1 * gradients[name].float().flatten() for name in masks}
 
 
-@by_world
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(
+    ("size", "accumulation"),
+    [(1, 2), (2, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 1), (3, 2), (4, 1)))],
+)
 def test_the_clipping_norm_is_that_of_the_masked_gradient(
     world: Worlds, models: dict[str, Path], accumulation: int, size: int
 ) -> None:

@@ -87,7 +87,7 @@ def test_a_gradient_that_is_not_there_is_zero() -> None:
 
 
 def test_one_weight_that_goes_is_made_up_for_as_brute_force_does_it() -> None:
-    """What stays then has the least loss of all weights that have this one at zero (oBERT, equation 5)."""
+    """What stays then has the least loss of all weights that have this one at zero."""
     weights, gradients = random(0), [random(seed) for seed in range(1, SAMPLES + 1)]
     before = weights["a"].clone()
     slices = [slice_of("a", 0, 23, weights["a"])]

@@ -131,7 +131,7 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(file: Path, old:
     assert old in text
     file.write_text(text.replace(old, new))
     with pytest.raises(UserError, match=message):
-        sweep(str(file), [], dry_run=False, only_table=False)
+        sweep(str(file), [], [], dry_run=False, only_table=False)
     assert not list((file.parent / "runs").glob("*/*")), "not even a folder or a log"
 
 
@@ -148,14 +148,24 @@ def test_results_go_on_from_their_lines_alone(file: Path, capsys: pytest.Capture
     stored = output / "results.jsonl"
     for each in found[1:-1]:
         results.append(stored, row(each, 0.5, output))
-    sweep(str(file), [], dry_run=True, only_table=False)
+    sweep(str(file), [], [], dry_run=True, only_table=False)
     first, *to_run = capsys.readouterr().out.splitlines()
     assert first == "6 runs, 4 with a result, 3 to run"
     assert to_run == [found[0].name, found[1].name, found[-1].name], "the model of the last is not here any more"
     results.append(stored, row(found[0], 0.5, output))
     results.append(stored, row(found[-1], 0.5, output))
-    sweep(str(file), [], dry_run=True, only_table=False)
+    sweep(str(file), [], [], dry_run=True, only_table=False)
     assert capsys.readouterr().out == "6 runs, 6 with a result, 0 to run\n"
+
+
+def test_some_runs_are_carried_out_with_what_they_need(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep(str(file), [], ["after/*seed=2*", "after/*=1,*=0.9"], dry_run=True, only_table=False)
+    first, *to_run = capsys.readouterr().out.splitlines()
+    assert first == "3 runs, 0 with a result, 5 to run"
+    found = [each.name for each in runs(file)]
+    assert to_run == [name for name in found if name != "after/train.seed=1,pruning.sparsity=0.5"]
+    with pytest.raises(UserError, match=r"--only 'befor\*' fits no run; there are e.g. dense/train.seed=1, "):
+        sweep(str(file), [], ["after/*", "befor*"], dry_run=True, only_table=False)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +184,7 @@ def test_results_that_do_not_fit_are_refused(file: Path, change: Any, message: s
         results.append(stored, row(each, 0.5, output))
     stored.write_text(change(stored.read_text()))
     with pytest.raises(UserError, match=message):
-        sweep(str(file), [], dry_run=True, only_table=False)
+        sweep(str(file), [], [], dry_run=True, only_table=False)
 
 
 def test_a_directory_of_another_run_is_refused(file: Path) -> None:
@@ -185,7 +195,7 @@ def test_a_directory_of_another_run_is_refused(file: Path) -> None:
     with pytest.raises(
         UserError, match=r"holds a run with other settings, .* -> .*; allowed: another output, or without it"
     ):
-        sweep(str(file), [], dry_run=True, only_table=False)
+        sweep(str(file), [], [], dry_run=True, only_table=False)
 
 
 DENSE, AFTER = {1: 0.9, 2: 0.94, 3: 0.91}, {1: 0.85, 2: 0.86, 3: 0.5}
@@ -247,12 +257,12 @@ def test_the_table_is_markdown_csv_and_a_plot(rows: dict[str, Row], tmp_path: Pa
 
 def test_a_table_is_made_of_what_there_is(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="has no result of this sweep yet"):
-        sweep(str(file), [], dry_run=False, only_table=True)
+        sweep(str(file), [], [], dry_run=False, only_table=True)
     output = file.parent / "runs"
     results.append(output / "results.jsonl", row(runs(file)[0], 0.75, output))
-    sweep(str(file), [], dry_run=False, only_table=True)
+    sweep(str(file), [], [], dry_run=False, only_table=True)
     with pytest.raises(UserError, match=r"train.batch_size null -> 8; allowed"):
-        sweep(str(file), ["train.batch_size=8"], dry_run=False, only_table=True)
+        sweep(str(file), ["train.batch_size=8"], [], dry_run=False, only_table=True)
     assert "| dense |  | 0.7500 |" in capsys.readouterr().out
     assert (output / "results.md").exists()
     assert json.loads((output / "results.jsonl").read_text())["final_metric"] == 0.75
@@ -262,7 +272,7 @@ def test_a_sweep_starts_its_ranks_itself(file: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="was started as 2 ranks; allowed: one, which starts them"):
-        sweep(str(file), [], dry_run=False, only_table=False)
+        sweep(str(file), [], [], dry_run=False, only_table=False)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
