@@ -53,7 +53,7 @@ def masks(structure: str, score: str, device: torch.device) -> Tensor:
 
 if __name__ == "__main__":
     for structure in STRUCTURES:
-        for score in SCORES:
+        for score in (name for name in SCORES if name != "obs"):  # which learns in an engine
             found = masks(structure, score, torch.device(sys.argv[1]))
             assert torch.equal(found, masks(structure, score, torch.device("cpu"))), f"{structure} by {score}"
     print("the same")
