@@ -2,6 +2,8 @@
 
 from itertools import count, islice
 
+import torch
+
 from distprune.batches import rank_part, stream_seed, train_batches
 from distprune.config import Config
 from distprune.evaluate import on_device
@@ -23,11 +25,12 @@ def estimate(config: Config, setup: Setup, pruner: Pruner, step: int) -> None:
     lengths, size = task.train["length"], config.train.batch_size
     batches = (batch for epoch in count() for batch in train_batches(lengths, size, seed, epoch))
     student.train(config.fisher.dropout)
-    for batch in islice(batches, config.fisher.samples):
+    for sample, batch in enumerate(islice(batches, config.fisher.samples)):
         parts = rank_part(batch, world.rank, world.size, config.train.accumulation)
         for number, rows in enumerate(parts, start=1):
             micro_batch = on_device(task.collate(task.train.__getitems__(rows), seed), student)
             student.set_gradient_accumulation_boundary(number == len(parts))
+            torch.manual_seed(stream_seed(seed, sample, rows))  # dropout, the same where a run goes on
             logits = task.logits(task.run(student, micro_batch), micro_batch)
             student.backward(task.loss(logits, micro_batch))
         pruner.learn()

@@ -1,12 +1,14 @@
 """What a finished run leaves for its reader: its metrics, a table, the environment and the model card."""
 
+import csv
 import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +108,15 @@ def _git_revision() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return records for a spreadsheet, a column for every key that any of them has."""
+    text = StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for each in records for key in each)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
 
 
 def write_json(path: Path, data: object) -> None:

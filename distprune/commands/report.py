@@ -1,14 +1,13 @@
 """``distprune report``: a page, a picture and a table of a run, or of several side by side."""
 
-import csv
-from io import StringIO
 from pathlib import Path
 
 from distprune.errors import UserError
 from distprune.monitor.plots import save_png
+from distprune.report import csv_text
 from distprune.reports.figures import curves
 from distprune.reports.page import page, write
-from distprune.reports.runs import as_csv_rows, read_runs
+from distprune.reports.runs import read_runs
 
 
 def run(run_dirs: list[str], html: str) -> None:
@@ -28,10 +27,6 @@ def run(run_dirs: list[str], html: str) -> None:
     figure = curves(runs)
     write(target, page(runs, figure))
     save_png(figure, str(target.with_suffix(".png")))
-    rows = as_csv_rows(runs)
-    table = StringIO()
-    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(target.with_suffix(".csv"), table.getvalue())
+    records = [{"run": run.name, **record} for run in runs for record in run.metrics]
+    write(target.with_suffix(".csv"), csv_text(records))
     print(f"{target}, {target.with_suffix('.png')} and {target.with_suffix('.csv')}")

@@ -14,6 +14,7 @@ from matplotlib.ticker import PercentFormatter
 from distprune.errors import UserError
 
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # of Okabe and Ito: colour-blind safe
+COLORS = (BLUE, RED, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 NOT_METRICS = {"step", "epoch", "split", "loss", "task_loss", "distillation_loss", "sparsity", "threshold"}
 
 Metrics = Sequence[Mapping[str, Any]]

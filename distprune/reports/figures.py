@@ -12,10 +12,9 @@ from matplotlib.lines import Line2D
 
 from distprune.errors import UserError
 from distprune.model_files import match_names, open_source, resolve
-from distprune.monitor.plots import main_metric, series
+from distprune.monitor.plots import COLORS, GREY, main_metric, series
 from distprune.reports.runs import RunRecord
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of Okabe and Ito
 _LOSSES: dict[str, Any] = {
     "loss": "-",
     "task_loss": "--",
@@ -47,7 +46,7 @@ def curves(runs: Sequence[RunRecord]) -> Figure:
     for axes in panels[-1]:
         axes.set_xlabel("optimizer steps")
     drawn = [key for key in _LOSSES if any(_has_part(run, key) for run in runs)]
-    lines = [Line2D([], [], color="#555555", linestyle=_LOSSES[key]) for key in drawn]
+    lines = [Line2D([], [], color=GREY, linestyle=_LOSSES[key]) for key in drawn]
     losses.legend(lines, [key.replace("_", " ") for key in drawn], fontsize=8, frameon=False)
     figure.legend(*metric.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure

@@ -1,7 +1,7 @@
 """Finished runs and runs under way, as their directories tell of them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,3 @@ def times(run: RunRecord) -> dict[str, float]:
             before = record["step"]
     rest = run.summary.get("wall_time_s", training) - training
     return {"training steps": training, "evaluations, checkpoints, export, the start": max(0.0, rest)}
-
-
-def as_csv_rows(runs: Sequence[RunRecord]) -> list[Mapping[str, Any]]:
-    """Return every record of every run, with the run's name."""
-    return [{"run": run.name, **record} for run in runs for record in run.metrics]

@@ -1,10 +1,8 @@
 """A sweep's rows as means over seeds: a table in three forms, and a plot of the metric over the sparsity."""
 
-import csv
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -14,11 +12,10 @@ from matplotlib.ticker import PercentFormatter
 from scipy.stats import t as student_t
 
 from distprune.best import merit_of
-from distprune.monitor.plots import BLUE, GREEN, GREY, RED
+from distprune.monitor.plots import COLORS, GREY
+from distprune.report import csv_text
 from distprune.sweeps.results import Row
 from distprune.sweeps.spec import seedless
-
-COLOURS = (BLUE, RED, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 @dataclass(frozen=True)
@@ -154,12 +151,7 @@ def _with_spread(value: float | None, spread: float | None) -> str:
 
 def as_csv(means: Sequence[Mean]) -> str:
     """Return the table for a spreadsheet."""
-    text = StringIO()
-    records = [each.record() for each in means]
-    writer = csv.DictWriter(text, list(records[0]) if records else ["method"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
+    return csv_text([each.record() for each in means])
 
 
 def draw(means: Sequence[Mean], baseline: str | None, path: Path, title: str) -> None:
@@ -167,7 +159,7 @@ def draw(means: Sequence[Mean], baseline: str | None, path: Path, title: str) ->
     figure = Figure(figsize=(8, 14 / 3), dpi=150, layout="constrained")
     axes = figure.subplots()
     methods = dict.fromkeys(each.method for each in means if each.metric is not None)
-    for method, colour in zip((name for name in methods if name != baseline), COLOURS * len(methods), strict=False):
+    for method, colour in zip((name for name in methods if name != baseline), COLORS * len(methods), strict=False):
         line = sorted(
             (each.sparsity, each.metric or 0.0, each.deviation or 0.0)
             for each in means

@@ -21,7 +21,7 @@ from tests.distributed.engines import (
     rows,
     target_weights,
 )
-from tests.distributed.runs import run, same_weights, stage
+from tests.distributed.runs import cut_off, run, same_weights, stage
 from tests.world import Worlds
 
 FISHER = FisherConfig(block=7, samples=3, damping=1e-3)
@@ -133,3 +133,21 @@ def test_a_run_prunes_by_it_to_the_exact_number(world: Worlds, task: Path, tmp_p
         assert summary["zeros_in_file"] == wanted
         world(size).run(run, task, tmp_path / f"{size}-magnitude", *options[1:], *stage(zero))
         assert not same_weights(tmp_path / f"{size}", tmp_path / f"{size}-magnitude")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_off_draws_the_same_dropout(world: Worlds, task: Path, tmp_path: Path) -> None:
+    options = (
+        "pruning.score=obs",
+        "fisher.samples=2",
+        "fisher.dropout=true",
+        "model.dropout=0.3",
+        "checkpoint.steps=6",
+    )
+    for name in ("whole", "cut"):
+        if name == "cut":
+            cut_off(world, 1, task, tmp_path / name, 7, *options)
+        world(1).run(run, task, tmp_path / name, *options)
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    world(1).run(run, task, tmp_path / "without", *options, "fisher.dropout=false")
+    assert not same_weights(tmp_path / "whole", tmp_path / "without")
