@@ -21,7 +21,8 @@ from tests.world import Worlds
 
 
 def copy(run_dir: Path, output: Path) -> None:
-    shutil.copytree(run_dir, output, symlinks=True)
+    """Copy a run without the checkpoint that its thread may still be writing."""
+    shutil.copytree(run_dir, output, symlinks=True, ignore=shutil.ignore_patterns("saving-*"))
 
 
 # ------------------------------------------------------------------------------ another world, another stage

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def test_a_rank_that_is_not_enabled_leaves_nothing(
 def test_disabled_mode_does_not_import_wandb(tmp_path: Path) -> None:
     code = """
 import sys
+from contextlib import suppress
 from pathlib import Path
 from distprune.config import Config
 from distprune.monitor import Monitor
@@ -303,8 +305,12 @@ def test_a_service_that_hangs_is_killed(
         monkeypatch.setattr(wandb_sink, name, 1)
 
     def services() -> list[psutil.Process]:
-        children = psutil.Process().children(recursive=True)
-        return [p for p in children if p.name().startswith("wandb") and p.status() != psutil.STATUS_ZOMBIE]
+        found = []
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # a service's own children come and go
+                if child.name().startswith("wandb") and child.status() != psutil.STATUS_ZOMBIE:
+                    found.append(child)
+        return found
 
     with Monitor(tmp_path, config("offline"), total_steps=2, enabled=True) as monitor:
         deadline = time.monotonic() + 30
