@@ -186,6 +186,14 @@ class PruningConfig:
 
 
 @dataclass
+class RegrowthConfig:
+    """Weights that change places with pruned ones while training goes on (RigL), at a sparsity that stays."""
+
+    part: float = key(0.0, "of each matrix's kept weights, at first; falls by a cosine to a hundredth of it; 0: none")
+    every: str = key("0.1 epochs", "time between exchanges, from the beginning on")
+
+
+@dataclass
 class FisherConfig:
     """The Fisher matrix behind pruning.score obs, estimated before each pruning from batches of their own."""
 
@@ -246,6 +254,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr: LrConfig = field(default_factory=LrConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
+    regrowth: RegrowthConfig = field(default_factory=RegrowthConfig)
     fisher: FisherConfig = field(default_factory=FisherConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

@@ -7,7 +7,7 @@ from distprune.config import Config
 from distprune.durations import parse, whole
 from distprune.errors import UserError
 from distprune.lr import LrSchedule, lr_schedule
-from distprune.pruning.schedule import sparsity_ladder
+from distprune.pruning.schedule import regrowths, sparsity_ladder
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Plan:
     total_steps: int
     eval_every: int
     ladder: dict[int, Fraction]
+    regrowths: dict[int, float]
     lr: LrSchedule
 
 
@@ -45,5 +46,6 @@ def make_plan(config: Config, examples: int) -> Plan:
         total,
         max(1, parse(config.train.eval_every, "train.eval_every").steps(steps_per_epoch)),
         sparsity_ladder(config.pruning, steps_per_epoch, total),
+        regrowths(config.regrowth, steps_per_epoch, total),
         lr_schedule(config.lr, steps_per_epoch, total),
     )

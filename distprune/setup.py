@@ -66,7 +66,8 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
         return make_plan(config, len(task.train))
 
     plan = dist.agree(check)
-    sections = (config.train, config.optimizer, config.lr, config.pruning, config.distillation, config.deepspeed)
+    pruning = (config.pruning, config.regrowth, config.fisher)
+    sections = (config.train, config.optimizer, config.lr, *pruning, config.distillation, config.deepspeed)
     dist.agree_equal(sections, "the settings")  # paths may differ from node to node
     dist.agree_equal((len(task.train), len(task.validation)), "the numbers of training and validation examples")
     dist.agree_equal(task.fingerprints, "the fingerprints of the data")
@@ -104,10 +105,10 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
     cuts = _cuts(parameters)
     structure = dist.agree(lambda: build_structure(pruning, shapes, cuts, heads))
     score = dist.agree(lambda: build_score(pruning.score, config.train.seed, config.fisher, cuts))
-    if score.needs_gradient and student.fp16_enabled():
-        raise UserError(
-            f"pruning.score is {pruning.score!r}, whose gradients fp16 scales; allowed: bf16 or fp32 with it"
-        )
+    regrows = config.regrowth.part > 0
+    if (score.needs_gradient or regrows) and student.fp16_enabled():
+        reader = f"regrowth.part is {config.regrowth.part}" if regrows else f"pruning.score is {pruning.score!r}"
+        raise UserError(f"{reader}, and fp16 scales the gradients that it reads; allowed: bf16 or fp32 with it")
     other_weights = None
     if pruning.weights_of is not None:
         if score.needs_gradient or isinstance(score, Random):
@@ -117,7 +118,7 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
             )
         directory = local_model(pruning.weights_of, None)
         other_weights = dist.agree(lambda: weights_of(directory, shapes, student.module.base_model_prefix))
-    pruner = Pruner(parameters, student.basic_optimizer, structure, score, other_weights)
+    pruner = Pruner(parameters, student.basic_optimizer, structure, score, other_weights, regrows)
     if pruning.start_sparse and not resumes:
         pruner.adopt_zeros()
         if pruner.masked == 0:

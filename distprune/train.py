@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,15 +124,16 @@ class Trainer:
             if number == len(parts):
                 self.saver.before_change()
                 if pruner is not None:
-                    self._prune(pruner, plan.ladder.get(self.step))
+                    self._prune(pruner)
                 asked = self._agree(sums, suspect)
             student.step()
         self.step += 1
         return asked
 
-    def _prune(self, pruner: Pruner, sparsity: Fraction | None) -> None:
+    def _prune(self, pruner: Pruner) -> None:
+        plan = self.setup.plan
         try:
-            pruner.after_backward(sparsity)
+            pruner.after_backward(plan.ladder.get(self.step), plan.regrowths.get(self.step))
         except UserError as error:
             raise UserError(f"at step {self.step} {error}") from error
 

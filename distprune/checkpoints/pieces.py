@@ -2,7 +2,8 @@
 
 A tensor's key is ``NAME[START:END].KIND``: the part of a flattened parameter, and what it is of it: ``master`` (fp32
 weights), a moment by its name in the optimizer (``exp_avg``), ``mask`` (a bit a weight, the first in the highest bit,
-1: pruned), ``score`` (what a score has added up), ``frozen`` (weights that are not trained) or ``buffer``.
+1: pruned), ``score`` (what a score has added up), ``removed`` (what pruned weights were that may come back), ``frozen``
+(weights that are not trained) or ``buffer``.
 """
 
 import re

@@ -42,6 +42,8 @@ def owned_tensors(engine: Any, pruner: Pruner | None) -> dict[str, Tensor]:
                 add(shard.name, shard.own_start, "mask", mask[shard.owned])
             if each.state is not None:
                 add(shard.name, shard.own_start, "score", each.state[shard.owned])
+            if each.removed is not None:
+                add(shard.name, shard.own_start, "removed", each.removed[shard.owned])
     return tensors
 
 
@@ -86,6 +88,8 @@ def restore(engine: Any, pruner: Pruner | None, pieces: Pieces, state: dict[str,
         _copy(mask, pieces, shard, "mask")
         if each.state is not None:
             _copy(each.state, pieces, shard, "score")
+        if each.removed is not None:
+            _copy(each.removed, pieces, shard, "removed")
     if state["pruner"] is not None:
         pruner.resume(state["pruner"])
 
@@ -94,7 +98,7 @@ def _restore_moments(optimizer: Any, shards: list[Shard], pieces: Pieces, steps:
     """Make the state that AdamW would make at its first step, and fill it."""
     for shard in shards:
         for kind in pieces.kinds(shard.name):
-            if kind in (*WEIGHTS, "mask", "score"):
+            if kind in (*WEIGHTS, "mask", "score", "removed"):
                 continue
             state = optimizer.state[shard.base]
             # At stage 0 in bf16 and fp16 DeepSpeed has taken an empty step already.

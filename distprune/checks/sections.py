@@ -251,6 +251,35 @@ PRUNING = (
     ),
 )
 
+REGROWTH = (
+    Check("regrowth.part", "at least 0 and less than 1", lambda c: 0 <= c.regrowth.part < 1),
+    Check(
+        "regrowth.every",
+        "more than 0",
+        lambda c: c.regrowth.part == 0 or _time(c, "regrowth.every").amount > 0,
+    ),
+    Check(
+        "pruning.structure",
+        "unstructured where regrowth.part is more than 0",
+        lambda c: c.regrowth.part == 0 or c.pruning.structure == "unstructured",
+    ),
+    Check(
+        "pruning.score",
+        "another where regrowth.part is more than 0: what movement pruned comes back by itself",
+        lambda c: c.regrowth.part == 0 or c.pruning.score != "movement",
+    ),
+    Check(
+        "pruning.weights_of",
+        "null where regrowth.part is more than 0",
+        lambda c: c.regrowth.part == 0 or c.pruning.weights_of is None,
+    ),
+    Check(
+        "pruning.sparsity",
+        "more than 0, or pruning.start_sparse, where regrowth.part is",
+        lambda c: c.regrowth.part == 0 or c.pruning.sparsity > 0 or c.pruning.start_sparse,
+    ),
+)
+
 FISHER = (
     _at_least_one("fisher.block"),
     _at_least_one("fisher.samples"),
@@ -265,4 +294,5 @@ WANDB = (
     ),
 )
 
-SECTIONS = (*RECIPE, *MODEL, *DISTILLATION, *TASK, *TRAIN, *CHECKPOINT, *OPTIMIZER, *LR, *PRUNING, *FISHER, *WANDB)
+SCORING = (*PRUNING, *REGROWTH, *FISHER)
+SECTIONS = (*RECIPE, *MODEL, *DISTILLATION, *TASK, *TRAIN, *CHECKPOINT, *OPTIMIZER, *LR, *SCORING, *WANDB)

@@ -19,6 +19,7 @@ from torch import Tensor
 from distprune.errors import UserError
 from distprune.pruning.exchange import over_ranks, summed
 from distprune.pruning.masks import KEPT, PRUNED, apply_mask, count_pruned, is_masked
+from distprune.pruning.regrowth import regrow
 from distprune.pruning.scores import OptimalBrainSurgeon, Score
 from distprune.pruning.slices import Slice
 from distprune.pruning.structures import Structure
@@ -54,6 +55,7 @@ class Pruner:
         structure: Structure,
         score: Score,
         other_weights: Callable[[str], Tensor] | None = None,
+        regrows: bool = False,
     ):
         """Take charge of the weights to prune.
 
@@ -64,9 +66,11 @@ class Pruner:
             score: what goes first.
             other_weights: gives the fp32 weights, flat, whole and anew each time, that are scored in place of the
                 parameter of that name.
+            regrows: whether ``regrow`` will be called, which reads gradients.
         """
         self.parameters, self.optimizer = parameters, optimizer
         self.structure, self.score, self.other_weights = structure, score, other_weights
+        self._reads_gradients = score.needs_gradient or regrows
         self.flat_masks = _flat_masks(parameters.shards)
         by_base = {id(flat.base): flat for flat in self.flat_masks}
         self.masks = [by_base[id(shard.base)].of(shard) for shard in self.shards]
@@ -116,10 +120,11 @@ class Pruner:
         self._started_sparse = self.masked > 0
 
     @torch.no_grad()
-    def after_backward(self, sparsity: Fraction | None = None) -> None:
+    def after_backward(self, sparsity: Fraction | None = None, regrown: float | None = None) -> None:
         """Score, prune where a sparsity is due, and keep masked gradients out of the step and of its clipping norm.
 
-        Collective: every rank calls it, with the same sparsity, between the backward pass of an accumulation boundary
+        Where ``regrown``, a part of the kept weights, is due, so many change places with pruned ones (`regrowth`).
+        Collective: every rank calls it, with the same numbers, between the backward pass of an accumulation boundary
         and ``engine.step()``, which carries new zeros into the low-precision weights.
 
         Raises:
@@ -130,6 +135,11 @@ class Pruner:
                 self.score.observe(part)
         if sparsity is not None:
             self.prune(sparsity)
+        if regrown is not None and self.masked:
+            over_ranks(regrow(self.slices, self.parameters.numel, self.masked_of, regrown), self._device)
+            before = self.masked_of
+            self._masks_changed()
+            assert self.masked_of == before, "a regrowth changed how many are masked"
         if self.masked:
             self._mask_gradients()
 
@@ -150,19 +160,26 @@ class Pruner:
     def prune(self, sparsity: Fraction) -> None:
         """Mask what the structure has at a sparsity: unstructured exactly ``floor(sparsity * prunable)`` weights.
 
-        Those masked before stay so. Collective: every rank calls it, with the same sparsity.
+        Those masked before stay so, unless the score lets them come back: then it chooses among all. Collective:
+        every rank calls it, with the same sparsity.
 
         Raises:
             UserError: on every rank, where a score is NaN.
         """
         assert sparsity >= self.sparsity_asked, f"the mask may only grow: {sparsity} < {self.sparsity_asked}"
+        before = self.masked
+        if self.score.comes_back:
+            for each in self.slices:
+                each.bring_back()
+            self._count()
         over_ranks(self.score.prepare(self.slices, self.parameters.numel), self._device)
         choosing = self.structure.choose(self.slices, self.score, sparsity, self.masked_of)
         choice = over_ranks(choosing, self._device)
-        before = self.masked
         surgeon = self.score if isinstance(self.score, OptimalBrainSurgeon) else None
         weights_before = [each.weights().clone() for each in self.slices] if surgeon else []
         nans = self._per_parameter([choice.mark(each) for each in self.slices])
+        for each in self.slices:
+            each.forget_kept()
         if surgeon is not None:
             over_ranks(surgeon.compensate(self.slices, weights_before), self._device)
         if self.other_weights is not None:
@@ -172,15 +189,13 @@ class Pruner:
             raise UserError(
                 f"{name} has scores that are NaN, which have no place in an order; the learning rate may be too high"
             )
-        self._count()
+        self._masks_changed()
         wanted = self.structure.masked_at(sparsity)
         assert self.masked == wanted or (self._started_sparse and self.masked > wanted), (
             "not the exact number is masked"
         )
         self.sparsity_asked = sparsity
-        self._moments_to_zero = set(range(len(self.flat_masks)))
-        self.carried = False
-        if self.masked > before:
+        if self.masked > before or self.score.comes_back:
             self.threshold = choice.threshold
 
     def detach(self) -> None:
@@ -255,6 +270,12 @@ class Pruner:
                         apply_mask(moment, mask)
                 self._moments_to_zero.remove(index)
 
+    def _masks_changed(self) -> None:
+        """Count the masked weights, whose copies the next step has to carry. Collective: every rank calls it."""
+        self._count()
+        self._moments_to_zero = set(range(len(self.flat_masks)))
+        self.carried = False
+
     def _count(self) -> None:
         """Count the masked weights. Collective: every rank calls it."""
         owned = [mask[shard.owned] for shard, mask in zip(self.shards, self.masks, strict=True)]
@@ -293,8 +314,9 @@ class Pruner:
                 first_index[shard.name],
                 mask,
                 lambda: weights(shard),
-                lambda: self.parameters.gradient(shard) if self.score.needs_gradient else None,
+                lambda: self.parameters.gradient(shard) if self._reads_gradients else None,
                 torch.zeros_like(shard.master) if self.score.accumulates else None,
+                torch.zeros_like(shard.master) if self.score.comes_back else None,
             )
 
         return [of(*each) for each in zip(self.shards, self.masks, strict=True)]

@@ -1,8 +1,9 @@
-"""When to prune, and to which sparsity: a large first step, then a cubic that levels out."""
+"""When to prune, and to which sparsity: a large first step, then a cubic that levels out. When to regrow, how much."""
 
 from fractions import Fraction
+from math import cos, pi
 
-from distprune.config import PruningConfig
+from distprune.config import PruningConfig, RegrowthConfig
 from distprune.durations import parse, whole
 from distprune.errors import UserError
 
@@ -43,3 +44,20 @@ def sparsity_ladder(config: PruningConfig, steps_per_epoch: int, total_steps: in
         ladder[whole(time)] = cubic((time - start) / (end - start), initial, final)
         time += every
     return ladder | {whole(end): final}
+
+
+def regrowths(config: RegrowthConfig, steps_per_epoch: int, total_steps: int) -> dict[int, float]:
+    """Return the regrowths of a run: optimizer step -> part of the kept weights that changes places.
+
+    The part falls by half a cosine to a hundredth of the first at the end of the run (SMC-Bench's code: 0.5 to 0.005).
+    It has nine decimals, so that all machines round alike.
+    """
+    if config.part == 0:
+        return {}
+    every, last = parse(config.every, "regrowth.every").exact(steps_per_epoch), config.part / 100
+    steps = sorted({whole(every * number) for number in range(1, whole(total_steps / every) + 1)})
+    return {
+        step: round(last + (config.part - last) * (1 + cos(pi * step / total_steps)) / 2, 9)
+        for step in steps
+        if 0 < step < total_steps
+    }

@@ -35,6 +35,8 @@ class Score(ABC):
     """Whether it reads gradients: the step's, as it is before it is masked, or others that were taken for it."""
     accumulates = False
     """Whether it has a state that every optimizer step adds to."""
+    comes_back = False
+    """Whether what was pruned competes again at each pruning, with the weights that it had when it went."""
     samples = False
     """Whether its keys are int32 and depend on each weight alone, with key 0 for a weight of zero."""
     bits = FLOAT_BITS
@@ -143,15 +145,19 @@ class Taylor(PositiveScore):
 
 
 class Movement(Score):
-    """The sum over all steps of -w * dL/dw: weights that move away from zero stay (arXiv 2005.07683, equation 4)."""
+    """The sum over all steps of -w * dL/dw: weights that move away from zero stay (arXiv 2005.07683, equation 4).
+
+    A pruned weight's w is what it was when it went, and dL/dw is taken where it is zero: one that is missed comes back.
+    """
 
     needs_gradient = True
     accumulates = True
+    comes_back = True
 
     def observe(self, part: Part) -> None:  # noqa: D102
         assert part.state is not None
         if part.gradient is not None:
-            part.state.addcmul_(part.weights, part.gradient.to(part.weights), value=-1)
+            part.state.addcmul_(part.before_pruning, part.gradient.to(part.weights), value=-1)
 
     def scores(self, part: Part) -> Tensor:  # noqa: D102
         assert part.state is not None

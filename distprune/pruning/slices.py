@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from distprune.pruning.keys import CHUNK
+from distprune.pruning.masks import KEPT, apply_mask
 
 
 class Part(NamedTuple):
@@ -23,6 +24,13 @@ class Part(NamedTuple):
     """What the score has accumulated, fp32, shape [n]; None where it accumulates nothing."""
     mask: Tensor
     """int8, shape [n]."""
+    removed: Tensor | None = None
+    """What the pruned weights were when they went, 0 for others, fp32, shape [n]; None where none comes back."""
+
+    @property
+    def before_pruning(self) -> Tensor:
+        """The weights, those that are pruned as they were when they went, fp32, shape [n]."""
+        return self.weights if self.removed is None else self.weights + self.removed
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class Slice:
     weights: Callable[[], Tensor]
     gradient: Callable[[], Tensor | None] = lambda: None
     state: Tensor | None = None
+    removed: Tensor | None = None
+    """As a part's."""
 
     def parts(self, start: int, end: int, size: int = CHUNK) -> Iterator[Part]:
         """Yield the elements ``[start, end)`` of the parameter, ``size`` at a time."""
@@ -58,6 +68,7 @@ class Slice:
                 None if gradient is None else gradient[piece],
                 None if self.state is None else self.state[piece],
                 self.mask[piece],
+                None if self.removed is None else self.removed[piece],
             )
 
     def owned(self, size: int = CHUNK) -> Iterator[Part]:
@@ -67,3 +78,15 @@ class Slice:
     def held(self, size: int = CHUNK) -> Iterator[Part]:
         """Yield the elements that this rank holds."""
         return self.parts(self.start, self.end, size)
+
+    def bring_back(self) -> None:
+        """Give the pruned weights the values that they had when they went; zeros from before stay pruned."""
+        if self.removed is not None:
+            self.weights().add_(self.removed)
+            self.mask[self.removed != 0] = KEPT
+            self.removed.copy_(self.weights())
+
+    def forget_kept(self) -> None:
+        """Remember, of the values from before a pruning, those of the weights that went."""
+        if self.removed is not None:
+            apply_mask(self.removed, ~self.mask)

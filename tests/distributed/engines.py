@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from distprune.config import Config, PruningConfig
+from distprune.config import Config, PruningConfig, RegrowthConfig
 from distprune.engine import build_student
 from distprune.pruning.masks import PRUNED
 from distprune.setup import build_pruner
@@ -183,6 +183,7 @@ class Student:
         config.model.freeze = options.pop("freeze", [])
         config.model.activation_checkpointing = options.pop("checkpointing", False)
         config.pruning = PruningConfig(**options.pop("pruning", {}))
+        config.regrowth = options.pop("regrowth", RegrowthConfig())
         assert not options, f"unknown options: {options}"
         if layout.dtype == "fp16":
             _allow_fp16()
@@ -195,7 +196,9 @@ class Student:
         self.pruner = build_pruner(config, self.engine)
         self.names = self.pruner.parameters.names
 
-    def step(self, step: int, sparsity: Fraction | None = None, loss_factor: float = 1.0) -> None:
+    def step(
+        self, step: int, sparsity: Fraction | None = None, loss_factor: float = 1.0, regrown: float | None = None
+    ) -> None:
         """Take an optimizer step as the trainer does, on the batch of that number."""
         for part in range(self.accumulation):
             batch = rows(random_batch(step), self.rank * self.accumulation + part, self.world * self.accumulation)
@@ -203,7 +206,7 @@ class Student:
             self.engine.backward(loss * loss_factor)
             if part + 1 < self.accumulation:
                 self.engine.step()
-        self.pruner.after_backward(sparsity)
+        self.pruner.after_backward(sparsity, regrown)
         self.engine.step()
 
     def masks(self) -> dict[str, Tensor]:

@@ -180,14 +180,15 @@ def test_a_pruning_step_hands_little_to_collectives(
 
 
 def train_structured(directory: Path, layout: Layout, pruning: dict[str, Any]) -> dict[str, Tensor]:
-    """Climb a ladder with steps between; masks must hold and only grow. Return the last masks."""
+    """Climb a ladder with steps between; masks must hold, and only grow unless by movement. Return the last masks."""
     student = Student(directory, layout, clip=0.05, weight_decay=0.1, pruning={"sparsity": 0.5, **pruning})
     before = student.masks()
     for step, sparsity in enumerate([None, Fraction("0.2"), None, Fraction("0.5"), None]):
         student.step(step, sparsity)
         student.pruner.verify()
         masks = student.masks()
-        assert all((masks[name] | ~before[name]).all() for name in masks), "a pruned weight is back"
+        only_grows = all((masks[name] | ~before[name]).all() for name in masks)
+        assert only_grows or pruning["score"] == "movement", "a pruned weight is back"
         before = masks
     student.close()
     return before

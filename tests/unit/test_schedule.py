@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distprune.config import PruningConfig
+from distprune.config import PruningConfig, RegrowthConfig
 from distprune.errors import UserError
-from distprune.pruning.schedule import cubic, sparsity_ladder
+from distprune.pruning.schedule import cubic, regrowths, sparsity_ladder
 
 THIRTY = {"initial": 0.7, "start": "2 epochs", "end": "26 epochs", "every": "4 epochs"}
 
@@ -122,3 +122,17 @@ def test_a_schedule_that_does_not_fit_is_refused(keys: dict[str, str], message: 
 def test_the_step_before_the_last_may_still_prune() -> None:
     ladder = sparsity_ladder(PruningConfig(0.8, 0.5, "2", "499 steps", "1"), 100, 500)
     assert max(ladder) == 499
+
+
+def test_regrown_parts_fall_by_a_cosine_to_a_hundredth() -> None:
+    parts = regrowths(RegrowthConfig(0.5, "100 steps"), 93, 1000)
+    assert list(parts) == list(range(100, 1000, 100))
+    assert parts[500] == pytest.approx((0.5 + 0.005) / 2, abs=1e-9)
+    assert parts[100] == pytest.approx(0.005 + 0.495 * (1 + 0.9510565163) / 2, abs=1e-9)
+    assert parts[900] == pytest.approx(0.005 + 0.495 * (1 - 0.9510565163) / 2, abs=1e-9)
+    assert list(regrowths(RegrowthConfig(0.5, "0.5 epochs"), 3, 9)) == [2, 3, 5, 6, 8]
+    assert list(regrowths(RegrowthConfig(0.5, "0.1 epochs"), 3, 4)) == [1, 2, 3]
+
+
+def test_nothing_is_regrown_unless_asked_for() -> None:
+    assert regrowths(RegrowthConfig(), 93, 1000) == {}
