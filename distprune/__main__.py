@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="for all runs")
     sweep.add_argument("--only", action="append", default=[], metavar="PATTERN", help="runs' names, e.g. 'gmp/*=0.9'")
     sweep.add_argument("--dry-run", action="store_true", help="only say what would run")
-    sweep.add_argument("--table", action="store_true", dest="only_table", help="only table and plot of what there is")
+    sweep.add_argument("--table", action="store_true", dest="only_table", help="only table and plot of what has ended")
 
     report = commands.add_parser("report", help="a page about a run, or about several side by side")
     report.add_argument("run_dirs", metavar="RUN", nargs="+", help="a run's directory")

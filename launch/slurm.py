@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Write a SLURM job for a configuration, or an array of jobs over a grid of its keys, and submit it.
+"""Write a SLURM job for a configuration, or an array of jobs over a grid or a sweep's file, and submit it.
 
     python launch/slurm.py CONFIG [key=value ...] --nodes 2 --gpus-per-node 8 --time 8:00:00 --partition gpu
     python launch/slurm.py CONFIG --sweep pruning.sparsity=0.8,0.9 --sweep train.seed=1,2,3 --dry-run
+    python launch/slurm.py SWEEP [key=value ...] --gpus-per-node 1
 
-Into a folder beside ``train.output`` (its name and ``.job``) go the script, the configuration as it is now, and the
-code's revision. The runs of a grid get folders below ``train.output``; when all have ended, ``results.md`` there has
-their table.
+Into a folder beside ``train.output``, or the sweep's ``output`` (its name and ``.job``), go the script, the
+configurations as they are now, and the code's revision. The runs of a grid get folders below ``train.output``; when all
+have ended, ``results.md`` there has their table. Of a sweep's file (docs/sweeps.md) the runs without a result are
+carried out, those that others get models of first, and ``distprune sweep --table`` in the end.
 """
 
 import argparse
@@ -17,11 +19,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from distprune import settings
 from distprune.config import Config
 from distprune.errors import UserError
+from distprune.sweeps import results
+from distprune.sweeps.opened import open_sweep
+from distprune.sweeps.spec import check_files
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COLUMNS = ("run", "sparsity_masked", "metric_name", "final_metric", "dense_metric", "steps", "wall_time_s")
@@ -32,7 +40,7 @@ SCRIPT = """#!/usr/bin/env bash
 set -euo pipefail
 cd {here}
 export SLURM_SUBMIT_DIR={repository} DISTPRUNE_LOGS={folder}
-{run}
+exec bash {train} {config}
 """
 TABLE = """#!/usr/bin/env bash
 #SBATCH --job-name={name}-table
@@ -41,14 +49,39 @@ set -euo pipefail
 cd {repository}
 source launch/common.sh
 activate
-python launch/slurm.py --table {output}
+cd {here}
+{table}
 """
+
+
+@dataclass
+class Work:
+    """What is to be submitted."""
+
+    output: Path
+    """Of the run, or the folder of all of them."""
+    waves: list[list[Config]]
+    """Runs that can be carried out together, each wave when the one before has ended."""
+    table: str | None = None
+    """The command that makes the table in the end; None: a single run, no array."""
+    table_path: Path | None = None
+    """Where it will be."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the job is written."""
+        return self.output.with_name(self.output.name + ".job")
+
+    @property
+    def configs(self) -> list[Config]:
+        """All runs, by the number of the array."""
+        return [config for wave in self.waves for config in wave]
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    found.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file of a run")
+    found.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file of a run, or of a sweep")
     found.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. pruning.sparsity=0.9")
     found.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="one run for each value")
     found.add_argument("--nodes", type=int, default=1, metavar="N", help="machines [%(default)s]")
@@ -75,36 +108,90 @@ def main() -> int:
         elif given.config is None:
             raise UserError("no CONFIG given; allowed: a YAML file, or --table FOLDER")
         else:
-            submit(given)
+            submit(given, sweep_work(given) if is_sweep(given.config) else grid_work(given))
     except UserError as error:
         print(f"slurm.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def submit(given: argparse.Namespace) -> None:
-    """Check every run of the grid, write the job, and submit it."""
-    grid = list(runs(given.sweep))
-    config = settings.load_valid(given.config, given.overrides)
-    output = Path(config.train.output).expanduser().absolute()
-    folder = output.with_name(output.name + ".job")
-    for run in grid:
-        settings.load_valid(given.config, [*given.overrides, *run])
-    text = script(given, folder, output, grid)
+def submit(given: argparse.Namespace, work: Work) -> None:
+    """Write the job, and submit it."""
+    text, folder = script(given, work), work.folder
     if given.dry_run:
         print(text, end="")
         return
     if folder.exists():
-        raise UserError(f"{folder} exists: the job was written before; allowed: sbatch {folder / 'job.sbatch'}")
+        how = f"sbatch {folder / 'job.sbatch'}" if work.table is None else "without it, once its jobs have ended"
+        raise UserError(f"{folder} exists: the job was written before; allowed: {how}")
     folder.mkdir(parents=True)
-    write(folder, output, config, text, grid)
-    job = sbatch([str(folder / "job.sbatch")])
-    print(f"job {job}: {len(grid)} run{'s' * (len(grid) > 1)}, {folder}")
+    write(work, text)
+    if work.table is None:
+        print(f"job {sbatch([str(folder / 'job.sbatch')])}: 1 run, {folder}")
+        return
+    first, before = 0, list[str]()
+    for wave in work.waves:
+        array = f"--array={first}-{first + len(wave) - 1}"
+        job = sbatch([array, *before, str(folder / "job.sbatch")])
+        print(f"job {job}: {len(wave)} run{'s' * (len(wave) > 1)}, {folder}")
+        first, before = first + len(wave), [f"--dependency=afterany:{job}"]
+    wanted = [f"--partition={given.partition}"] if given.partition else []
+    wanted += [f"--account={given.account}"] if given.account else []
+    table = sbatch([*before, *wanted, *given.sbatch, str(folder / "table.sbatch")])
+    print(f"job {table}: their table, {work.table_path}")
+
+
+def is_sweep(path: str) -> bool:
+    """Return whether a file is a sweep's; what cannot be read is left to the reader of runs."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(content, dict) and "methods" in content
+
+
+def grid_work(given: argparse.Namespace) -> Work:
+    """Return the run of a configuration, or those of the grid over it.
+
+    Raises:
+        UserError: where any of them cannot be.
+    """
+    output = Path(settings.load_valid(given.config, given.overrides).train.output).expanduser().absolute()
+
+    def of(run: list[str]) -> Config:
+        places = [f"train.output={output / ','.join(run)}"] if run else []
+        return settings.load_valid(given.config, [*given.overrides, *run, *places])
+
+    table = f"python {REPOSITORY / 'launch' / 'slurm.py'} --table {shlex.quote(str(output))}"
+    grid = [[of(run) for run in runs(given.sweep)]]
+    return Work(output, grid, table, output / "results.md") if given.sweep else Work(output, grid)
+
+
+def sweep_work(given: argparse.Namespace) -> Work:
+    """Return the runs of a sweep that have no result yet, behind those whose models they get.
+
+    Raises:
+        UserError: where the sweep, its results or its files do not fit, or nothing is left to run.
+    """
     if given.sweep:
-        wanted = [f"--partition={given.partition}"] if given.partition else []
-        wanted += [f"--account={given.account}"] if given.account else []
-        table = sbatch([f"--dependency=afterany:{job}", *wanted, *given.sbatch, str(folder / "table.sbatch")])
-        print(f"job {table}: their table, {output / 'results.md'}")
+        raise UserError(f"--sweep is {given.sweep[0]!r} and {given.config} a sweep; allowed: one of the two")
+    opened = open_sweep(given.config, given.overrides)
+    results.check_directories(opened.runs, opened.settings, opened.output)
+    missing = results.still_to_run(opened.runs, opened.rows, opened.output, opened.settings)
+    missing = [each for each in missing if not results.is_finished(each, opened.output)]
+    if not missing:
+        raise UserError(f"every run of {given.config} has ended; allowed: distprune sweep {given.config} --table")
+    wave_of: dict[str, int] = {}
+    waves: list[list[Config]] = []
+    for each in missing:
+        check_files(each, opened.configs[each.name])
+        wave = max((wave_of[name] + 1 for name in each.models.values() if name in wave_of), default=0)
+        wave_of[each.name] = wave
+        if wave == len(waves):
+            waves.append([])
+        waves[wave].append(opened.configs[each.name])
+    command = ["python", "-m", "distprune", "sweep", given.config, *given.overrides, "--table"]
+    return Work(opened.output.absolute(), waves, shlex.join(command), opened.stored.with_suffix(".md"))
 
 
 def runs(sweeps: list[str]) -> Iterable[list[str]]:
@@ -118,12 +205,12 @@ def runs(sweeps: list[str]) -> Iterable[list[str]]:
     return map(list, itertools.product(*axes))
 
 
-def script(given: argparse.Namespace, folder: Path, output: Path, grid: list[list[str]]) -> str:
+def script(given: argparse.Namespace, work: Work) -> str:
     """Return the job's script."""
-    ranks = given.gpus_per_node or given.ranks_per_node or 1
+    ranks, folder, is_array = given.gpus_per_node or given.ranks_per_node or 1, work.folder, work.table is not None
     options = {
-        "job-name": output.name,
-        "output": folder / ("%x-%A-%a.log" if given.sweep else "%x-%j.log"),
+        "job-name": work.output.name,
+        "output": folder / ("%x-%A-%a.log" if is_array else "%x-%j.log"),
         "open-mode": "append",
         "requeue": None,
         "signal": f"USR1@{given.warn}",
@@ -134,7 +221,7 @@ def script(given: argparse.Namespace, folder: Path, output: Path, grid: list[lis
         "partition": given.partition or False,
         "account": given.account or False,
         "time": given.time or False,
-        "array": f"0-{len(grid) - 1}" if given.sweep else False,
+        "array": f"0-{len(work.configs) - 1}" if is_array else False,
     }
     lines = [
         f"#SBATCH --{name}" + ("" if value is None else f"={value}")
@@ -142,32 +229,28 @@ def script(given: argparse.Namespace, folder: Path, output: Path, grid: list[lis
         if value is not False
     ]
     lines += [f"#SBATCH {option}" for option in given.sbatch]
-    train = shlex.join([str(REPOSITORY / "slurm" / "train.sbatch"), str(folder / "config.yaml")])
-    run = f"exec bash {train}"
-    if given.sweep:
-        names = shlex.quote(str(folder / "runs.txt"))
-        run = (
-            f'mapfile -t overrides < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {names} | tr " " "\\n")\n'
-            f'exec bash {train} "${{overrides[@]}}"'
-        )
+    config = shlex.quote(str(folder / "run-")) + "$SLURM_ARRAY_TASK_ID.yaml"
     return SCRIPT.format(
         script=folder / "job.sbatch",
         options="\n".join(lines),
         here=shlex.quote(str(Path.cwd())),
         repository=shlex.quote(str(REPOSITORY)),
         folder=shlex.quote(str(folder)),
-        run=run,
+        train=shlex.quote(str(REPOSITORY / "slurm" / "train.sbatch")),
+        config=config if is_array else shlex.quote(str(folder / "run-0.yaml")),
     )
 
 
-def write(folder: Path, output: Path, config: Config, text: str, grid: list[list[str]]) -> None:
+def write(work: Work, text: str) -> None:
     """Write everything that the job needs, and what it was made of."""
+    folder = work.folder
     (folder / "job.sbatch").write_text(text)
-    (folder / "config.yaml").write_text(settings.to_yaml(config))
-    lines = [" ".join([*run, f"train.output={output / ','.join(run)}"]) for run in grid if run]
-    (folder / "runs.txt").write_text("".join(line + "\n" for line in lines))
-    table = TABLE.format(name=output.name, folder=folder, repository=REPOSITORY, output=shlex.quote(str(output)))
-    (folder / "table.sbatch").write_text(table)
+    for number, config in enumerate(work.configs):
+        (folder / f"run-{number}.yaml").write_text(settings.to_yaml(config))
+    if work.table is not None:
+        names = {"name": work.output.name, "folder": folder, "repository": REPOSITORY}
+        table = TABLE.format(**names, here=shlex.quote(str(Path.cwd())), table=work.table)
+        (folder / "table.sbatch").write_text(table)
     git = ["git", "-C", str(REPOSITORY)]
     revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     (folder / "revision.txt").write_text(revision or "no git repository\n")

@@ -1,16 +1,16 @@
 """``distprune sweep``: the runs of a file, one after another or several at a time, and their table and plot."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from distprune.checkpoints import run_directory
 from distprune.errors import UserError
 from distprune.interrupts import Interrupted
 from distprune.sweeps import results
 from distprune.sweeps.execute import Outcome, carry_out, check_room
-from distprune.sweeps.results import Row, Settings
-from distprune.sweeps.spec import Run, Sweep, check_files, read_sweep, runs_of
+from distprune.sweeps.opened import Opened, open_sweep
+from distprune.sweeps.spec import Run, check_files
 from distprune.sweeps.table import as_csv, draw, markdown, means_of
 
 
@@ -22,40 +22,35 @@ def run(sweep_path: str, overrides: list[str], only: list[str], dry_run: bool, o
         overrides: ``key=value`` for all runs.
         only: patterns (``*``, ``?``, ``[...]``) of the names of runs to carry out, beside what they need; none: all.
         dry_run: print what would run, and run nothing.
-        only_table: make table and plot of the results that there are.
+        only_table: make table and plot of the results that there are, and of the runs that have ended since.
 
     Raises:
         UserError: before anything runs, where the file, the results or a run directory do not fit; in the end, where
             runs failed.
     """
-    path = Path(sweep_path)
-    sweep = read_sweep(path)
-    output = Path(sweep.output).expanduser()
-    stored = Path(sweep.results).expanduser() if sweep.results is not None else output / "results.jsonl"
-    runs = runs_of(sweep, path, [*overrides, f'wandb.group="{path.stem}"'])
-    configs = {each.name: each.load(output) for each in runs}
-    settings = {each.name: each.settings(configs[each.name]) for each in runs}
+    opened = open_sweep(sweep_path, overrides)
+    sweep, runs, rows = opened.sweep, opened.runs, opened.rows
     if not (only_table or dry_run):
         check_room(sweep.ranks, sweep.at_once)
-        output.mkdir(parents=True, exist_ok=True)
-        run_directory.lock(output)  # until this process ends
-    rows = results.read_rows(stored)
-    results.check_rows(rows, settings, stored)
+        opened.output.mkdir(parents=True, exist_ok=True)
+        run_directory.lock(opened.output)  # until this process ends
+        opened.read()
     if only_table:
-        _report(runs, rows, sweep, stored, path.stem)
+        _take_up_what_has_ended(opened)
+        _report(opened)
         return
-    results.check_directories(runs, settings, output)
+    results.check_directories(runs, opened.settings, opened.output)
     names = _chosen([each.name for each in runs], only)
-    missing = results.still_to_run(runs, rows, output, names)
+    missing = results.still_to_run(runs, rows, opened.output, names)
     print(f"{len(names)} runs, {sum(name in rows for name in names)} with a result, {len(missing)} to run")
     if dry_run:
         print("".join(f"{each.name}\n" for each in missing), end="")
         return
     for each in missing:
-        check_files(each, configs[each.name])
-    outcome = _run(missing, settings, rows, sweep, output, stored)
+        check_files(each, opened.configs[each.name])
+    outcome = _run(missing, opened)
     if any(each.name in rows for each in runs):
-        _report(runs, rows, sweep, stored, path.stem)
+        _report(opened)
     if outcome.stopped:
         print("stopped, as asked; the same command goes on from there")
         raise Interrupted(0, requeue=False)
@@ -72,37 +67,42 @@ def _chosen(names: list[str], patterns: list[str]) -> list[str]:
     return [name for name in names if not patterns or any(fnmatchcase(name, each) for each in patterns)]
 
 
-def _run(
-    missing: Sequence[Run],
-    settings: dict[str, Settings],
-    rows: dict[str, Row],
-    sweep: Sweep,
-    output: Path,
-    stored: Path,
-) -> Outcome:
+def _take_up_what_has_ended(opened: Opened) -> None:
+    """Write the lines of runs that jobs of their own have carried out, unless a sweep is under way in the folder."""
+    if not opened.output.exists():
+        return
+    with suppress(UserError):
+        run_directory.lock(opened.output)
+        opened.read()
+        for each in opened.runs:
+            if each.name not in opened.rows and results.is_finished(each, opened.output):
+                results.check_directories([each], opened.settings, opened.output)
+                opened.add(each)
+        run_directory.unlock(opened.output)
+
+
+def _run(missing: Sequence[Run], opened: Opened) -> Outcome:
     """Carry out what is missing; each result is written as its run ends."""
 
     def done(run: Run) -> None:
-        row = results.row_of(run, settings[run.name], output)
-        if run.name not in rows:
-            results.append(stored, row)
-            rows[run.name] = row
+        row = opened.add(run)
         print(f"{run.name}: {row['metric_name']} {row['final_metric']}", flush=True)
 
-    finished = [each for each in missing if results.is_finished(each, output)]
+    finished = [each for each in missing if results.is_finished(each, opened.output)]
     for each in finished:
         done(each)  # it ended, and the sweep was stopped before its line was written
-    left = [each for each in missing if each not in finished]
-    return carry_out(left, output, sweep.ranks, sweep.at_once, done, lambda text: print(text, flush=True))
+    left, sweep = [each for each in missing if each not in finished], opened.sweep
+    return carry_out(left, opened.output, sweep.ranks, sweep.at_once, done, lambda text: print(text, flush=True))
 
 
-def _report(runs: Sequence[Run], rows: dict[str, Row], sweep: Sweep, stored: Path, name: str) -> None:
+def _report(opened: Opened) -> None:
     """Write table and plot beside the results, and print the table."""
+    runs, rows, sweep, stored = opened.runs, opened.rows, opened.sweep, opened.stored
     means = means_of({each.name: rows[each.name] for each in runs if each.name in rows}, sweep.baseline, sweep.chance)
     if not means:
         raise UserError(f"{stored} has no result of this sweep yet; allowed: --table once it has")
     table = markdown(means, sweep.baseline)
     stored.with_suffix(".md").write_text(table)
     stored.with_suffix(".csv").write_text(as_csv(means))
-    draw(means, sweep.baseline, stored.with_suffix(".png"), name)
+    draw(means, sweep.baseline, stored.with_suffix(".png"), opened.path.stem)
     print(f"{table}table and plot: {stored.with_suffix('')}.md, .csv and .png")

@@ -1,5 +1,6 @@
 """Whole jobs on a real cluster: undisturbed, told to stop, a node that dies, a node that is cut off, a time limit."""
 
+import json
 import subprocess
 import sys
 import time
@@ -128,6 +129,36 @@ def test_an_array_runs_a_grid_and_makes_its_table(task: Path, tmp_path: Path) ->
     rows = (output / "results.md").read_text().splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| pruning.sparsity=0.8", "| pruning.sparsity=0.9"]
     assert "not finished" not in "".join(rows)
+
+
+SWEEP = """
+config: run.yaml
+output: {output}
+methods:
+  dense: {{set: {{recipe.name: dense}}}}
+  after:
+    set: {{recipe.name: one_shot}}
+    grid: {{pruning.sparsity: [0.8, 0.9]}}
+    models: {{model.path: dense}}
+"""
+
+
+def test_a_sweep_runs_in_waves_and_makes_its_table(task: Path, tmp_path: Path) -> None:
+    output, file = tmp_path / "sweep", task / "sweep.yaml"
+    file.write_text(SWEEP.format(output=output))
+    options = [f"--sbatch={option}" for option in SBATCH_OPTIONS]
+    overrides = ["recipe.epochs=2", "train.epochs=2"]
+    command = [sys.executable, "launch/slurm.py", str(file), *overrides, *options]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    deadline = time.monotonic() + 240
+    while not (output / "results.png").exists():
+        assert time.monotonic() < deadline, [path.read_text() for path in tmp_path.glob("sweep.job/*.log")]
+        time.sleep(1)
+    rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["sparsity_target"]) for row in rows] == [("dense", 0.0), ("after", 0.8), ("after", 0.9)]
+    assert all(row["masked_weights"] == row["zeros_in_file"] for row in rows[1:])
+    assert rows[1]["models"] == {"model.path": "dense/run"}
 
 
 CRASHES = """

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from distprune import settings
+
 REPOSITORY = Path(__file__).parents[2]
 RUN = "model: {path: student}\ntask: {train: a.jsonl, validation: b.jsonl}\nwandb: {mode: disabled}\n"
 
@@ -47,7 +49,7 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(tmp_path: Path) -> None:
         "--time=8:00:00",
         "--qos=long",
     ]
-    assert f"exec bash {REPOSITORY}/slurm/train.sbatch {folder}/config.yaml" in done.stdout
+    assert f"exec bash {REPOSITORY}/slurm/train.sbatch {folder}/run-0.yaml" in done.stdout
     assert f"cd {tmp_path}\n" in done.stdout, "paths in the configuration are relative to it"
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "bin"}
@@ -59,28 +61,89 @@ def test_a_grid_is_an_array_with_a_table_after_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     folder, output = tmp_path / "runs" / "grid.job", tmp_path / "runs" / "grid"
     assert "#SBATCH --array=0-3\n" in (folder / "job.sbatch").read_text()
-    lines = (folder / "runs.txt").read_text().splitlines()
-    assert lines[1] == f"pruning.sparsity=0.8 train.seed=2 train.output={output}/pruning.sparsity=0.8,train.seed=2"
-    assert len(set(lines)) == 4
+    configs = [settings.load(str(folder / f"run-{number}.yaml"), []) for number in range(4)]
+    assert (configs[1].pruning.sparsity, configs[1].train.seed) == (0.8, 2)
+    assert configs[1].train.output == f"{output}/pruning.sparsity=0.8,train.seed=2"
+    assert len({config.train.output for config in configs}) == 4
     submitted = (tmp_path / "submitted").read_text().splitlines()
-    assert submitted[0].endswith(f"{folder}/job.sbatch")
+    assert submitted[0] == f"--parsable --array=0-3 {folder}/job.sbatch"
     assert submitted[1] == f"--parsable --dependency=afterany:1 {folder}/table.sbatch"
-    assert "path: student" in (folder / "config.yaml").read_text()
+    assert all(config.model.path == "student" for config in configs)
     assert (folder / "revision.txt").read_text().strip()
     again = slurm(tmp_path, "run.yaml", "train.output=runs/grid", *sweeps)
     assert again.returncode == 2
     assert "exists: the job was written before" in again.stderr
 
 
-def test_a_job_of_an_array_runs_its_line(tmp_path: Path) -> None:
+def test_a_job_of_an_array_runs_its_own_configuration(tmp_path: Path) -> None:
     slurm(tmp_path, "run.yaml", "train.output=runs/grid", "--sweep", "train.seed=1,2")
     script = (tmp_path / "runs" / "grid.job" / "job.sbatch").read_text()
     shown = script.replace("exec bash ", "printf '%s\\n' ")
     done = subprocess.run(
         ["bash", "-c", shown], env=os.environ | {"SLURM_ARRAY_TASK_ID": "1"}, capture_output=True, text=True
     )
-    output = tmp_path / "runs" / "grid" / "train.seed=2"
-    assert done.stdout.splitlines()[2:] == ["train.seed=2", f"train.output={output}"]
+    *_, path = done.stdout.splitlines()
+    assert settings.load(path, []).train.output == str(tmp_path / "runs" / "grid" / "train.seed=2")
+
+
+SWEEP = """
+config: run.yaml
+output: runs/both
+methods:
+  dense: {grid: {train.seed: [1, 2]}}
+  pruned:
+    set: {pruning.sparsity: 0.8, train.epochs: 10, pruning.every: 3 steps}
+    grid: {train.seed: [1, 2], lr.peak: [1e-4, 2e-4]}
+    models: {model.path: dense}
+"""
+
+
+def write_sweep(folder: Path) -> None:
+    (folder / "sweep.yaml").write_text(SWEEP)
+    for name in ("a", "b"):
+        (folder / f"{name}.jsonl").write_text("")
+
+
+def test_a_sweep_is_an_array_for_each_wave_of_models(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    options = ["--gpus-per-node", "1", "--partition", "gpu"]
+    done = slurm(tmp_path, "sweep.yaml", "train.batch_size=8", *options)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "both.job"
+    assert (tmp_path / "submitted").read_text().splitlines() == [
+        f"--parsable --array=0-1 {folder}/job.sbatch",
+        f"--parsable --array=2-5 --dependency=afterany:1 {folder}/job.sbatch",
+        f"--parsable --dependency=afterany:2 --partition=gpu {folder}/table.sbatch",
+    ]
+    assert "job 3: their table, runs/both/results.md" in done.stdout
+    configs = [settings.load(str(folder / f"run-{number}.yaml"), []) for number in range(6)]
+    assert [config.pruning.sparsity for config in configs] == [0.0] * 2 + [0.8] * 4
+    assert {config.train.batch_size for config in configs} == {8}
+    assert configs[5].pruning.every == "3 steps"
+    assert configs[5].model.path == "runs/both/dense/train.seed=2/final"
+    table = (folder / "table.sbatch").read_text()
+    assert table.splitlines()[-2:] == [
+        f"cd {tmp_path}",
+        "python -m distprune sweep sweep.yaml train.batch_size=8 --table",
+    ]
+
+
+def test_of_a_sweep_only_what_has_no_result_is_submitted(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    output = tmp_path / "runs" / "both"
+    for seed in (1, 2):
+        for name in (f"dense/train.seed={seed}", f"pruned/train.seed={seed},lr.peak=0.0001"):
+            (output / name).mkdir(parents=True)
+            (output / name / "summary.json").write_text("{}")
+    done = slurm(tmp_path, "sweep.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "--array=0-1 " in (tmp_path / "submitted").read_text().splitlines()[0]
+    configs = [settings.load(str(tmp_path / "runs" / "both.job" / f"run-{number}.yaml"), []) for number in range(2)]
+    assert {config.lr.peak for config in configs} == {2e-4}
+    for seed in (1, 2):
+        (output / f"pruned/train.seed={seed},lr.peak=0.0002").mkdir()
+        (output / f"pruned/train.seed={seed},lr.peak=0.0002" / "summary.json").write_text("{}")
+    assert "every run of sweep.yaml has ended" in slurm(tmp_path, "sweep.yaml").stderr
 
 
 def test_the_table_tells_of_runs_that_did_not_finish(tmp_path: Path) -> None:
@@ -99,12 +162,15 @@ def test_the_table_tells_of_runs_that_did_not_finish(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         ([], "no CONFIG given"),
+        (["sweep.yaml"], "task.train is 'a.jsonl', which is not there"),
+        (["sweep.yaml", "--sweep", "train.seed=1"], "--sweep is 'train.seed=1' and sweep.yaml a sweep"),
         (["run.yaml", "--sweep", "train.seed"], "--sweep 'train.seed'; allowed: KEY=V1,V2"),
         (["run.yaml", "--sweep", "train.sed=1,2"], "did you mean train.seed?"),
         (["run.yaml", "--sweep", "pruning.sparsity=0.5,1.5"], "pruning.sparsity is 1.5; allowed: at least 0"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_submitted(tmp_path: Path, arguments: list[str], said: str) -> None:
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
     done = slurm(tmp_path, *arguments)
     assert done.returncode == 2
     assert said in done.stderr

@@ -1,0 +1,72 @@
+"""A sweep with everything that is known of it before a run begins: its runs, their settings, and the results so far."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distprune.config import Config
+from distprune.sweeps import results
+from distprune.sweeps.results import Row, Settings
+from distprune.sweeps.spec import Run, Sweep, read_sweep, runs_of
+
+
+@dataclass
+class Opened:
+    """A sweep's file and its results."""
+
+    path: Path
+    sweep: Sweep
+    runs: list[Run]
+    """Each behind those whose models it gets."""
+    configs: dict[str, Config]
+    settings: dict[str, Settings]
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Path:
+        """The sweep's folder."""
+        return Path(self.sweep.output).expanduser()
+
+    @property
+    def stored(self) -> Path:
+        """The file of its results."""
+        given = self.sweep.results
+        return self.output / "results.jsonl" if given is None else Path(given).expanduser()
+
+    def read(self) -> None:
+        """Read the results.
+
+        Raises:
+            UserError: where they are of other runs.
+        """
+        self.rows.clear()
+        self.rows |= results.read_rows(self.stored)
+        results.check_rows(self.rows, self.settings, self.stored)
+
+    def add(self, run: Run) -> Row:
+        """Return the result of a run that has ended, and write its line where there is none."""
+        row = results.row_of(run, self.settings[run.name], self.output)
+        if run.name not in self.rows:
+            results.append(self.stored, row)
+            self.rows[run.name] = row
+        return row
+
+
+def open_sweep(sweep_path: str, overrides: Sequence[str]) -> Opened:
+    """Return a sweep that fits its results.
+
+    Args:
+        sweep_path: the file.
+        overrides: ``key=value`` for all runs.
+
+    Raises:
+        UserError: where file or results do not fit.
+    """
+    path = Path(sweep_path)
+    sweep = read_sweep(path)
+    runs = runs_of(sweep, path, [*overrides, f'wandb.group="{path.stem}"'])
+    output = Path(sweep.output).expanduser()
+    configs = {each.name: each.load(output) for each in runs}
+    opened = Opened(path, sweep, runs, configs, {each.name: each.settings(configs[each.name]) for each in runs})
+    opened.read()
+    return opened
