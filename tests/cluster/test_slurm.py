@@ -135,7 +135,7 @@ SWEEP = """
 config: run.yaml
 output: {output}
 methods:
-  dense: {{set: {{recipe.name: dense}}}}
+  dense: {{set: {{recipe.name: dense, pruning.sparsity: 0}}}}
   after:
     set: {{recipe.name: one_shot}}
     grid: {{pruning.sparsity: [0.8, 0.9]}}
@@ -147,7 +147,7 @@ def test_a_sweep_runs_in_waves_and_makes_its_table(task: Path, tmp_path: Path) -
     output, file = tmp_path / "sweep", task / "sweep.yaml"
     file.write_text(SWEEP.format(output=output))
     options = [f"--sbatch={option}" for option in SBATCH_OPTIONS]
-    overrides = ["recipe.epochs=2", "train.epochs=2"]
+    overrides = ["recipe.epochs=3"]
     command = [sys.executable, "launch/slurm.py", str(file), *overrides, *options]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
