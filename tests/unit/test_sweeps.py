@@ -1,6 +1,8 @@
 """A sweep's file, its results and its means, without a run."""
 
 import json
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -8,11 +10,13 @@ from typing import Any
 import pytest
 from scipy.stats import ttest_rel
 
+from distprune import settings
 from distprune.commands.sweep import run as sweep
+from distprune.config import Config
 from distprune.errors import UserError
 from distprune.sweeps import results
 from distprune.sweeps.results import Row
-from distprune.sweeps.spec import Run, read_sweep, runs_of
+from distprune.sweeps.spec import SEED, Run, read_sweep, runs_of
 from distprune.sweeps.table import as_csv, draw, markdown, means_of
 from tests.unit.test_configs import SWEEPS
 
@@ -277,6 +281,45 @@ def test_a_sweep_starts_its_ranks_itself(file: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_every_shipped_sweep_has_runs_that_can_be(path: Path) -> None:
-    found = runs_of(read_sweep(path), path)
-    found = [json.dumps(settings_of(run), sort_keys=True) for run in found]
+    every = runs_of(read_sweep(path), path)
+    of_a_seed = [run for run in every if run.point.get(SEED) == every[0].point.get(SEED)]  # the others differ by it
+    found = [json.dumps(settings_of(run), sort_keys=True) for run in of_a_seed]
     assert len(set(found)) == len(found) > 1
+
+
+@pytest.mark.parametrize("path", [path for path in SWEEPS if "waterfall" in path.name], ids=lambda path: path.name)
+def test_a_waterfall_changes_one_thing_at_a_time_and_ends_at_the_recipe_gmp(path: Path) -> None:
+    runs = {run.method: run for run in reversed(runs_of(read_sweep(path), path))}
+    steps = {name: run.load(Path("runs")) for name, run in runs.items() if not name.startswith("dense")}
+    order = ["smc_gmp", "without_head", "without_embeddings", "higher_rate", "longer", "rewinds", "many_prunings"]
+    order = [name for name in [*order, "large_first_step", "distillation_2", "distillation", "obs"] if name in steps]
+    assert set(order) == steps.keys()
+    changed = {
+        after: {key.split(".")[0] for key in changes(steps[before], steps[after])} for before, after in pairwise(order)
+    }
+    assert changed["without_head"] == changed["without_embeddings"] == {"pruning"}
+    assert changed["longer"] == {"train", "lr", "pruning"}, "times of learning rate and pruning are parts of the run"
+    assert changed["rewinds"] == {"lr"}
+    assert changed["many_prunings"] == changed["large_first_step"] == {"pruning"}
+    assert changed["distillation"] == {"distillation"}
+    end, epochs = steps["distillation"], read_sweep(path).methods["dense"].set.get("recipe.epochs", 2)
+    gmp = settings.load_valid(
+        str(runs["distillation"].config),
+        [
+            *f"recipe.name=gmp recipe.epochs={epochs} train.epochs={end.train.epochs}".split(),
+            *f"pruning.sparsity={end.pruning.sparsity} lr.peak={end.lr.peak} model.path=m teacher.path=t".split(),
+        ],
+    )
+    assert gmp.pruning == end.pruning
+    assert gmp.distillation == end.distillation
+    assert gmp.lr.rewind_every == end.lr.rewind_every
+
+
+def changes(before: Config, after: Config) -> set[str]:
+    """Return the keys that differ, without places and what only says where values are from."""
+    one, other = (
+        {f"{section}.{key}": value for section, values in asdict(config).items() for key, value in values.items()}
+        for config in (before, after)
+    )
+    places = ("train.output", "wandb.name", "teacher.path", "recipe.derived")
+    return {key for key in one if one[key] != other[key] and key not in places}
