@@ -2,16 +2,46 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
-
-from distprune.report import Row, comparison_table
+from rich.table import Table
 
 DENSE_AT_LEAST = 0.97
 GRADUAL_WITHIN = 0.02
 ONESHOT_BELOW = 0.15
+
+
+class Row(NamedTuple):
+    """A model in a comparison: its metric, pruned and prunable weights, zeros in its file, and a remark."""
+
+    name: str
+    metric: float
+    masked: int
+    prunable: int
+    zeros: int
+    note: str = ""
+
+
+def comparison_table(rows: Iterable[Row], metric_name: str) -> Table:
+    """Return models side by side, one a line, for the terminal."""
+    table = Table()
+    table.add_column("model")
+    for title in (metric_name.replace("_", " "), "sparsity", "masked / prunable", "zeros in file"):
+        table.add_column(title, justify="right")
+    table.add_column("note")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.metric:.4f}",
+            f"{row.masked / row.prunable:.2%}" if row.prunable else "-",
+            f"{row.masked:,} / {row.prunable:,}",
+            f"{row.zeros:,}",
+            row.note,
+        )
+    return table
 
 
 def failures(dense: float, oneshot: float, gradual: float) -> list[str]:

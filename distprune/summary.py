@@ -3,11 +3,11 @@
 from typing import Any
 
 from distprune import dist
-from distprune.config import Config, PruningConfig
+from distprune.config import Config, PruningConfig, RegrowthConfig
 from distprune.engine import stage_of
 from distprune.export import count_zeros
 from distprune.pruning.targets import matrices_of
-from distprune.report import environment
+from distprune.records import environment
 from distprune.shards import held_bytes
 from distprune.train import Trainer
 
@@ -62,17 +62,21 @@ def pruning_record(trainer: Trainer, summary: dict[str, Any]) -> dict[str, Any]:
         **{key: summary[key] for key in keys},
         "layers": summary["layers"],
         "pruning": vars(config.pruning),
+        "regrowth": vars(config.regrowth),
         "distillation": vars(config.distillation),
     }
 
 
-def _method(pruning: PruningConfig) -> str:
+def _method(pruning: PruningConfig, regrowth: RegrowthConfig) -> str:
     """Return in words how the weights were chosen."""
+    if pruning.sparsity == 0:
+        return "no pruning; the zeros it began with stay" if pruning.start_sparse else "no pruning"
     what = {"unstructured": "single weights", "heads": "attention heads", "neurons": "feed-forward neurons"}
     where = {"global": "", "groups": " within groups"}.get(pruning.scope, f" within each {pruning.scope}")
     how = "one-shot" if 0 < pruning.initial == pruning.sparsity else "gradual"
     whose = " of another model's weights" if pruning.weights_of else ""
-    return f"{how} pruning of {what.get(pruning.structure, pruning.structure)}{where} by {pruning.score}{whose}"
+    moving = ", with regrowth" if regrowth.part else ""
+    return f"{how} pruning of {what.get(pruning.structure, pruning.structure)}{where} by {pruning.score}{whose}{moving}"
 
 
 def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:
@@ -84,7 +88,7 @@ def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:
     in_file = _total(zeros, layers)[0]
     assert in_file >= masked, f"{in_file} zeros were written, {masked} weights are masked"
     return {
-        "method": _method(trainer.config.pruning),
+        "method": _method(trainer.config.pruning, trainer.config.regrowth),
         "sparsity_target": trainer.config.pruning.sparsity,
         "sparsity_masked": masked / prunable if prunable else 0.0,
         "masked_weights": masked,

@@ -17,7 +17,7 @@ from distprune.checkpoints.pieces import Pieces
 from distprune.errors import UserError
 from distprune.export import plan_files, write_index
 from distprune.packed import PREFIX, save_packed
-from distprune.report import write_json
+from distprune.records import write_json
 
 
 def export_checkpoint(checkpoint: Path, target: Path, packed: bool) -> dict[str, int]:

@@ -17,7 +17,7 @@ from distprune.engine import build_frozen
 from distprune.errors import UserError
 from distprune.evaluate import on_device
 from distprune.monitor.plots import BLUE, GREEN, GREY, RED, save_png
-from distprune.report import environment, write_json
+from distprune.records import environment, write_json
 from distprune.setup import check_teacher, load_task, local_model
 from distprune.tasks.base import Task
 

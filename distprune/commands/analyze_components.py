@@ -25,7 +25,7 @@ from distprune.engine import set_learning_rate
 from distprune.errors import UserError
 from distprune.evaluate import evaluate, on_device
 from distprune.monitor.plots import BLUE, GREEN, GREY, RED, save_png
-from distprune.report import environment, write_json
+from distprune.records import environment, write_json
 from distprune.setup import Setup, build_pruner, prepare
 
 REPEAT = 7

@@ -14,10 +14,11 @@ from distprune.config import Config
 from distprune.errors import UserError
 from distprune.heartbeat import Heartbeat
 from distprune.interrupts import Interrupted, StopRequests, requeue_job
+from distprune.model_card import model_card
 from distprune.monitor import Monitor
 from distprune.monitor.plots import plot_layers, plot_run
 from distprune.monitor.wandb import store_id
-from distprune.report import model_card, read_metrics, write_json
+from distprune.records import read_metrics, write_json
 from distprune.setup import Setup, prepare
 from distprune.summary import pruning_record, summarise
 from distprune.train import Trainer

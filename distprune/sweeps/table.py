@@ -13,7 +13,7 @@ from scipy.stats import t as student_t
 
 from distprune.best import merit_of
 from distprune.monitor.plots import COLORS, GREY
-from distprune.report import csv_text
+from distprune.records import csv_text
 from distprune.sweeps.results import Row
 from distprune.sweeps.spec import seedless
 

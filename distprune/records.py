@@ -1,0 +1,90 @@
+"""What runs and commands leave in files: metrics read back, the environment, JSON that is whole, CSV."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distprune import __version__, dist
+from distprune.errors import UserError
+from distprune.monitor.jsonl import finite
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl.
+
+    Where a run was continued from a checkpoint, records of steps that were done again are left out, and so is
+    a line that a kill cut short.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} does not exist; a run writes it as metrics.jsonl in its directory")
+    records: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        while records and records[-1]["step"] > record["step"]:
+            records.pop()
+        records.append(record)
+    return list({(record["step"], record.get("split")): record for record in records}.values())
+
+
+def environment() -> dict[str, str | None]:
+    """Return the versions, the device's name and the git revision that a run was made with.
+
+    The revision is that of the working directory's repository, with ``-dirty`` where tracked files were
+    changed, and null outside of one.
+    """
+    return {
+        "distprune": __version__,
+        **{name: version(name) for name in ("torch", "deepspeed", "transformers", "datasets")},
+        "python": platform.python_version(),
+        "device": _device_name(),
+        "git": _git_revision(),
+    }
+
+
+def _device_name() -> str:
+    if dist.on_gpu():
+        return torch.cuda.get_device_name()
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _git_revision() -> str | None:
+    command = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return records for a spreadsheet, a column for every key that any of them has."""
+    text = StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for each in records for key in each)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write a file that is, at any moment, either as before or complete; NaN and infinities become null."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(finite(data), file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
