@@ -30,9 +30,8 @@ def run(config_path: str, overrides: list[str], world: int, examples_per_s: floa
     if examples_per_s is not None and not examples_per_s > 0:
         raise UserError(f"--examples-per-s is {examples_per_s}; allowed: more than 0")
     subject = subject_of(settings.load_valid(config_path, overrides), world)
-    teacher = subject.teacher_shapes
     console = Console(soft_wrap=True)
-    need = Need(subject.shapes, subject.layout, teacher, subject.activations(), subject.micro_batch, on_gpu=True)
+    need = subject.need(on_gpu=True)
     console.print(memory_table(need))
     console.print(memory_table(replace(need, on_gpu=False)))
     console.print(

@@ -34,6 +34,7 @@ class Need:
         activations: of the student, for one example.
         micro_batch: examples in a forward pass on one rank.
         on_gpu: whether ranks have GPUs.
+        score_bytes: what the score holds of each prunable weight.
     """
 
     student: Shapes
@@ -42,6 +43,7 @@ class Need:
     activations: Activations
     micro_batch: int
     on_gpu: bool
+    score_bytes: int = 0
 
 
 class Bytes(NamedTuple):
@@ -66,7 +68,10 @@ def peak(need: Need) -> Bytes:
 def _lasting(need: Need) -> Bytes:
     """Return what is held from step to step."""
     student, layout = need.student, need.layout
-    states = state_bytes(student, layout) | {"masks": mask_bytes(student, layout)}
+    masks = mask_bytes(student, layout)
+    states = state_bytes(student, layout) | {"masks": masks}
+    if need.score_bytes:
+        states["score"] = masks * need.score_bytes
     weights = Counter({"weights": weight_bytes(student, layout)})
     device, host = Counter[str](), Counter[str]()
     (host if layout.offload_optimizer else device).update(states)

@@ -15,7 +15,9 @@ from distprune.objective import Objective, put_out_features
 from distprune.plan import Plan, make_plan
 from distprune.planning.activations import Activations, count
 from distprune.planning.hours import measure
+from distprune.planning.memory import Need
 from distprune.planning.shapes import Layout, Shapes, layout_of, shapes_of
+from distprune.pruning.scores import build_score
 from distprune.pruning.targets import find_targets, freeze
 from distprune.setup import check_limits, load_task, local_model
 from distprune.tasks.base import Batch, Task
@@ -63,6 +65,13 @@ class Subject:
         model, batch = stand_in(self.student, self.layout.dtype), self.longest(1)
         model.train()
         return count(model, lambda: self.task.loss(self.task.forward(model, batch), batch))
+
+    def need(self, on_gpu: bool) -> Need:
+        """Return everything that a rank's memory depends on."""
+        score = build_score(self.config.pruning.score, self.config.train.seed, self.config.fisher)
+        held = score.bytes_held if self.shapes.prunable else 0
+        activations = self.activations()
+        return Need(self.shapes, self.layout, self.teacher_shapes, activations, self.micro_batch, on_gpu, held)
 
     def examples_per_s(self) -> float:
         """Measure a rank's micro batch of the longest examples, on this machine's CPU in one process."""

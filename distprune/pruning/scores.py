@@ -47,6 +47,11 @@ class Score(ABC):
     def __init__(self, seed: int = 0):
         self.seed = seed
 
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of each weight that a rank holds, beside the weight and its mask."""
+        return 4 * (self.accumulates + self.comes_back)
+
     @abstractmethod
     def scores(self, part: Part) -> Tensor:
         """Return the scores of consecutive weights, fp32 of shape [n], as a function of each element alone."""
@@ -203,6 +208,11 @@ class OptimalBrainSurgeon(PositiveScore):
         self.config, self.cuts = fisher or FisherConfig(), cuts or {}
         self._fisher: InverseFisher | None = None
         self._diagonals: dict[str, tuple[int, Tensor]] = {}
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of each weight around a pruning: its row of its block, the diagonal, and the weight as it was."""
+        return 4 * (self.config.block + 2)
 
     def learn(self, slices: Sequence[Slice], gradients: Sequence[Tensor | None]) -> Exchange[None]:
         """Take a batch's averaged gradients into account, 0 where a weight is pruned."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
+from distprune.config import FisherConfig
 from distprune.errors import UserError
 from distprune.planning import memory, wire
 from distprune.planning.activations import Activations, count
@@ -14,6 +15,7 @@ from distprune.planning.held import mask_bytes, reduced, state_bytes, weight_byt
 from distprune.planning.hours import hours
 from distprune.planning.memory import Need, gathered
 from distprune.planning.shapes import Layout, Shapes, layout_of
+from distprune.pruning.scores import build_score
 
 # A matrix of 10 and one of 21 that is pruned, biases of 3 and 4, and 5 frozen weights: 38 that are trained.
 SHAPES = Shapes(({"embedding": 10, "matrix": 21}, {"bias": 3, "norm": 4}), (5,), frozenset({"matrix"}))
@@ -103,6 +105,13 @@ def test_offload_moves_master_moments_masks_and_gradients_to_the_host() -> None:
     cpu = memory.peak(need(Layout(2, 2, offload_optimizer=True), on_gpu=False))
     assert cpu.host.total() == 0
     assert cpu.device["master"] == 20 * 4
+
+
+@pytest.mark.parametrize(("score", "held"), [("magnitude", 0), ("movement", 8), ("obs", 4 * 52)])
+def test_what_a_score_holds_counts_for_each_weight_to_prune(score: str, held: int) -> None:
+    assert build_score(score, 0, FisherConfig(block=50)).bytes_held == held
+    kept = memory.peak(need(Layout(2, 2), score_bytes=held)).device
+    assert kept["score"] == held * kept["masks"] == held * 15
 
 
 def test_offloaded_weights_are_on_the_host() -> None:
