@@ -104,5 +104,5 @@ def _report(opened: Opened) -> None:
     table = markdown(means, sweep.baseline)
     stored.with_suffix(".md").write_text(table)
     stored.with_suffix(".csv").write_text(as_csv(means))
-    draw(means, sweep.baseline, stored.with_suffix(".png"), opened.path.stem)
+    draw(means, sweep.baseline, opened.path.stem).savefig(stored.with_suffix(".png"))
     print(f"{table}table and plot: {stored.with_suffix('')}.md, .csv and .png")

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -132,7 +131,7 @@ def _steps_before(row: Row, rows: dict[str, Row]) -> int:
 def markdown(means: Sequence[Mean], baseline: str | None) -> str:
     """Return the table for a reader."""
     names = ", ".join(sorted({each.metric_name for each in means})) or "metric"
-    titles = ["method", "at", names, f"worse than {baseline}", "pairs", "seeds", "diverged", "steps"]
+    titles = ["method", "at", names, f"worse than {baseline or 'a baseline'}", "pairs", "seeds", "diverged", "steps"]
     titles += ["with those before", "sparsity", "of the model", "examples/s"]
     lines = [titles, ["---"] * len(titles)]
     for each in means:
@@ -154,21 +153,27 @@ def as_csv(means: Sequence[Mean]) -> str:
     return csv_text([each.record() for each in means])
 
 
-def draw(means: Sequence[Mean], baseline: str | None, path: Path, title: str) -> None:
-    """Draw the metric over the sparsity, a line with a band (the deviation) for each method, the baseline dashed."""
+def draw(means: Sequence[Mean], baseline: str | None, title: str) -> Figure:
+    """Draw the metric over the sparsity, a line with a band (the deviation) for each method, the baseline dashed.
+
+    Where no seed of a method has converged, a cross at the bottom says so.
+    """
     figure = Figure(figsize=(8, 14 / 3), dpi=150, layout="constrained")
     axes = figure.subplots()
-    methods = dict.fromkeys(each.method for each in means if each.metric is not None)
-    for method, colour in zip((name for name in methods if name != baseline), COLORS * len(methods), strict=False):
-        line = sorted(
-            (each.sparsity, each.metric or 0.0, each.deviation or 0.0)
-            for each in means
-            if each.method == method and each.metric is not None
-        )
-        sparsities, metrics, spreads = zip(*line, strict=True)
-        axes.plot(sparsities, metrics, color=colour, marker="o", label=method)
-        low, high = ([m + sign * s for m, s in zip(metrics, spreads, strict=True)] for sign in (-1, 1))
-        axes.fill_between(sparsities, low, high, color=colour, alpha=0.15, linewidth=0)
+    methods = [name for name in dict.fromkeys(each.method for each in means) if name != baseline]
+    for method, colour in zip(methods, COLORS * len(methods), strict=False):
+        points = sorted((each for each in means if each.method == method), key=lambda each: each.sparsity)
+        line = [(each.sparsity, each.metric, each.deviation or 0.0) for each in points if each.metric is not None]
+        if line:
+            sparsities, metrics, spreads = zip(*line, strict=True)
+            axes.plot(sparsities, metrics, color=colour, marker="o", label=method)
+            low, high = ([m + sign * s for m, s in zip(metrics, spreads, strict=True)] for sign in (-1, 1))
+            axes.fill_between(sparsities, low, high, color=colour, alpha=0.15, linewidth=0)
+        diverged = [each.sparsity for each in points if each.metric is None]
+        if diverged:
+            bottom = axes.get_xaxis_transform()
+            name = f"{method}: no seed converged"
+            axes.plot(diverged, [0.03] * len(diverged), "x", color=colour, transform=bottom, label=name)
     dense = [each.metric for each in means if each.method == baseline and each.metric is not None]
     for value in dense:
         axes.axhline(value, color=GREY, linestyle="--", label=f"{baseline} {value:.3f}")
@@ -177,4 +182,4 @@ def draw(means: Sequence[Mean], baseline: str | None, path: Path, title: str) ->
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, format="png")
+    return figure

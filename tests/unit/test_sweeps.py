@@ -245,7 +245,7 @@ def test_pairs_have_converged_on_both_sides_and_lower_may_be_better(rows: dict[s
     assert after.below == pytest.approx(0.5 - 0.91), "it is better"
 
 
-def test_the_table_is_markdown_csv_and_a_plot(rows: dict[str, Row], tmp_path: Path) -> None:
+def test_the_table_is_markdown_csv_and_a_plot(rows: dict[str, Row]) -> None:
     means = means_of(rows, "dense", chance=0.5)
     lines = markdown(means, "dense").splitlines()
     assert lines[0].startswith("| method | at | accuracy | worse than dense | pairs | seeds | diverged | steps |")
@@ -255,8 +255,18 @@ def test_the_table_is_markdown_csv_and_a_plot(rows: dict[str, Row], tmp_path: Pa
     header, *records = as_csv(means).splitlines()
     assert header.split(",")[:3] == ["method", "point", "metric_name"]
     assert len(records) == 2
-    draw(means, "dense", tmp_path / "plot.png", "sweep")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = draw(means, "dense", "sweep").axes
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+    assert drawn["after"] == ([means[1].sparsity], [means[1].metric])
+    assert drawn["dense 0.917"][1] == [pytest.approx(mean(DENSE.values()))] * 2
+
+
+def test_where_no_seed_converged_the_plot_has_a_cross(rows: dict[str, Row]) -> None:
+    means = means_of(rows, "dense", chance=0.87)
+    (axes,) = draw(means, "dense", "sweep").axes
+    (line,) = [line for line in axes.get_lines() if line.get_marker() == "x"]
+    assert line.get_label() == "after: no seed converged"
+    assert list(line.get_xdata()) == [means[1].sparsity]
 
 
 def test_a_table_is_made_of_what_there_is(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
