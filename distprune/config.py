@@ -182,7 +182,7 @@ class PruningConfig:
         "model directory or hub id whose weights are scored in place of the student's, e.g. the trained ones of a "
         "lottery ticket; null: the student's own",
     )
-    start_sparse: bool = key(False, "zeros of the model are its first mask, which stays")
+    start_sparse: bool = key(False, "zeros of the model are its first mask")
 
 
 @dataclass

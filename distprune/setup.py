@@ -109,9 +109,14 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
     if (score.needs_gradient or regrows) and student.fp16_enabled():
         reader = f"regrowth.part is {config.regrowth.part}" if regrows else f"pruning.score is {pruning.score!r}"
         raise UserError(f"{reader}, and fp16 scales the gradients that it reads; allowed: bf16 or fp32 with it")
+    if regrows and score.comes_back:
+        raise UserError(
+            f"regrowth.part is {config.regrowth.part} and pruning.score {pruning.score!r}, with which weights come "
+            "back already; allowed: one of the two"
+        )
     other_weights = None
     if pruning.weights_of is not None:
-        if score.needs_gradient or isinstance(score, Random):
+        if score.needs_gradient or score.comes_back or isinstance(score, Random):
             raise UserError(
                 f"pruning.weights_of is {pruning.weights_of!r} and pruning.score {pruning.score!r}; allowed: a score "
                 "of weights alone, as magnitude"

@@ -70,7 +70,8 @@ def pruning_record(trainer: Trainer, summary: dict[str, Any]) -> dict[str, Any]:
 def _method(pruning: PruningConfig, regrowth: RegrowthConfig) -> str:
     """Return in words how the weights were chosen."""
     if pruning.sparsity == 0:
-        return "no pruning; the zeros it began with stay" if pruning.start_sparse else "no pruning"
+        begun = f"; the zeros it began with {'move by regrowth' if regrowth.part else 'stay'}"
+        return "no pruning" + begun * pruning.start_sparse
     what = {"unstructured": "single weights", "heads": "attention heads", "neurons": "feed-forward neurons"}
     where = {"global": "", "groups": " within groups"}.get(pruning.scope, f" within each {pruning.scope}")
     how = "one-shot" if 0 < pruning.initial == pruning.sparsity else "gradual"

@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 COLUMNS = ("run", "sparsity_masked", "metric_name", "final_metric", "dense_metric", "steps", "wall_time_s")
 
 SCRIPT = """#!/usr/bin/env bash
-# Written by launch/slurm.py; submit it with: sbatch {script}
+# Written by launch/slurm.py; submitted with: {how}
 {options}
 set -euo pipefail
 cd {here}
@@ -44,13 +44,13 @@ exec bash {train} {config}
 """
 TABLE = """#!/usr/bin/env bash
 #SBATCH --job-name={name}-table
-#SBATCH --output={folder}/table-%j.log
+#SBATCH --output={log}
 set -euo pipefail
 cd {repository}
 source launch/common.sh
 activate
 cd {here}
-{table}
+"${{CONTAINER[@]}}" {table}
 """
 
 
@@ -66,6 +66,8 @@ class Work:
     """The command that makes the table in the end; None: a single run, no array."""
     table_path: Path | None = None
     """Where it will be."""
+    ranks: int = 1
+    """Of a run, where the command line says nothing."""
 
     @property
     def folder(self) -> Path:
@@ -76,6 +78,14 @@ class Work:
     def configs(self) -> list[Config]:
         """All runs, by the number of the array."""
         return [config for wave in self.waves for config in wave]
+
+    @property
+    def arrays(self) -> list[tuple[str, list[Config]]]:
+        """What sbatch is told of each wave, and its runs."""
+        firsts = itertools.accumulate(map(len, self.waves), initial=0)
+        return [
+            (f"--array={first}-{first + len(wave) - 1}", wave) for first, wave in zip(firsts, self.waves, strict=False)
+        ]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -120,21 +130,22 @@ def submit(given: argparse.Namespace, work: Work) -> None:
     text, folder = script(given, work), work.folder
     if given.dry_run:
         print(text, end="")
+        for array, wave in work.arrays if work.table is not None else ():
+            print("".join(f"# {array}: {config.train.output}\n" for config in wave), end="")
         return
     if folder.exists():
-        how = f"sbatch {folder / 'job.sbatch'}" if work.table is None else "without it, once its jobs have ended"
+        how = f"sbatch {folder / 'job.sbatch'}" if work.table is None else "remove it, once its jobs have ended"
         raise UserError(f"{folder} exists: the job was written before; allowed: {how}")
     folder.mkdir(parents=True)
     write(work, text)
     if work.table is None:
         print(f"job {sbatch([str(folder / 'job.sbatch')])}: 1 run, {folder}")
         return
-    first, before = 0, list[str]()
-    for wave in work.waves:
-        array = f"--array={first}-{first + len(wave) - 1}"
+    before = list[str]()
+    for array, wave in work.arrays:
         job = sbatch([array, *before, str(folder / "job.sbatch")])
-        print(f"job {job}: {len(wave)} run{'s' * (len(wave) > 1)}, {folder}")
-        first, before = first + len(wave), [f"--dependency=afterany:{job}"]
+        print(f"job {job}: {len(wave)} run{'s' * (len(wave) > 1)}, {folder}", flush=True)
+        before = [f"--dependency=afterany:{job}"]
     wanted = [f"--partition={given.partition}"] if given.partition else []
     wanted += [f"--account={given.account}"] if given.account else []
     table = sbatch([*before, *wanted, *given.sbatch, str(folder / "table.sbatch")])
@@ -162,7 +173,7 @@ def grid_work(given: argparse.Namespace) -> Work:
         places = [f"train.output={output / ','.join(run)}"] if run else []
         return settings.load_valid(given.config, [*given.overrides, *run, *places])
 
-    table = f"python {REPOSITORY / 'launch' / 'slurm.py'} --table {shlex.quote(str(output))}"
+    table = shlex.join(["python", str(REPOSITORY / "launch" / "slurm.py"), "--table", str(output)])
     grid = [[of(run) for run in runs(given.sweep)]]
     return Work(output, grid, table, output / "results.md") if given.sweep else Work(output, grid)
 
@@ -191,7 +202,9 @@ def sweep_work(given: argparse.Namespace) -> Work:
             waves.append([])
         waves[wave].append(opened.configs[each.name])
     command = ["python", "-m", "distprune", "sweep", given.config, *given.overrides, "--table"]
-    return Work(opened.output.absolute(), waves, shlex.join(command), opened.stored.with_suffix(".md"))
+    return Work(
+        opened.output.absolute(), waves, shlex.join(command), opened.stored.with_suffix(".md"), opened.sweep.ranks
+    )
 
 
 def runs(sweeps: list[str]) -> Iterable[list[str]]:
@@ -207,7 +220,8 @@ def runs(sweeps: list[str]) -> Iterable[list[str]]:
 
 def script(given: argparse.Namespace, work: Work) -> str:
     """Return the job's script."""
-    ranks, folder, is_array = given.gpus_per_node or given.ranks_per_node or 1, work.folder, work.table is not None
+    ranks, folder = given.gpus_per_node or given.ranks_per_node or work.ranks, work.folder
+    is_array, job = work.table is not None, shlex.quote(str(folder / "job.sbatch"))
     options = {
         "job-name": work.output.name,
         "output": folder / ("%x-%A-%a.log" if is_array else "%x-%j.log"),
@@ -231,7 +245,9 @@ def script(given: argparse.Namespace, work: Work) -> str:
     lines += [f"#SBATCH {option}" for option in given.sbatch]
     config = shlex.quote(str(folder / "run-")) + "$SLURM_ARRAY_TASK_ID.yaml"
     return SCRIPT.format(
-        script=folder / "job.sbatch",
+        how=f"sbatch {' or, behind it, '.join(array for array, _ in work.arrays)} {job}"
+        if is_array
+        else f"sbatch {job}",
         options="\n".join(lines),
         here=shlex.quote(str(Path.cwd())),
         repository=shlex.quote(str(REPOSITORY)),
@@ -248,8 +264,9 @@ def write(work: Work, text: str) -> None:
     for number, config in enumerate(work.configs):
         (folder / f"run-{number}.yaml").write_text(settings.to_yaml(config))
     if work.table is not None:
-        names = {"name": work.output.name, "folder": folder, "repository": REPOSITORY}
-        table = TABLE.format(**names, here=shlex.quote(str(Path.cwd())), table=work.table)
+        names = {"name": work.output.name, "log": folder / "table-%j.log", "table": work.table}
+        places = {"repository": shlex.quote(str(REPOSITORY)), "here": shlex.quote(str(Path.cwd()))}
+        table = TABLE.format(**names, **places)
         (folder / "table.sbatch").write_text(table)
     git = ["git", "-C", str(REPOSITORY)]
     revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout

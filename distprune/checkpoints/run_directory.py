@@ -15,7 +15,7 @@ from distprune.errors import UserError
 
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
 
-_FIXED = ("model.", "teacher.", "task.", "pruning.")
+_FIXED = ("model.", "teacher.", "task.", "pruning.", "regrowth.", "fisher.")
 _FIXED_KEYS = ("train.batch_size", "train.seed", "train.select")
 _FREE = ("model.path", "model.revision", "model.tokenizer", "model.activation_checkpointing")
 """The checkpoint holds the model itself, so where it came from does not matter any more."""

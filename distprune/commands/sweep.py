@@ -1,7 +1,6 @@
 """``distprune sweep``: the runs of a file, one after another or several at a time, and their table and plot."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from fnmatch import fnmatchcase
 
 from distprune.checkpoints import run_directory
@@ -69,16 +68,18 @@ def _chosen(names: list[str], patterns: list[str]) -> list[str]:
 
 def _take_up_what_has_ended(opened: Opened) -> None:
     """Write the lines of runs that jobs of their own have carried out, unless a sweep is under way in the folder."""
-    if not opened.output.exists():
+    ended = [run for run in opened.runs if run.name not in opened.rows and results.is_finished(run, opened.output)]
+    results.check_directories(ended, opened.settings, opened.output)
+    if not ended:
         return
-    with suppress(UserError):
+    try:
         run_directory.lock(opened.output)
-        opened.read()
-        for each in opened.runs:
-            if each.name not in opened.rows and results.is_finished(each, opened.output):
-                results.check_directories([each], opened.settings, opened.output)
-                opened.add(each)
-        run_directory.unlock(opened.output)
+    except UserError:
+        return
+    opened.read()
+    for each in ended:
+        opened.add(each)
+    run_directory.unlock(opened.output)
 
 
 def _run(missing: Sequence[Run], opened: Opened) -> Outcome:

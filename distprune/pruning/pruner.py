@@ -113,9 +113,11 @@ class Pruner:
         Collective: every rank calls it, before the first step.
         """
         for each in self.slices:
-            for part in each.held():
-                part.mask.copy_(torch.where(part.weights == 0, PRUNED, KEPT))
-                apply_mask(part.weights, part.mask)
+            weights = each.weights()  # there are no gradients yet, which parts would be given
+            each.mask.copy_(torch.where(weights == 0, PRUNED, KEPT))
+            apply_mask(weights, each.mask)
+            if each.removed is not None:
+                each.removed.copy_(torch.where(each.mask == PRUNED, torch.nan, 0.0))
         self._count()
         self._started_sparse = self.masked > 0
 

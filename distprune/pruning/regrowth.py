@@ -1,7 +1,7 @@
 """Regrowth: kept weights that are small change places with pruned ones whose gradients are large (RigL, 1911.11134).
 
-As SMC-Bench does it: in each matrix by itself, as many come back as go, what has just gone may come back at once, and
-what comes back begins at zero. The numbers of masked weights stay what they are.
+As SMC-Bench does it: in each matrix by itself as many come back as go. What was pruned before begins at zero; what has
+just gone may come back at once, and then has not changed. The numbers of masked weights stay what they are.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from distprune.pruning.exchange import Exchange, together
-from distprune.pruning.keys import HIGHEST_MAGNITUDE, magnitude_keys
-from distprune.pruning.masks import KEPT, MAGNITUDE, PRUNED
+from distprune.pruning.keys import HIGHEST_MAGNITUDE, magnitude_keys, ranked
+from distprune.pruning.masks import KEPT, MAGNITUDE, PRUNED, apply_mask
 from distprune.pruning.scores import Magnitude
-from distprune.pruning.select import Source, select_smallest
+from distprune.pruning.select import Cut, Source, select_smallest
 from distprune.pruning.slices import Part, Slice
-from distprune.pruning.structures.unstructured import Elements, mark_elements
+from distprune.pruning.structures.unstructured import Elements
 
 
 def regrow(slices: Sequence[Slice], sizes: Mapping[str, int], masked: Mapping[str, int], part: float) -> Exchange[None]:
@@ -35,16 +35,20 @@ def regrow(slices: Sequence[Slice], sizes: Mapping[str, int], masked: Mapping[st
         for name, size in sizes.items()
     }
     cuts = dict(zip(sizes, (yield from together(list(smallest.values()))), strict=True))
-    for each in slices:
-        mark_elements(each, score, cuts[each.name])
+    for piece in (found for each in slices for found in each.held()):
+        _mark(piece, cuts[piece.name], ranked(score.keys(piece), piece.mask))
     unwanted = {
         name: select_smallest(_Candidates(held[name], size, total), masked[name]) for name, size in sizes.items()
     }
     cuts = dict(zip(sizes, (yield from together(list(unwanted.values()))), strict=True))
-    for each in slices:
-        for piece in each.held():
-            gone = cuts[each.name].selects(_growth_keys(piece), piece.first_index)
-            piece.mask.copy_(torch.where(gone, PRUNED, KEPT))
+    for piece in (found for each in slices for found in each.held()):
+        _mark(piece, cuts[piece.name], _growth_keys(piece))
+        apply_mask(piece.weights, piece.mask)
+
+
+def _mark(part: Part, cut: Cut, keys: Tensor) -> None:
+    """Mask what a cut selects, and nothing else."""
+    part.mask.copy_(torch.where(cut.selects(keys, part.first_index), PRUNED, KEPT))
 
 
 def moving(size: int, masked: int, part: float) -> int:

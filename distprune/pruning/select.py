@@ -125,7 +125,7 @@ def _select_in_sampled_interval(source: Source, k: int) -> Exchange[Cut | None]:
     held = list(sample) if source.total // every <= _SAMPLE_HELD else None
     low, high = yield from _interval(lambda: held or source.sample(every) or (), k / source.total, source.bits)
     del held, sample
-    inside = source.split(low, high, _INSIDE_AT_MOST)
+    inside = source.split(low, high, min(_INSIDE_AT_MOST, source.total // 8))
     counts = torch.tensor([inside.below, inside.held, inside.overfull])
     below, held, overfull = (yield Request(counts)).tolist()
     if overfull or not below < k <= below + held:

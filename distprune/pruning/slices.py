@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from distprune.pruning.keys import CHUNK
-from distprune.pruning.masks import KEPT, apply_mask
+from distprune.pruning.masks import KEPT, PRUNED, apply_mask
 
 
 class Part(NamedTuple):
@@ -25,12 +26,17 @@ class Part(NamedTuple):
     mask: Tensor
     """int8, shape [n]."""
     removed: Tensor | None = None
-    """What the pruned weights were when they went, 0 for others, fp32, shape [n]; None where none comes back."""
+    """What the pruned weights were when they went, fp32, shape [n]; None where none comes back.
+
+    NaN where one stays pruned, a zero from before. 0 where a weight is kept; all weights while a pruning is under way.
+    """
 
     @property
     def before_pruning(self) -> Tensor:
         """The weights, those that are pruned as they were when they went, fp32, shape [n]."""
-        return self.weights if self.removed is None else self.weights + self.removed
+        if self.removed is None:
+            return self.weights
+        return torch.where(self.mask == PRUNED, self.removed.nan_to_num(0.0), self.weights)
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,10 @@ class Slice:
     def bring_back(self) -> None:
         """Give the pruned weights the values that they had when they went; zeros from before stay pruned."""
         if self.removed is not None:
-            self.weights().add_(self.removed)
-            self.mask[self.removed != 0] = KEPT
-            self.removed.copy_(self.weights())
+            stays = self.removed.isnan()
+            self.weights().add_(self.removed.nan_to_num(0.0))
+            self.mask.copy_(torch.where(stays, PRUNED, KEPT))
+            self.removed.copy_(torch.where(stays, torch.nan, self.weights()))
 
     def forget_kept(self) -> None:
         """Remember, of the values from before a pruning, those of the weights that went."""

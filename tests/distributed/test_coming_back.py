@@ -1,5 +1,6 @@
 """Pruned weights that come back, by movement and by regrowth, in real engines, against one plain process."""
 
+import shutil
 from fractions import Fraction
 from itertools import pairwise
 from math import ceil
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distprune.commands import oneshot
 from distprune.config import RegrowthConfig
 from tests.distributed.engines import Layout, Student, plain_model, random_batch, reference_masks, target_weights
-from tests.distributed.runs import EVERY_STEP, cut_off, run, same_weights, stage
+from tests.distributed.runs import EVERY_STEP, cut_off, records, run, same_weights, stage
 from tests.world import Worlds
 
 MOVEMENT = [None, Fraction("0.2"), None, Fraction("0.4"), Fraction("0.5"), None, Fraction("0.5"), None]
@@ -74,7 +76,7 @@ def plain_movement(directory: Path) -> tuple[list[dict[str, Tensor]], dict[str, 
 
 
 def plain_regrowth(directory: Path) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Return the masks after every step, and the last weights; what comes back is zero."""
+    """Return the masks after every step, and the last weights; what was pruned before comes back as zero."""
     plain = Plain(directory)
     history = []
     for number, due in enumerate(REGROWTH):
@@ -95,7 +97,6 @@ def exchanged(plain: Plain, name: str, gradient: Tensor, part: float) -> Tensor:
     weights, mask = plain.weights[name], plain.masks[name]
     number = ceil(part * int((~mask).sum()))
     smallest = torch.where(mask, torch.inf, weights.abs()).argsort(stable=True)[:number]
-    weights[smallest] = 0
     candidates = mask.clone()
     candidates[smallest] = True
     order = torch.where(candidates, gradient.abs(), torch.inf).argsort(stable=True)
@@ -159,12 +160,13 @@ def test_in_bf16_every_copy_has_the_zeros(world: Worlds, directory: Path, kind: 
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
     world: Worlds, task: Path, tmp_path: Path, kind: str
 ) -> None:
-    """It goes on at another stage and world, from what it remembers of pruned weights, and ends exactly sparse."""
+    """It goes on from what it remembers of pruned weights, at another world and stage too, and ends exactly sparse."""
     asked = {"movement": "pruning.score=movement", "regrowth": "regrowth.part=0.5"}[kind]
     options = (asked, *EVERY_STEP)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     summary = world(2).run(run, task, whole, *options, *stage(3))[0]
     cut_off(world, 2, task, cut, 10, *options, *stage(3))
+    shutil.copytree(cut, tmp_path / "moved", ignore=shutil.ignore_patterns("saving-*"))
     world(2).run(run, task, cut, *options, *stage(3))
     assert same_weights(whole, cut)
     assert (
@@ -172,6 +174,35 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
         >= summary["masked_weights"]
         == int(Fraction(str(summary["sparsity_target"])) * summary["prunable_weights"])
     )
+    moved = world(1).run(run, task, tmp_path / "moved", *options, *stage(2))[0]
+    assert moved["masked_weights"] == summary["masked_weights"]
+    assert [line["loss"] for line in records(tmp_path / "moved", "train")] == pytest.approx(
+        [line["loss"] for line in records(whole, "train")], rel=1e-4
+    )
     without = world(2).run(run, task, tmp_path / "without", *EVERY_STEP, *stage(3))[0]
     assert without["masked_weights"] == summary["masked_weights"]
     assert not same_weights(whole, tmp_path / "without")
+
+
+def from_sparse(directory: Path, layout: Layout) -> list[dict[str, Tensor]]:
+    """Return the masks before the first step and after every step of movement pruning, from a sparse model."""
+    student = Student(directory, layout, pruning={"sparsity": 0.5, "score": "movement", "start_sparse": True})
+    history = [student.masks()]
+    for number, sparsity in enumerate(MOVEMENT):
+        student.step(number, sparsity)
+        student.pruner.verify()
+        history.append(student.masks())
+    student.close()
+    return history
+
+
+@pytest.mark.slow
+def test_zeros_from_before_do_not_come_back(world: Worlds, directory: Path, tmp_path: Path) -> None:
+    oneshot.run(str(directory), str(tmp_path / "sparse"), 0.3, [], [])
+    for layout in (Layout(0), Layout(2), Layout(3)):
+        first, *later = world(2).run(from_sparse, tmp_path / "sparse", layout)[0]
+        assert any(mask.any() for mask in first.values())
+        assert comes_back(later), "those that movement pruned do"
+        assert all((masks[name] | ~first[name]).all() for masks in later for name in first)
+        last, total = later[-1], sum(mask.numel() for mask in first.values())
+        assert sum(int(mask.sum()) for mask in last.values()) == total // 2

@@ -124,8 +124,17 @@ def test_a_sweep_is_an_array_for_each_wave_of_models(tmp_path: Path) -> None:
     table = (folder / "table.sbatch").read_text()
     assert table.splitlines()[-2:] == [
         f"cd {tmp_path}",
-        "python -m distprune sweep sweep.yaml train.batch_size=8 --table",
+        '"${CONTAINER[@]}" python -m distprune sweep sweep.yaml train.batch_size=8 --table',
     ]
+
+
+def test_a_dry_run_of_a_sweep_shows_its_waves_and_ranks(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    (tmp_path / "sweep.yaml").write_text(SWEEP + "ranks: 4\n")
+    said = slurm(tmp_path, "sweep.yaml", "--dry-run").stdout.splitlines()
+    assert "#SBATCH --ntasks-per-node=4" in said
+    assert said[-6] == "# --array=0-1: runs/both/dense/train.seed=1"
+    assert said[-1] == "# --array=2-5: runs/both/pruned/train.seed=2,lr.peak=0.0002"
 
 
 def test_of_a_sweep_only_what_has_no_result_is_submitted(tmp_path: Path) -> None:

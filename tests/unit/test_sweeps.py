@@ -282,6 +282,29 @@ def test_a_table_is_made_of_what_there_is(file: Path, capsys: pytest.CaptureFixt
     assert json.loads((output / "results.jsonl").read_text())["final_metric"] == 0.75
 
 
+def test_a_table_takes_up_what_jobs_of_their_own_have_carried_out(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = next(each for each in runs(file) if each.method == "dense")
+    folder = file.parent / "runs" / run.name
+    folder.mkdir(parents=True)
+    config = run.load(file.parent / "runs")
+    (folder / "config.yaml").write_text(settings.to_yaml(config))
+    (folder / "summary.json").write_text(json.dumps(dict.fromkeys(results.OF_SUMMARY, 0) | {"metric_name": "accuracy"}))
+    (folder / "metrics.jsonl").write_text("")
+    config.train.batch_size += 1
+    (folder / "config.yaml").write_text(settings.to_yaml(config))
+    with pytest.raises(UserError, match=r"holds a run with other settings, train\.batch_size"):
+        sweep(str(file), [], [], dry_run=False, only_table=True)
+    config.train.batch_size -= 1
+    (folder / "config.yaml").write_text(settings.to_yaml(config))
+    sweep(str(file), [], [], dry_run=False, only_table=True)
+    assert "| dense |  | 0.0000 |" in capsys.readouterr().out
+    assert [
+        row["run"] for row in map(json.loads, (file.parent / "runs" / "results.jsonl").read_text().splitlines())
+    ] == [run.name]
+
+
 def test_a_sweep_starts_its_ranks_itself(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -304,14 +327,17 @@ def test_a_waterfall_changes_one_thing_at_a_time_and_ends_at_the_recipe_gmp(path
     order = ["smc_gmp", "without_head", "without_embeddings", "higher_rate", "longer", "rewinds", "many_prunings"]
     order = [name for name in [*order, "large_first_step", "distillation_2", "distillation", "obs"] if name in steps]
     assert set(order) == steps.keys()
-    changed = {
-        after: {key.split(".")[0] for key in changes(steps[before], steps[after])} for before, after in pairwise(order)
-    }
-    assert changed["without_head"] == changed["without_embeddings"] == {"pruning"}
-    assert changed["longer"] - {"lr"} == {"train", "pruning"}, "warm-up and prunings are parts of the run"
-    assert changed["rewinds"] == {"lr"}
-    assert changed["many_prunings"] == changed["large_first_step"] == {"pruning"}
-    assert changed["distillation"] == {"distillation"}
+    changed = {after: changes(steps[before], steps[after]) for before, after in pairwise(order)}
+    times = {"pruning.start", "pruning.end", "pruning.every"}
+    assert changed["without_head"] == changed["without_embeddings"] == {"pruning.components"}
+    assert changed.get("higher_rate", {"lr.peak"}) == {"lr.peak"}
+    assert changed["longer"] - {"lr.warmup"} == {"train.epochs", *times}, "warm-up and prunings are parts of the run"
+    assert changed["rewinds"] == {"lr.rewind_every", "lr.final"}
+    assert changed["many_prunings"] == times
+    assert changed["large_first_step"] == {"pruning.initial"}
+    assert changed["distillation_2"] == {"distillation.hardness", "distillation.temperature"}
+    assert changed["distillation"] == {"distillation.temperature"}
+    assert changed["obs"] <= {"pruning.score", "fisher.samples"}
     end, epochs = steps["distillation"], read_sweep(path).methods["dense"].set.get("recipe.epochs", 2)
     gmp = settings.load_valid(
         str(runs["distillation"].config),
@@ -320,9 +346,9 @@ def test_a_waterfall_changes_one_thing_at_a_time_and_ends_at_the_recipe_gmp(path
             *f"pruning.sparsity={end.pruning.sparsity} lr.peak={end.lr.peak} model.path=m teacher.path=t".split(),
         ],
     )
-    assert gmp.pruning == end.pruning
-    assert gmp.distillation == end.distillation
-    assert gmp.lr.rewind_every == end.lr.rewind_every
+    smc = {"lr.warmup", "lr.final", *(f"optimizer.{key}" for key in ("betas", "eps", "weight_decay", "clip"))}
+    method = ("optimizer.", "lr.", "pruning.", "regrowth.", "fisher.", "distillation.", "train.epochs")
+    assert {key for key in changes(gmp, end) if key.startswith(method)} <= smc
 
 
 def changes(before: Config, after: Config) -> set[str]:

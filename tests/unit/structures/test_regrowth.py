@@ -29,7 +29,7 @@ def reference(parameters: Parameters, part: float) -> dict[str, tuple[list[bool]
         without = sorted(pruned | set(kept[:exchanged]), key=lambda place: (gradient[place], place))
         stays = set(without[: len(pruned)])
         places = range(len(weights))
-        after[name] = [place in stays for place in places], [place in kept[exchanged:] for place in places]
+        after[name] = [place in stays for place in places], [place in set(kept) - stays for place in places]
     return after
 
 
