@@ -66,7 +66,7 @@ class Pruner:
             score: what goes first.
             other_weights: gives the fp32 weights, flat, whole and anew each time, that are scored in place of the
                 parameter of that name.
-            regrows: whether ``regrow`` will be called, which reads gradients.
+            regrows: whether a regrowth will be asked for, which reads gradients.
         """
         self.parameters, self.optimizer = parameters, optimizer
         self.structure, self.score, self.other_weights = structure, score, other_weights
