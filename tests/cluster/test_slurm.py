@@ -115,17 +115,23 @@ def test_the_deepspeed_cli_reaches_the_nodes_of_a_hostfile(task: Path, tmp_path:
     assert told(tmp_path / "run") == told(whole)
 
 
-def test_an_array_runs_a_grid_and_makes_its_table(task: Path, tmp_path: Path) -> None:
-    output = tmp_path / "grid"
-    options = ["--sweep", "pruning.sparsity=0.8,0.9", *(f"--sbatch={option}" for option in SBATCH_OPTIONS)]
-    command = [sys.executable, "launch/slurm.py", str(task / "run.yaml"), f"train.output={output}", *options]
+def submit_array(*arguments: str, until: Path) -> None:
+    """Submit by launch/slurm.py, and wait for a file that the last job writes."""
+    options = [f"--sbatch={option}" for option in SBATCH_OPTIONS]
+    command = [sys.executable, "launch/slurm.py", *arguments, *options]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    deadline = time.monotonic() + 240
-    while not (output / "results.md").exists():
-        assert time.monotonic() < deadline, [path.read_text() for path in tmp_path.glob("grid.job/*.log")]
+    deadline, logs = time.monotonic() + 240, until.parents[1].glob("*.job/*.log")
+    while not until.exists():
+        assert time.monotonic() < deadline, [path.read_text() for path in logs]
         time.sleep(1)
     time.sleep(1)
+
+
+def test_an_array_runs_a_grid_and_makes_its_table(task: Path, tmp_path: Path) -> None:
+    output = tmp_path / "grid"
+    grid = ("--sweep", "pruning.sparsity=0.8,0.9")
+    submit_array(str(task / "run.yaml"), f"train.output={output}", *grid, until=output / "results.md")
     rows = (output / "results.md").read_text().splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| pruning.sparsity=0.8", "| pruning.sparsity=0.9"]
     assert "not finished" not in "".join(rows)
@@ -146,15 +152,7 @@ methods:
 def test_a_sweep_runs_in_waves_and_makes_its_table(task: Path, tmp_path: Path) -> None:
     output, file = tmp_path / "sweep", task / "sweep.yaml"
     file.write_text(SWEEP.format(output=output))
-    options = [f"--sbatch={option}" for option in SBATCH_OPTIONS]
-    overrides = ["recipe.epochs=3"]
-    command = [sys.executable, "launch/slurm.py", str(file), *overrides, *options]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    deadline = time.monotonic() + 240
-    while not (output / "results.png").exists():
-        assert time.monotonic() < deadline, [path.read_text() for path in tmp_path.glob("sweep.job/*.log")]
-        time.sleep(1)
+    submit_array(str(file), "recipe.epochs=3", until=output / "results.png")
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     assert [(row["method"], row["sparsity_target"]) for row in rows] == [("dense", 0.0), ("after", 0.8), ("after", 0.9)]
     assert all(row["masked_weights"] == row["zeros_in_file"] for row in rows[1:])
