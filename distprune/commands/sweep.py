@@ -8,9 +8,10 @@ from distprune.errors import UserError
 from distprune.interrupts import Interrupted
 from distprune.sweeps import results
 from distprune.sweeps.execute import Outcome, carry_out, check_room
+from distprune.sweeps.means import differences_of, means_of
 from distprune.sweeps.opened import Opened, open_sweep
 from distprune.sweeps.spec import Run, check_files
-from distprune.sweeps.table import as_csv, draw, markdown, means_of
+from distprune.sweeps.table import as_csv, draw, markdown, markdown_of_differences
 
 
 def run(sweep_path: str, overrides: list[str], only: list[str], dry_run: bool, only_table: bool) -> None:
@@ -99,10 +100,13 @@ def _run(missing: Sequence[Run], opened: Opened) -> Outcome:
 def _report(opened: Opened) -> None:
     """Write table and plot beside the results, and print the table."""
     runs, rows, sweep, stored = opened.runs, opened.rows, opened.sweep, opened.stored
-    means = means_of({each.name: rows[each.name] for each in runs if each.name in rows}, sweep.baseline, sweep.chance)
+    known = {each.name: rows[each.name] for each in runs if each.name in rows}
+    means = means_of(known, sweep.baseline, sweep.chance)
     if not means:
         raise UserError(f"{stored} has no result of this sweep yet; allowed: --table once it has")
     table = markdown(means, sweep.baseline)
+    if sweep.compare:
+        table += "\n" + markdown_of_differences(differences_of(known, sweep.compare, sweep.chance))
     stored.with_suffix(".md").write_text(table)
     stored.with_suffix(".csv").write_text(as_csv(means))
     draw(means, sweep.baseline, opened.path.stem).savefig(stored.with_suffix(".png"))

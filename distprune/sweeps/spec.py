@@ -53,6 +53,8 @@ class Sweep:
     at_once: int = 1
     baseline: str | None = None
     chance: float | None = None
+    compare: dict[str, list[str]] = field(default_factory=dict)
+    """Methods, and those that each is compared with, seed by seed."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,23 @@ def read_sweep(path: Path) -> Sweep:
                 raise unknown(f"{path}: the key of models in {name}", key, MODELS)
     if sweep.baseline is not None and sweep.baseline not in sweep.methods:
         raise unknown(f"{path}: baseline", sweep.baseline, sweep.methods)
+    _check_compare(sweep, path)
     return sweep
+
+
+def _check_compare(sweep: Sweep, path: Path) -> None:
+    """Refuse to compare methods that have no points in common."""
+    for name, others in sweep.compare.items():
+        for each in (name, *others):
+            if each not in sweep.methods:
+                raise unknown(f"{path}: the method of compare", each, sweep.methods)
+        for other in others:
+            ours, theirs = sweep.methods[name].grid.keys(), sweep.methods[other].grid.keys()
+            if name == other or ours != theirs:
+                raise UserError(
+                    f"{path}: {name} is compared with {other}, whose grid has {sorted(theirs)}; allowed: another "
+                    f"method whose grid has {sorted(ours)}"
+                )
 
 
 def runs_of(sweep: Sweep, path: Path, overrides: Sequence[str] = ()) -> list[Run]:

@@ -12,9 +12,10 @@ from distprune import settings
 from distprune.commands.sweep import run as sweep
 from distprune.errors import UserError
 from distprune.sweeps import results
+from distprune.sweeps.means import means_of
 from distprune.sweeps.results import Row
 from distprune.sweeps.spec import Run, read_sweep, runs_of
-from distprune.sweeps.table import as_csv, draw, markdown, means_of
+from distprune.sweeps.table import as_csv, draw, markdown
 
 FILE = """
 config: run.yaml
@@ -124,6 +125,14 @@ def test_values_come_through_the_command_line_as_they_are(file: Path) -> None:
         ("  after:", "  ../after:", "a method is called '../after'; allowed: letters"),
         ("train.epochs: 4", "task.hub: null", "dense/train.seed=1: task.train is 'train', which is not there"),
         ("[0.5, 0.9]", "[0.5, 5.0e-1]", "twice"),
+        ("baseline: dense", "compare: {after: [dens]}", r"method of compare 'dens' is unknown \(did you mean 'dense'"),
+        (
+            "baseline: dense",
+            "compare: {after: [dense]}",
+            r"after is compared with dense, whose grid has \[\]; allowed: another method whose grid has "
+            r"\['pruning.sparsity'\]",
+        ),
+        ("baseline: dense", "compare: {after: [after]}", "after is compared with after"),
     ],
 )  # fmt: skip
 def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(file: Path, old: str, new: str, message: str) -> None:

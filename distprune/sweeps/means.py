@@ -1,0 +1,211 @@
+"""A sweep's rows as means over seeds, and methods compared seed by seed. Pure."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from distprune.best import merit_of
+from distprune.sweeps.results import Row
+from distprune.sweeps.spec import SEED, seedless
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The runs of one method at one point, over all seeds; those at chance are counted, and left out of the means."""
+
+    method: str
+    point: dict[str, Any]
+    metric_name: str
+    seeds: int
+    diverged: int
+    metric: float | None
+    """Mean over the seeds that converged; None where none did."""
+    deviation: float | None
+    """The sample's; None for fewer than two."""
+    below: float | None
+    """How much worse than the baseline, a mean over pairs of the same seed."""
+    interval: float | None
+    """Half of the 95 % interval of that mean (Student's t); None for fewer than two seeds."""
+    pairs: int
+    """Seeds of which both converged."""
+    steps: int
+    total_steps: int
+    """With those of the models that it started from, but not of its teacher."""
+    sparsity: float
+    """Masked over prunable weights."""
+    model_sparsity: float
+    """Zeros over all weights of the model."""
+    examples_per_s: float | None
+
+    def record(self) -> dict[str, Any]:
+        """Return it as one flat row."""
+        return {**vars(self), "point": ",".join(f"{key}={value}" for key, value in self.point.items())}
+
+
+def means_of(rows: dict[str, Row], baseline: str | None, chance: float | None) -> list[Mean]:
+    """Return the means of a sweep, in the order of its rows.
+
+    Args:
+        rows: by the names of their runs.
+        baseline: the method that others are compared with, seed by seed.
+        chance: a run whose metric is not better than it has diverged, as has one whose metric is not finite.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows.values():
+        groups.setdefault((row["method"], json.dumps(seedless(row["point"]), sort_keys=True)), []).append(row)
+    return [_mean(group, rows, baseline, chance) for group in groups.values()]
+
+
+def _mean(group: Sequence[Row], rows: dict[str, Row], baseline: str | None, chance: float | None) -> Mean:
+    first = group[0]
+    good = [row for row in group if _converged(row, chance)]
+    metrics = [row["final_metric"] for row in good]
+    below = [] if first["method"] == baseline else _differences(good, rows, baseline, chance)
+    speeds = [row["examples_per_s"] for row in group if row["examples_per_s"]]
+    return Mean(
+        first["method"],
+        seedless(first["point"]),
+        first["metric_name"],
+        len(group),
+        len(group) - len(good),
+        mean(metrics) if metrics else None,
+        stdev(metrics) if len(metrics) > 1 else None,
+        mean(below) if below else None,
+        _half_interval(below),
+        len(below),
+        round(mean(row["steps"] for row in group)),
+        round(mean(row["steps"] + _steps_before(row, rows) for row in group)),
+        mean(row["sparsity_masked"] for row in group),
+        mean(row["model_sparsity"] for row in group),
+        mean(speeds) if speeds else None,
+    )
+
+
+def _converged(row: Row, chance: float | None) -> bool:
+    if row["final_metric"] is None:
+        return False
+    return chance is None or _merit(row) > merit_of({row["metric_name"]: chance})
+
+
+def _merit(row: Row) -> float:
+    """Return a row's metric, or its negative where lower is better."""
+    return merit_of({row["metric_name"]: row["final_metric"]})
+
+
+def _differences(group: Iterable[Row], rows: dict[str, Row], baseline: str | None, chance: float | None) -> list[float]:
+    """Return how much worse each row is than the baseline's only one with the same seed, and all else that it has."""
+    found = []
+    for row in group:
+        point = row["point"]
+        fitting = [
+            other
+            for other in rows.values()
+            if other["method"] == baseline
+            and _converged(other, chance)
+            and all(point.get(key, value) == value for key, value in other["point"].items())
+        ]
+        found += [_merit(fitting[0]) - _merit(row)] if len(fitting) == 1 else []
+    return found
+
+
+def _half_interval(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    return float(student_t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5)
+
+
+def _steps_before(row: Row, rows: dict[str, Row]) -> int:
+    """Return the steps of the models that a run started from, or whose weights said what goes."""
+    before = {name for key, name in row["models"].items() if key != "teacher.path"}
+    return sum(rows[name]["steps"] + _steps_before(rows[name], rows) for name in before if name in rows)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One method against another at one point of both, seed by seed; positive where the first is better."""
+
+    method: str
+    other: str
+    point: dict[str, Any]
+    better: float | None
+    """Mean over pairs of the same seed; None without a pair."""
+    interval: float | None
+    """Half of the 95 % interval of that mean (Student's t); None for fewer than two pairs."""
+    pairs: int
+    """Seeds of which both converged."""
+    more: float | None
+    """How much more that is than at the first point, over the seeds that are pairs at both; None at the first."""
+    more_interval: float | None
+    diverged: int
+    """Seeds at chance of the first method, and of the other one."""
+    other_diverged: int
+
+
+def differences_of(
+    rows: Mapping[str, Row], compare: Mapping[str, Sequence[str]], chance: float | None
+) -> list[Difference]:
+    """Return how methods differ at the points at which both have results, in the order of the first one's rows.
+
+    Args:
+        rows: by the names of their runs.
+        compare: methods, and those that each is compared with; both have grids of the same keys.
+        chance: as for ``means_of``.
+    """
+    return [
+        difference
+        for method, others in compare.items()
+        for other in others
+        for difference in _differences_between(_by_point(rows, method), _by_point(rows, other), chance)
+    ]
+
+
+_Seeds = dict[Any, Row]
+
+
+def _by_point(rows: Mapping[str, Row], method: str) -> dict[str, _Seeds]:
+    """Return a method's rows by their points, and then by their seeds."""
+    found: dict[str, _Seeds] = {}
+    for row in rows.values():
+        if row["method"] == method:
+            point = json.dumps(seedless(row["point"]), sort_keys=True)
+            found.setdefault(point, {})[row["point"].get(SEED)] = row
+    return found
+
+
+def _differences_between(ours: dict[str, _Seeds], theirs: dict[str, _Seeds], chance: float | None) -> list[Difference]:
+    found: list[Difference] = []
+    first: dict[Any, float] | None = None
+    for point in (point for point in ours if point in theirs):
+        pairs = {seed: (row, theirs[point][seed]) for seed, row in ours[point].items() if seed in theirs[point]}
+        gains = {
+            seed: _merit(our) - _merit(their)
+            for seed, (our, their) in pairs.items()
+            if _converged(our, chance) and _converged(their, chance)
+        }
+        more = [gain - first[seed] for seed, gain in gains.items() if seed in first] if first is not None else []
+        first = gains if first is None else first
+        if pairs:
+            found.append(_difference(list(pairs.values()), list(gains.values()), more, chance))
+    return found
+
+
+def _difference(
+    pairs: Sequence[tuple[Row, Row]], gains: Sequence[float], more: Sequence[float], chance: float | None
+) -> Difference:
+    our, their = pairs[0]
+    return Difference(
+        our["method"],
+        their["method"],
+        seedless(our["point"]),
+        mean(gains) if gains else None,
+        _half_interval(gains),
+        len(gains),
+        mean(more) if more else None,
+        _half_interval(more),
+        sum(not _converged(our, chance) for our, _ in pairs),
+        sum(not _converged(their, chance) for _, their in pairs),
+    )

@@ -1,0 +1,89 @@
+"""Methods of a sweep compared with each other, seed by seed."""
+
+from pathlib import Path
+from statistics import mean
+
+import pytest
+from scipy.stats import ttest_rel
+
+from distprune.commands.sweep import run as sweep
+from distprune.sweeps import results
+from distprune.sweeps.means import differences_of
+from distprune.sweeps.results import Row
+from tests.unit.test_sweeps import row, runs
+
+COMPARED = """
+config: run.yaml
+output: {folder}/runs
+grid: {{train.seed: [1, 2, 3, 4]}}
+methods:
+  a: {{grid: {{pruning.sparsity: [0.5, 0.9, 0.7]}}}}
+  b: {{set: {{lr.peak: 1}}, grid: {{pruning.sparsity: [0.5, 0.7, 0.9]}}}}
+compare: {{a: [b]}}
+"""
+A = {0.5: [0.9, 0.8, 0.85, 0.86], 0.7: [0.7, 0.75, 0.71, 0.8], 0.9: [0.6, 0.62, 0.63, 0.65]}
+B = {0.5: [0.88, 0.79, 0.83, 0.87], 0.7: [0.7, 0.6, 0.66, 0.5], 0.9: [0.5, 0.4, 0.5, 0.5]}
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text("model: {path: m}\ntask: {hub: a, validation: b}\n")
+    (tmp_path / "sweep.yaml").write_text(COMPARED.format(folder=tmp_path))
+    return tmp_path / "sweep.yaml"
+
+
+@pytest.fixture
+def compared(sweep_file: Path) -> dict[str, Row]:
+    metrics = {"a": A, "b": B}
+    found = [
+        row(each, metrics[each.method][each.point["pruning.sparsity"]][each.point["train.seed"] - 1], sweep_file.parent)
+        for each in runs(sweep_file)
+    ]
+    return {each["run"]: each for each in found}
+
+
+def test_methods_are_compared_seed_by_seed_and_with_the_first_point(compared: dict[str, Row]) -> None:
+    first, high, middle = differences_of(compared, {"a": ["b"]}, chance=0.55)
+    assert [each.point["pruning.sparsity"] for each in (first, high, middle)] == [0.5, 0.9, 0.7], "as in the file"
+    test = ttest_rel(A[0.5], B[0.5])
+    assert first.better == pytest.approx(mean(A[0.5]) - mean(B[0.5]))
+    assert first.interval == pytest.approx(first.better - test.confidence_interval(0.95).low)
+    assert (first.pairs, first.more, first.more_interval) == (4, None, None)
+    assert (high.better, high.pairs, high.diverged, high.other_diverged, high.more) == (None, 0, 0, 4, None)
+    kept = slice(0, 3)  # the last seed of b is at chance
+    assert (middle.pairs, middle.other_diverged) == (3, 1)
+    gains = [[a - b for a, b in zip(A[at][kept], B[at][kept], strict=True)] for at in (0.7, 0.5)]
+    test = ttest_rel(*gains)
+    assert middle.more == pytest.approx(mean(gains[0]) - mean(gains[1]))
+    assert middle.more_interval == pytest.approx(middle.more - test.confidence_interval(0.95).low)
+
+
+def test_where_lower_is_better_so_is_a_difference(compared: dict[str, Row]) -> None:
+    higher, *_ = differences_of(compared, {"a": ["b"]}, chance=None)
+    for each in compared.values():
+        each["metric_name"] = "nll"
+    lower, *_ = differences_of(compared, {"a": ["b"]}, chance=None)
+    assert lower.better == pytest.approx(-higher.better)
+
+
+def test_only_seeds_and_points_of_both_are_compared(compared: dict[str, Row]) -> None:
+    some = {name: each for name, each in compared.items() if each["method"] == "a" or each["point"]["train.seed"] < 3}
+    assert [each.pairs for each in differences_of(some, {"a": ["b"]}, chance=None)] == [2, 2, 2]
+    less = {name: each for name, each in some.items() if each["point"]["pruning.sparsity"] != 0.5}
+    high, middle = differences_of(less, {"a": ["b"]}, chance=None)
+    assert (high.more, high.pairs) == (None, 2), "the first point there is"
+    assert middle.more is not None
+    assert not differences_of({name: each for name, each in less.items() if each["method"] == "a"}, {"a": ["b"]}, None)
+
+
+def test_differences_are_a_table_below_the_means(
+    sweep_file: Path, compared: dict[str, Row], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for each in compared.values():
+        results.append(sweep_file.parent / "runs" / "results.jsonl", each)
+    sweep(str(sweep_file), [], [], dry_run=False, only_table=True)
+    means, differences, *_ = capsys.readouterr().out.split("\n\n")
+    assert means.startswith("| method | at | accuracy |")
+    title, _, first, *_ = differences.splitlines()
+    assert title == "| method | against | at | better by | more than at the first | pairs | diverged | of the other |"
+    assert first == "| a | b | pruning.sparsity 0.5 | 0.0100 ± 0.0225 |  | 4 | 0 | 0 |"
