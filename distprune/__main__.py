@@ -8,9 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distprune import __version__, allocator
+from distprune import __version__
 from distprune.errors import LOST, STOPPED, LostRanks, UserError
-from distprune.interrupts import Interrupted
+from distprune.training import allocator
+from distprune.training.interrupts import Interrupted
 
 RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 

@@ -1,7 +1,7 @@
 """What each component of a model costs, and where pruning pays (the paper's first guideline).
 
-A component's cost is that of its matrices: `distprune.components` says which these are. Functions of one process's
-module; its parameters may be partitioned.
+A component's cost is that of its matrices; `distprune.pruning.components` says which these are. Functions of one
+process's module; its parameters may be partitioned.
 """
 
 import time
@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from distprune.benchmarks.timing import seconds, wait
-from distprune.components import component_matrices, layer_of
 from distprune.config import ENCODER
+from distprune.pruning.components import component_matrices, layer_of
 from distprune.shards import full_shape
 
 ENOUGH = 0.05

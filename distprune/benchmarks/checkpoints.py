@@ -20,8 +20,8 @@ from distprune.checkpoints.pieces import packed
 from distprune.checkpoints.saver import Saver
 from distprune.checkpoints.state import owned_tensors, state_of
 from distprune.config import Config
-from distprune.engine import build_student
-from distprune.setup import build_pruner
+from distprune.engines.build import build_student
+from distprune.training.setup import build_pruner
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Any
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from distprune import allocator, dist, settings
-from distprune.setup import load_task
+from distprune import dist, settings
+from distprune.training import allocator
+from distprune.training.setup import load_task
 
 WARM_UP = 10
 """Optimizer steps that are not counted."""

@@ -14,17 +14,17 @@ from distprune import dist
 from distprune.benchmarks.steps import write_random_model
 from distprune.benchmarks.timing import peak_bytes
 from distprune.config import Config
-from distprune.distill import distillation_loss
-from distprune.engine import build_frozen, build_student, decay_groups
+from distprune.engines.build import build_frozen, build_student, decay_groups
 from distprune.errors import UserError
+from distprune.models.weights import skeleton
 from distprune.planning import memory
 from distprune.planning.activations import count
 from distprune.planning.memory import Need
 from distprune.planning.shapes import layout_of, shapes_of
 from distprune.planning.subject import stand_in
 from distprune.pruning.targets import find_targets
-from distprune.setup import build_pruner
-from distprune.weights import skeleton
+from distprune.training.distill import distillation_loss
+from distprune.training.setup import build_pruner
 
 
 @dataclass(frozen=True)

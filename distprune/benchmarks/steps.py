@@ -15,9 +15,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from distprune import dist
 from distprune.benchmarks.timing import seconds
 from distprune.config import Config
-from distprune.distill import distillation_loss
-from distprune.engine import build_frozen, build_student
-from distprune.setup import build_pruner
+from distprune.engines.build import build_frozen, build_student
+from distprune.training.distill import distillation_loss
+from distprune.training.setup import build_pruner
 
 SHAPES = {
     "bert-base": {},

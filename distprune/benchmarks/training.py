@@ -18,10 +18,10 @@ import torch
 from distprune import dist, settings
 from distprune.benchmarks import huggingface
 from distprune.benchmarks.steps import write_random_model
-from distprune.engine import with_defaults
-from distprune.setup import prepare
+from distprune.engines.build import with_defaults
 from distprune.synthetic import tokenizer
-from distprune.train import Trainer as OurTrainer
+from distprune.training.setup import prepare
+from distprune.training.train import Trainer as OurTrainer
 
 PRUNE_EVERY = 10
 """Optimizer steps; ``recipe=gmp`` on MRPC, a small data set, prunes every 11."""

@@ -11,15 +11,15 @@ from rich.table import Table
 
 from distprune import dist, settings
 from distprune.analysis.temperature import ENOUGH, TEMPERATURES, Softness, recommended, softness
-from distprune.batches import eval_batches
 from distprune.commands.analyze_components import analyse_components
-from distprune.engine import build_frozen
+from distprune.engines.batches import eval_batches
+from distprune.engines.build import build_frozen
+from distprune.engines.evaluate import on_device
 from distprune.errors import UserError
-from distprune.evaluate import on_device
 from distprune.monitor.plots import BLUE, GREEN, GREY, RED, save_png
-from distprune.records import environment, write_json
-from distprune.setup import check_teacher, load_task, local_model
+from distprune.monitor.records import environment, write_json
 from distprune.tasks.base import Task
+from distprune.training.setup import check_teacher, load_task, local_model
 
 
 def run(subject: str, config_path: str, overrides: list[str], png: str, json_path: str | None, **options: Any) -> None:

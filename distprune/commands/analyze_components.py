@@ -19,14 +19,14 @@ from rich.table import Table
 
 from distprune import dist, settings
 from distprune.analysis.components import Part, measure_parts, pays, reason, record, setting
-from distprune.batches import eval_batches
 from distprune.config import ENCODER, Config, DistillationConfig, PruningConfig
-from distprune.engine import set_learning_rate
+from distprune.engines.batches import eval_batches
+from distprune.engines.build import set_learning_rate
+from distprune.engines.evaluate import evaluate, on_device
 from distprune.errors import UserError
-from distprune.evaluate import evaluate, on_device
 from distprune.monitor.plots import BLUE, GREEN, GREY, RED, save_png
-from distprune.records import environment, write_json
-from distprune.setup import Setup, build_pruner, prepare
+from distprune.monitor.records import environment, write_json
+from distprune.training.setup import Setup, build_pruner, prepare
 
 REPEAT = 7
 """Forward passes that are timed."""

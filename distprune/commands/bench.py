@@ -14,7 +14,7 @@ from rich.table import Table
 from distprune import dist
 from distprune.benchmarks import checkpoints, memory, selection, steps, training
 from distprune.errors import UserError
-from distprune.records import environment, write_json
+from distprune.monitor.records import environment, write_json
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -4,13 +4,13 @@ import json
 
 from distprune import dist, settings
 from distprune.checkpoints.files import is_checkpoint
-from distprune.engine import build_frozen
+from distprune.engines.build import build_frozen
+from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError
-from distprune.evaluate import evaluate
-from distprune.export import count_zeros
-from distprune.model_files import match_names, read_config
+from distprune.models.export import count_zeros
+from distprune.models.files import match_names, read_config
 from distprune.pruning.targets import matrices_of
-from distprune.setup import check_limits, load_task, local_model
+from distprune.training.setup import check_limits, load_task, local_model
 
 
 def run(model_dir: str, config_path: str, overrides: list[str]) -> None:

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from distprune import dist
 from distprune.benchmarks.timing import seconds
 from distprune.checkpoints.files import is_checkpoint
-from distprune.checkpoints.to_model import export_checkpoint
 from distprune.errors import UserError
-from distprune.model_files import auto_class_of, read_config, resolve
-from distprune.packed import is_packed, pack_directory, unpack_directory
-from distprune.setup import load_tokenizer
-from distprune.shrunk import Removed, load_shrunk, save_shrunk, shrink
+from distprune.models.files import auto_class_of, read_config, resolve
+from distprune.models.from_checkpoint import export_checkpoint
+from distprune.models.packed import is_packed, pack_directory, unpack_directory
+from distprune.models.shrunk import Removed, load_shrunk, save_shrunk, shrink
+from distprune.training.setup import load_tokenizer
 
 _BATCH, _LENGTH, _REPEAT = 8, 128, 7
 _TOLERANCE = 1e-5
@@ -95,4 +95,4 @@ def _report(whole: PreTrainedModel, small: PreTrainedModel, removed: Removed, ta
     print(f"the same outputs, to {difference:.1g} of the largest")
     print(f"{first:,} bytes of weights before, {second:,} after ({second / first:.3f})")
     print(f"{before:.1f} ms for {_BATCH} x {length} tokens before, {after:.1f} ms after ({after / before:.3f})")
-    print(f"-> {target}; distprune.shrunk.load_shrunk loads it")
+    print(f"-> {target}; distprune.models.shrunk.load_shrunk loads it")

@@ -24,8 +24,8 @@ from distprune.checkpoints.files import is_checkpoint
 from distprune.checks.sections import PRUNING
 from distprune.config import Config, PruningConfig
 from distprune.errors import UserError
-from distprune.lr import LrSchedule
-from distprune.model_files import Source, auto_class_of, stored_names
+from distprune.models.files import Source, auto_class_of, stored_names
+from distprune.models.weights import skeleton
 from distprune.monitor import Monitor
 from distprune.pruning.exchange import over_ranks, summed
 from distprune.pruning.masks import KEPT, PRUNED, count_pruned
@@ -33,9 +33,9 @@ from distprune.pruning.scores import Score, build_score
 from distprune.pruning.slices import Slice
 from distprune.pruning.structures import Choice, build_structure
 from distprune.pruning.targets import find_targets
-from distprune.setup import local_model, prepare
-from distprune.train import Trainer
-from distprune.weights import skeleton
+from distprune.training.lr import LrSchedule
+from distprune.training.setup import local_model, prepare
+from distprune.training.train import Trainer
 
 _OF_THE_DENSE_MODEL = ("*.safetensors", "*.bin", "README.md", "pruning.json", ".*")
 

@@ -2,7 +2,7 @@
 
 from distprune import settings
 from distprune.pruning import native
-from distprune.setup import check_limits, load_task, local_model
+from distprune.training.setup import check_limits, load_task, local_model
 
 
 def run(config_path: str, overrides: list[str]) -> None:

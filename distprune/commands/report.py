@@ -4,7 +4,7 @@ from pathlib import Path
 
 from distprune.errors import UserError
 from distprune.monitor.plots import save_png
-from distprune.records import csv_text
+from distprune.monitor.records import csv_text
 from distprune.reports.figures import curves
 from distprune.reports.page import page, write
 from distprune.reports.runs import read_runs

@@ -15,9 +15,9 @@ from distprune import recipes, settings
 from distprune.checks import value_of
 from distprune.config import Config
 from distprune.monitor.plots import save_png
-from distprune.plan import Plan, make_plan
-from distprune.setup import load_task, local_model
 from distprune.tasks import task_kind
+from distprune.training.plan import Plan, make_plan
+from distprune.training.setup import load_task, local_model
 
 ROWS = 40
 LR_COLOR, SPARSITY_COLOR, MUTED = "#1f5fa8", "#c2410c", "#6b7280"

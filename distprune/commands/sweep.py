@@ -5,13 +5,13 @@ from fnmatch import fnmatchcase
 
 from distprune.checkpoints import run_directory
 from distprune.errors import UserError
-from distprune.interrupts import Interrupted
 from distprune.sweeps import results
 from distprune.sweeps.execute import Outcome, carry_out, check_room
 from distprune.sweeps.means import differences_of, means_of
 from distprune.sweeps.opened import Opened, open_sweep
 from distprune.sweeps.spec import Run, check_files
 from distprune.sweeps.table import as_csv, draw, markdown, markdown_of_differences
+from distprune.training.interrupts import Interrupted
 
 
 def run(sweep_path: str, overrides: list[str], only: list[str], dry_run: bool, only_table: bool) -> None:

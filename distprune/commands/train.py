@@ -12,16 +12,16 @@ from distprune.checkpoints.files import FOLDER, Manifest, clear_unfinished
 from distprune.checkpoints.resume import newest_whole
 from distprune.config import Config
 from distprune.errors import UserError
-from distprune.heartbeat import Heartbeat
-from distprune.interrupts import Interrupted, StopRequests, requeue_job
-from distprune.model_card import model_card
+from distprune.models.card import model_card
 from distprune.monitor import Monitor
 from distprune.monitor.plots import plot_layers, plot_run
+from distprune.monitor.records import read_metrics, write_json
 from distprune.monitor.wandb import store_id
-from distprune.records import read_metrics, write_json
-from distprune.setup import Setup, prepare
-from distprune.summary import pruning_record, summarise
-from distprune.train import Trainer
+from distprune.training.heartbeat import Heartbeat
+from distprune.training.interrupts import Interrupted, StopRequests, requeue_job
+from distprune.training.setup import Setup, prepare
+from distprune.training.summary import pruning_record, summarise
+from distprune.training.train import Trainer
 
 
 def run(config_path: str, overrides: list[str]) -> None:

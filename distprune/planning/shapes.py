@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
 
-from distprune.engine import dtype_of, with_defaults
+from distprune.engines.build import dtype_of, with_defaults
 from distprune.errors import UserError
 
 _ALIGNMENT = 2

@@ -7,23 +7,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distprune.batches import check_batch_size
 from distprune.config import Config
-from distprune.engine import checkpoint_activations, decay_groups
+from distprune.engines.batches import check_batch_size
+from distprune.engines.build import checkpoint_activations, decay_groups
 from distprune.errors import UserError
-from distprune.objective import Objective, put_out_features
-from distprune.plan import Plan, make_plan
+from distprune.models.weights import set_dropout, skeleton
 from distprune.planning.activations import Activations, count
 from distprune.planning.hours import measure
 from distprune.planning.memory import Need
 from distprune.planning.shapes import Layout, Shapes, layout_of, shapes_of
 from distprune.pruning.scores import build_score
 from distprune.pruning.targets import find_targets, freeze
-from distprune.setup import check_limits, load_task, local_model
 from distprune.tasks.base import Batch, Task
 from distprune.teachers.choose import is_cached
 from distprune.teachers.live import LiveTeacher
-from distprune.weights import set_dropout, skeleton
+from distprune.training.objective import Objective, put_out_features
+from distprune.training.plan import Plan, make_plan
+from distprune.training.setup import check_limits, load_task, local_model
 
 _SPREAD = 0.02
 """Standard deviation of the weights that stand in for the real ones; speed and sizes do not depend on it."""

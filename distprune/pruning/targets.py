@@ -12,9 +12,9 @@ from collections.abc import Collection
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from distprune.components import component_matrices
 from distprune.config import ENCODER
 from distprune.errors import UserError
+from distprune.pruning.components import component_matrices
 from distprune.pruning.structures.attention import members
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from distprune.errors import UserError
-from distprune.model_files import match_names, open_source, resolve
+from distprune.models.files import match_names, open_source, resolve
 from distprune.monitor.plots import COLORS, GREY, main_metric, series
 from distprune.reports.runs import RunRecord
 

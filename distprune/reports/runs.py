@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from distprune.checkpoints.run_directory import CONFIG, SUMMARY
 from distprune.errors import UserError
-from distprune.records import read_metrics
+from distprune.monitor.records import read_metrics
 
 
 @dataclass(frozen=True)

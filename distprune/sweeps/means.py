@@ -8,9 +8,9 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
-from distprune.best import merit_of
 from distprune.sweeps.results import Row
 from distprune.sweeps.spec import SEED, seedless
+from distprune.training.best import merit_of
 
 
 @dataclass(frozen=True)

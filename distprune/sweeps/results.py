@@ -10,7 +10,7 @@ from typing import Any
 from distprune.checkpoints.run_directory import CONFIG, SUMMARY
 from distprune.errors import UserError
 from distprune.monitor.jsonl import finite
-from distprune.records import read_metrics
+from distprune.monitor.records import read_metrics
 from distprune.sweeps.spec import Run
 
 Row = dict[str, Any]

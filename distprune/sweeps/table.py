@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from distprune.monitor.plots import COLORS, GREY
-from distprune.records import csv_text
+from distprune.monitor.records import csv_text
 from distprune.sweeps.means import Difference, Mean
 
 

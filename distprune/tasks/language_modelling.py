@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedC
 
 from distprune.config import Config
 from distprune.errors import UserError
-from distprune.model_files import read_config, resolve
+from distprune.models.files import read_config, resolve
 from distprune.tasks.base import Batch, Example, Task
 from distprune.tasks.data import check_max_length, check_text, choose, load_splits, mapped, quiet
 from distprune.tasks.metrics import check_suited

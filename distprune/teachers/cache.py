@@ -21,11 +21,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distprune import dist
-from distprune.batches import eval_batches
 from distprune.checkpoints import files
 from distprune.checkpoints.files import Damaged, Entry, check, checksum, write_tensors
+from distprune.engines.batches import eval_batches
+from distprune.engines.evaluate import on_device
 from distprune.errors import UserError
-from distprune.evaluate import on_device
 from distprune.tasks.base import Batch, Task
 from distprune.teachers.live import LiveTeacher, Taught
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from distprune import dist
 from distprune.config import Config
-from distprune.engine import build_frozen, dtype_of
+from distprune.engines.build import build_frozen, dtype_of
 from distprune.errors import UserError
 from distprune.tasks.base import Task
 from distprune.teachers import cache

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distprune.evaluate import evaluate
+from distprune.engines.evaluate import evaluate
 from distprune.shards import held_bytes
 from distprune.tasks.base import Batch, Task
 

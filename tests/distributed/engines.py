@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from distprune.config import Config, PruningConfig, RegrowthConfig
-from distprune.engine import build_student
+from distprune.engines.build import build_student
 from distprune.pruning.masks import PRUNED
-from distprune.setup import build_pruner
 from distprune.shards import Shard
 from distprune.synthetic import tokenizer
+from distprune.training.setup import build_pruner
 
 GLOBAL_BATCH = 24  # divides by every world size up to 4, and by two accumulation steps of each
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from distprune import settings
 from distprune.commands.train import train
-from distprune.engine import set_learning_rate
+from distprune.engines.build import set_learning_rate
 from distprune.errors import UserError
 from distprune.synthetic import examples
 from tests.distributed.engines import write_model
@@ -111,7 +111,7 @@ class CutOff:
 
 def cut_off(world: Worlds, size: int, task: Path, output: Path, step: int, *overrides: str) -> str:
     """Begin a run and end it before its step of that number; return what was said."""
-    patched = ("distprune.train.set_learning_rate", CutOff(step))
+    patched = ("distprune.training.train.set_learning_rate", CutOff(step))
     answers = world(size).run(heard, run_patched, *patched, task, output, *overrides)
     assert [answer for answer, _ in answers] == ["cut off"] * size
     return str(answers[0][1])

@@ -16,9 +16,9 @@ from distprune import settings
 from distprune.commands import analyze, oneshot
 from distprune.commands import eval as evaluation
 from distprune.commands.analyze_components import dense_setup, pruned_alone
-from distprune.components import component_matrices
+from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError
-from distprune.evaluate import evaluate
+from distprune.pruning.components import component_matrices
 from distprune.shards import FullParameters
 from tests.distributed.engines import Layout, plain_model, reference_masks
 from tests.distributed.runs import heard, stage

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from distprune.checkpoints.to_model import export_checkpoint
 from distprune.commands import eval as evaluate
 from distprune.commands import export, oneshot
 from distprune.errors import UserError
-from distprune.packed import unpack_directory
+from distprune.models.from_checkpoint import export_checkpoint
+from distprune.models.packed import unpack_directory
 from tests.distributed.runs import run, stage
 from tests.world import Worlds
 
@@ -25,7 +25,7 @@ BF16 = ("deepspeed.student.bf16.enabled=true", "model.freeze=[embeddings]")
 def exported(checkpoint: Path, target: Path, packed: bool) -> dict[str, int] | str:
     """Export in files of a few kilobytes; return the sizes, or what was refused. Collective."""
     try:
-        with patch("distprune.export._FILE_SIZE", "9KB"):
+        with patch("distprune.models.export._FILE_SIZE", "9KB"):
             return export_checkpoint(checkpoint, target, packed)
     except UserError as error:
         return str(error)

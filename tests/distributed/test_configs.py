@@ -10,10 +10,10 @@ from transformers import BertConfig, GPT2Config, PretrainedConfig, RobertaConfig
 
 from distprune import settings
 from distprune.config import Config
-from distprune.evaluate import on_device
-from distprune.objective import Objective
-from distprune.setup import prepare
+from distprune.engines.evaluate import on_device
 from distprune.tasks import TASKS
+from distprune.training.objective import Objective
+from distprune.training.setup import prepare
 from tests.unit.task_files import make_masked_tokenizer
 from tests.unit.test_configs import CONFIGS, RUNS, name
 from tests.world import Worlds

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from distprune import shards
-from distprune.distill import distillation_loss
-from distprune.engine import build_frozen
+from distprune.engines.build import build_frozen
 from distprune.errors import UserError
-from distprune.export import count_zeros, export
+from distprune.models.export import count_zeros, export
 from distprune.shards import held_bytes, shards_of
+from distprune.training.distill import distillation_loss
 from tests.distributed.engines import (
     ALL_LAYOUTS,
     Layout,

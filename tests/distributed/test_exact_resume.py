@@ -62,7 +62,7 @@ def run_in_fp16(cut: int | None, task: Path, output: Path, *overrides: str) -> A
     with patch("deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.is_fp16_supported", supported):
         if cut is None:
             return run(task, output, *options)
-        return run_patched("distprune.train.set_learning_rate", CutOff(cut), task, output, *options)
+        return run_patched("distprune.training.train.set_learning_rate", CutOff(cut), task, output, *options)
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ import torch
 from transformers import BertConfig, LlamaConfig
 
 from distprune.config import Config
-from distprune.engine import build_frozen
-from distprune.evaluate import evaluate
-from distprune.setup import load_task
+from distprune.engines.build import build_frozen
+from distprune.engines.evaluate import evaluate
 from distprune.tasks import TASKS
+from distprune.training.setup import load_task
 from tests.unit.task_files import make_masked_tokenizer
 from tests.world import Worlds, by_world
 

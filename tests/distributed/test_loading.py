@@ -19,7 +19,7 @@ from transformers import (
 
 from distprune import dist
 from distprune.errors import UserError
-from distprune.weights import load_model
+from distprune.models.weights import load_model
 from tests.distributed.engines import (
     Layout,
     plain_model,

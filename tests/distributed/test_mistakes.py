@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MPNetConfig, MPNetForSequenceClassification
 
 from distprune import dist
-from distprune.engine import set_learning_rate
+from distprune.engines.build import set_learning_rate
 from distprune.errors import UserError
 from distprune.monitor import Monitor
 from distprune.pruning.pruner import Pruner
-from distprune.setup import prepare
 from distprune.shards import shards_of
+from distprune.training.setup import prepare
 from tests.distributed.engines import write_model
 from tests.distributed.runs import DENSE, run, run_patched, stage
 from tests.world import Worlds
@@ -204,7 +204,7 @@ class FullDisk:
 
 
 def test_a_model_that_cannot_be_written_stops_every_rank(world: Worlds, task: Path, tmp_path: Path) -> None:
-    said = world(2).run(run_patched, "distprune.export.save_file", FullDisk(0), task, tmp_path / "run")
+    said = world(2).run(run_patched, "distprune.models.export.save_file", FullDisk(0), task, tmp_path / "run")
     assert len(set(said)) == 1
     assert "model.safetensors cannot be written: [Errno 28] No space left on device" in said[0]
 
@@ -220,8 +220,8 @@ class Rising:
 
 
 def run_until_full(task: Path, output: Path, *options: str) -> str:
-    with patch("distprune.train.evaluate", Rising()):
-        return str(run_patched("distprune.export.save_file", FullDisk(1), task, output, *options))
+    with patch("distprune.training.train.evaluate", Rising()):
+        return str(run_patched("distprune.models.export.save_file", FullDisk(1), task, output, *options))
 
 
 def test_the_best_state_stays_until_the_next_one_is_complete(world: Worlds, task: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ class SlowMonitor(Monitor):
 
 
 def refused_at(task: Path, output: Path) -> tuple[str, float]:
-    with patch("distprune.train.set_learning_rate", PoisonWeights()):
+    with patch("distprune.training.train.set_learning_rate", PoisonWeights()):
         said = run_patched("distprune.commands.train.Monitor", SlowMonitor, task, output, *DENSE)
     return said, time.monotonic()
 
@@ -324,7 +324,7 @@ def test_a_nan_stops_every_rank_with_the_step_and_the_layer(
     world: Worlds, task: Path, tmp_path: Path, number: int
 ) -> None:
     options = (*DENSE, *stage(number))
-    target, poison = "distprune.train.set_learning_rate", PoisonWeights()
+    target, poison = "distprune.training.train.set_learning_rate", PoisonWeights()
     said = world(2).run(run_patched, target, poison, task, tmp_path / "weights", *options)
     assert len(set(said)) == 1
     step = 6 if number else 5  # at stage 0 the optimizer's weights are those of the forward pass
@@ -338,7 +338,7 @@ def test_a_nan_stops_every_rank_with_the_step_and_the_layer(
 def test_a_nan_weight_is_not_pruned(world: Worlds, task: Path, tmp_path: Path) -> None:
     options = ("pruning.start=6 steps", "distillation.hardness=0")
     said = world(2).run(
-        run_patched, "distprune.train.set_learning_rate", PoisonWeights(), task, tmp_path / "run", *options
+        run_patched, "distprune.training.train.set_learning_rate", PoisonWeights(), task, tmp_path / "run", *options
     )
     assert len(set(said)) == 1
     assert said[0].startswith(f"at step 6 {LAYER}.weight has scores that are NaN")

@@ -7,12 +7,12 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from distprune import dist
-from distprune.engine import build_frozen, decay_groups
+from distprune.engines.build import build_frozen, decay_groups
+from distprune.models.weights import skeleton
 from distprune.planning.held import mask_bytes, state_bytes, weight_bytes
 from distprune.planning.shapes import layout_of, shapes_of
 from distprune.pruning.targets import find_targets
 from distprune.shards import held_bytes
-from distprune.weights import skeleton
 from tests.distributed.engines import ALL_LAYOUTS, Layout, Student
 from tests.distributed.test_launch import BIN, start
 from tests.world import Worlds

@@ -9,10 +9,10 @@ import torch
 from transformers import BertConfig, BertForQuestionAnswering
 
 from distprune import settings
-from distprune.engine import build_frozen
-from distprune.evaluate import evaluate
-from distprune.setup import load_task, local_model
+from distprune.engines.build import build_frozen
+from distprune.engines.evaluate import evaluate
 from distprune.tasks import build_task
+from distprune.training.setup import load_task, local_model
 from tests.unit.task_files import WORDS, make_tokenizer
 from tests.world import Worlds, by_world
 

@@ -23,12 +23,12 @@ from transformers import (
 )
 
 from distprune import dist, settings
-from distprune.batches import train_batches
 from distprune.commands.train import _write_reports as write_reports
-from distprune.engine import build_frozen
-from distprune.evaluate import evaluate
-from distprune.setup import load_task, local_model
+from distprune.engines.batches import train_batches
+from distprune.engines.build import build_frozen
+from distprune.engines.evaluate import evaluate
 from distprune.tasks.metrics import measure
+from distprune.training.setup import load_task, local_model
 from tests.distributed.engines import write_model
 from tests.distributed.runs import DENSE, VALIDATION, records, run, run_patched, stage
 from tests.world import Worlds, by_world
@@ -190,7 +190,7 @@ def test_only_states_at_the_target_sparsity_are_chosen(world: Worlds, task: Path
     # The target is reached at step 16, so the evaluations after steps 20 and 24 are the first that may be chosen.
     values = [0.95, 0.9, 0.85, 0.8, 0.6, 0.5]
     options = ("distillation.hardness=0", "train.select=best")
-    summary, _ = world(2).run(run_patched, "distprune.train.evaluate", Falling(values), task, output, *options)
+    summary, _ = world(2).run(run_patched, "distprune.training.train.evaluate", Falling(values), task, output, *options)
     assert (summary["final_step"], summary["final_metric"]) == (20, 0.6)
     assert summary["masked_weights"] == summary["zeros_in_file"] == math.floor(0.9 * summary["prunable_weights"])
     assert not (output / "best").exists()
@@ -200,7 +200,7 @@ def test_patience_starts_at_the_target(world: Worlds, task: Path, tmp_path: Path
     values = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
     options = ("distillation.hardness=0", "train.patience=2", "train.epochs=4.5")
     summary, _ = world(2).run(
-        run_patched, "distprune.train.evaluate", Falling(values), task, tmp_path / "run", *options
+        run_patched, "distprune.training.train.evaluate", Falling(values), task, tmp_path / "run", *options
     )
     assert summary["steps"] == 28, "best at step 20, two evaluations without a better one"
     assert summary["final_step"] == 28, "final/ is the last state, as train.select says"

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distprune.batches import POOL, check_batch_size, eval_batches, in_order, rank_part, train_batches
+from distprune.engines.batches import POOL, check_batch_size, eval_batches, in_order, rank_part, train_batches
 from distprune.errors import UserError
 
 worlds = st.integers(1, 8)

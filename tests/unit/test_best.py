@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distprune.best import Best
+from distprune.training.best import Best
 
 
 def test_the_first_metric_decides() -> None:

@@ -23,8 +23,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from distprune.components import component_matrices, layer_of
 from distprune.config import COMPONENTS
+from distprune.pruning.components import component_matrices, layer_of
 from distprune.pruning.targets import find_targets
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 30}

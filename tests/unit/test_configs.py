@@ -10,8 +10,8 @@ import pytest
 from distprune import settings
 from distprune.config import Config
 from distprune.durations import parse
-from distprune.lr import LrSchedule, lr_schedule
 from distprune.pruning.schedule import sparsity_ladder
+from distprune.training.lr import LrSchedule, lr_schedule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Bases of runs: tasks, and what the runs of a folder share.

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distprune.distill import distillation_loss, mix
+from distprune.training.distill import distillation_loss, mix
 
 logits = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=3, max_size=3), min_size=2, max_size=2).map(
     torch.tensor

@@ -3,7 +3,7 @@
 import deepspeed
 import pytest
 
-from distprune import engine
+from distprune.engines import build as engine
 from distprune.errors import UserError
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from distprune.export import count_zeros
+from distprune.models.export import count_zeros
 
 
 def test_zeros_of_every_tensor_are_counted_negative_ones_too(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from distprune.config import LrConfig
 from distprune.errors import UserError
-from distprune.lr import LrSchedule, lr_schedule
+from distprune.training.lr import LrSchedule, lr_schedule
 
 EPOCH = 100
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
 from distprune.config import DistillationConfig
-from distprune.distill import attention_loss, hidden_loss, layer_pairs
 from distprune.errors import UserError
-from distprune.objective import Objective, check_features
 from distprune.teachers.live import LiveTeacher
+from distprune.training.distill import attention_loss, hidden_loss, layer_pairs
+from distprune.training.objective import Objective, check_features
 from tests.unit.task_files import WORDS
 
 SIZES = {"vocab_size": len(WORDS), "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}

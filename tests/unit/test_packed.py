@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from distprune.commands import export, oneshot
 from distprune.errors import UserError
-from distprune.packed import pack, unpack
+from distprune.models.packed import pack, unpack
 from tests.distributed.engines import write_model
 
 VALUES = [0.0, -0.0, 1.0, -2.5, float("inf"), float("nan"), 1e-40]

@@ -10,9 +10,9 @@ from distprune import settings
 from distprune.config import Config
 from distprune.durations import parse
 from distprune.errors import UserError
-from distprune.lr import LrSchedule, lr_schedule
 from distprune.pruning.schedule import sparsity_ladder
 from distprune.recipes import RECIPES, first_step_for, replicas_for
+from distprune.training.lr import LrSchedule, lr_schedule
 
 EPOCH = 1000
 NEEDED = ["model.path=m", "teacher.path=t"]

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from distprune.config import Config
 from distprune.errors import UserError
-from distprune.model_card import model_card
+from distprune.models.card import model_card
 from distprune.monitor import Monitor
 from distprune.monitor.plots import plot_layers, plot_run
+from distprune.monitor.records import environment, read_metrics, write_json
 from distprune.quickstart import Row, comparison_table
-from distprune.records import environment, read_metrics, write_json
 
 
 def train(step: int, **values: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import (
 
 from distprune.commands import export, oneshot
 from distprune.errors import UserError
-from distprune.shrunk import load_shrunk, shrink
+from distprune.models.shrunk import load_shrunk, shrink
 from tests.distributed.engines import write_model
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}

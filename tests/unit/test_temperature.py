@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distprune.analysis.temperature import Softness, recommended, softness
-from distprune.distill import distillation_loss
+from distprune.training.distill import distillation_loss
 
 
 def test_two_classes_by_hand():

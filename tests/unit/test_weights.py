@@ -18,10 +18,10 @@ from transformers import (
     EsmConfig,
 )
 
-from distprune import model_files
 from distprune.errors import UserError
-from distprune.model_files import ModelFiles, match_names, resolve
-from distprune.weights import set_dropout, skeleton
+from distprune.models import files as model_files
+from distprune.models.files import ModelFiles, match_names, resolve
+from distprune.models.weights import set_dropout, skeleton
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from fractions import Fraction
 from math import prod
 
-from distprune.components import layer_of
 from distprune.config import PruningConfig
 from distprune.errors import UserError
+from distprune.pruning.components import layer_of
 from distprune.pruning.structures.attention import heads, neurons
 from distprune.pruning.structures.base import Choice, Structure
 from distprune.pruning.structures.blocks import Blocks, tiles

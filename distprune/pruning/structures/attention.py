@@ -7,8 +7,8 @@ output, whatever its biases are, so that it can be taken out.
 
 import re
 
-from distprune.components import layer_of
 from distprune.errors import UserError
+from distprune.pruning.components import layer_of
 from distprune.pruning.structures.blocks import Grid
 
 # BERT, RoBERTa and ELECTRA; DistilBERT; MPNet.

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distprune.components import layer_of
 from distprune.errors import UserError
+from distprune.pruning.components import layer_of
 from distprune.pruning.structures.attention import is_by_columns, members
 from distprune.pruning.structures.blocks import Grid
 from tests.unit.structures.harness import drawn, prune

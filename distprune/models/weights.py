@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from distprune import dist
 from distprune.errors import UserError
-from distprune.model_files import Source, match_names, open_source, read_config
+from distprune.models.files import Source, match_names, open_source, read_config
 from distprune.shards import full_shape
 
 _TRIM_BYTES = 16 << 20

@@ -15,28 +15,28 @@ from typing import Any, NamedTuple
 import torch
 
 from distprune import dist
-from distprune.batches import rank_part, stream_seed, train_batches
-from distprune.best import Best, copy, merit_of, partial_of, remove_former, replace
 from distprune.checkpoints.files import FOLDER, Manifest
 from distprune.checkpoints.pieces import Pieces
 from distprune.checkpoints.saver import Saver
 from distprune.checkpoints.state import owned_tensors, restore, state_of
 from distprune.config import Config
-from distprune.curvature import estimate
-from distprune.diagnose import refuse_nonfinite, refuse_nonfinite_weights
-from distprune.engine import set_learning_rate
+from distprune.engines.batches import rank_part, stream_seed, train_batches
+from distprune.engines.build import set_learning_rate
+from distprune.engines.evaluate import evaluate, on_device
 from distprune.errors import UserError
-from distprune.evaluate import evaluate, on_device
-from distprune.export import describe, export
-from distprune.interrupts import Interrupted, StopRequests
+from distprune.models.export import describe, export
 from distprune.monitor import Monitor
 from distprune.monitor.resources import memory_mib
 from distprune.monitor.wandb import stored_id
-from distprune.objective import Losses, Objective
 from distprune.pruning.pruner import Pruner
 from distprune.pruning.scores import OptimalBrainSurgeon
-from distprune.setup import Setup
 from distprune.tasks.base import Batch
+from distprune.training.best import Best, copy, merit_of, partial_of, remove_former, replace
+from distprune.training.curvature import estimate
+from distprune.training.diagnose import refuse_nonfinite, refuse_nonfinite_weights
+from distprune.training.interrupts import Interrupted, StopRequests
+from distprune.training.objective import Losses, Objective
+from distprune.training.setup import Setup
 
 
 class _Asked(NamedTuple):

@@ -6,8 +6,8 @@ from fractions import Fraction
 from distprune.config import Config
 from distprune.durations import parse, whole
 from distprune.errors import UserError
-from distprune.lr import LrSchedule, lr_schedule
 from distprune.pruning.schedule import regrowths, sparsity_ladder
+from distprune.training.lr import LrSchedule, lr_schedule
 
 
 @dataclass(frozen=True)

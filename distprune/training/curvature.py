@@ -4,11 +4,11 @@ from itertools import count, islice
 
 import torch
 
-from distprune.batches import rank_part, stream_seed, train_batches
 from distprune.config import Config
-from distprune.evaluate import on_device
+from distprune.engines.batches import rank_part, stream_seed, train_batches
+from distprune.engines.evaluate import on_device
 from distprune.pruning.pruner import Pruner
-from distprune.setup import Setup
+from distprune.training.setup import Setup
 
 
 def estimate(config: Config, setup: Setup, pruner: Pruner, step: int) -> None:

@@ -4,12 +4,12 @@ from typing import Any
 
 from distprune import dist
 from distprune.config import Config, PruningConfig, RegrowthConfig
-from distprune.engine import stage_of
-from distprune.export import count_zeros
+from distprune.engines.build import stage_of
+from distprune.models.export import count_zeros
+from distprune.monitor.records import environment
 from distprune.pruning.targets import matrices_of
-from distprune.records import environment
 from distprune.shards import held_bytes
-from distprune.train import Trainer
+from distprune.training.train import Trainer
 
 
 def summarise(trainer: Trainer) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 
 from distprune import dist
-from distprune.batches import eval_batches, in_order
+from distprune.engines.batches import eval_batches, in_order
 from distprune.tasks.base import Batch, Task
 
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from distprune import dist
 from distprune.config import Config
 from distprune.errors import UserError, unknown
+from distprune.models.weights import load_model, set_dropout
 from distprune.pruning.targets import freeze
-from distprune.weights import load_model, set_dropout
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 

@@ -15,9 +15,9 @@ from distprune.checkpoints import files
 from distprune.checkpoints.files import Damaged, Manifest
 from distprune.checkpoints.pieces import Pieces
 from distprune.errors import UserError
-from distprune.export import plan_files, write_index
-from distprune.packed import PREFIX, save_packed
-from distprune.records import write_json
+from distprune.models.export import plan_files, write_index
+from distprune.models.packed import PREFIX, save_packed
+from distprune.monitor.records import write_json
 
 
 def export_checkpoint(checkpoint: Path, target: Path, packed: bool) -> dict[str, int]:
@@ -29,7 +29,7 @@ def export_checkpoint(checkpoint: Path, target: Path, packed: bool) -> dict[str,
     Args:
         checkpoint: a directory that training wrote.
         target: a new directory.
-        packed: write the packed form (`distprune.packed`).
+        packed: write the packed form (`distprune.models.packed`).
 
     Returns:
         Bytes of the weights' ``files``, and of their ``tensors`` as fp32.

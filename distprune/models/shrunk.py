@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distprune.errors import UserError
-from distprune.model_files import read_config
+from distprune.models.files import read_config
 from distprune.pruning.structures.attention import heads, is_by_columns, members, neurons
 from distprune.pruning.structures.blocks import Grid
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from distprune.config import DistillationConfig
-from distprune.distill import attention_loss, distillation_loss, hidden_loss, layer_pairs, mix
 from distprune.errors import UserError
 from distprune.tasks.base import Batch, Task
 from distprune.teachers.choose import Teacher
+from distprune.training.distill import attention_loss, distillation_loss, hidden_loss, layer_pairs, mix
 
 
 class Losses(NamedTuple):

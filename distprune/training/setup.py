@@ -10,13 +10,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distprune import dist
-from distprune.batches import check_batch_size
 from distprune.config import Config
-from distprune.engine import build_student
+from distprune.engines.batches import check_batch_size
+from distprune.engines.build import build_student
 from distprune.errors import UserError
-from distprune.model_files import open_source, read_config, resolve, stored_names
-from distprune.objective import check_features, put_out_features
-from distprune.plan import Plan, make_plan
+from distprune.models.files import open_source, read_config, resolve, stored_names
 from distprune.pruning.pruner import Pruner
 from distprune.pruning.scores import Random, build_score
 from distprune.pruning.structures import build_structure
@@ -26,6 +24,8 @@ from distprune.tasks import build_task
 from distprune.tasks.base import Task
 from distprune.teachers.choose import Teacher, teacher_of
 from distprune.teachers.live import LiveTeacher
+from distprune.training.objective import check_features, put_out_features
+from distprune.training.plan import Plan, make_plan
 
 
 @dataclass

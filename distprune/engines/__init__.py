@@ -1,0 +1,1 @@
+"""DeepSpeed engines: built, fed and evaluated."""

@@ -1,0 +1,1 @@
+"""Models as files: read into slices, written, packed, shrunk, described."""

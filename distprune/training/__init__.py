@@ -1,0 +1,1 @@
+"""A run: what it is made of, its steps, and how it ends."""
