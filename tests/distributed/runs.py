@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from distprune import settings
+from distprune.__main__ import main
 from distprune.commands.train import train
 from distprune.engines.build import set_learning_rate
 from distprune.errors import UserError
@@ -79,11 +80,17 @@ def heard(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
     handler = logging.StreamHandler(said)
     logging.getLogger("distprune").addHandler(handler)
     try:
-        with redirect_stdout(said):
+        with redirect_stdout(said), redirect_stderr(said):
             result = function(*arguments)
         return result, said.getvalue()
     finally:
         logging.getLogger("distprune").removeHandler(handler)
+
+
+def command(*arguments: Any) -> tuple[int, str]:
+    """Run a command on ranks that stay; return its status and what it says. Collective."""
+    with patch("distprune.dist.shutdown"):
+        return heard(main, [str(each) for each in arguments])
 
 
 def records(output: Path, split: str) -> list[dict[str, Any]]:

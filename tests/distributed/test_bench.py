@@ -5,9 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.runs import command
 from tests.distributed.test_launch import BIN, Command, start
+from tests.world import Worlds
 
 TORCHRUN: Command = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "distprune"]
+
+
+def bench(world: Worlds, arguments: Command) -> str:
+    """Run it on two ranks that are there already, and return what the first one says."""
+    answers = world(2).run(command, "bench", *arguments)
+    assert [status for status, _ in answers] == [0, 0], answers
+    return str(answers[0][1])
 
 
 @pytest.mark.slow
@@ -31,11 +40,10 @@ def test_select_prints_a_table_and_writes_json(tmp_path: Path, launch: Command) 
 
 
 @pytest.mark.slow
-def test_step_compares_pairs(tmp_path: Path) -> None:
+def test_step_compares_pairs(world: Worlds, tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     options = ["--model", "tiny", "--stage", "3", "--batch-size", "4", "--length", "8", "--repeat", "3"]
-    done = start([*TORCHRUN, "bench", "step", *options, "--json", out])
-    assert done.returncode == 0, done.stderr
+    bench(world, ["step", *options, "--json", out])
     (each,) = json.loads(out.read_text())["results"]
     assert (each["ranks"], each["stage"], each["dtype"]) == (2, 3, "bfloat16")
     assert [len(each[name]) for name in ("dense", "masked", "taught")] == [3, 3, 3]
@@ -45,11 +53,10 @@ def test_step_compares_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoint_compares_saves_with_a_plain_write(tmp_path: Path) -> None:
+def test_checkpoint_compares_saves_with_a_plain_write(world: Worlds, tmp_path: Path) -> None:
     out = tmp_path / "checkpoint.json"
     options = ["--model", "tiny", "--stage", "3", "--repeat", "2", "--folder", tmp_path]
-    done = start([*TORCHRUN, "bench", "checkpoint", *options, "--json", out])
-    assert done.returncode == 0, done.stderr
+    bench(world, ["checkpoint", *options, "--json", out])
     (each,) = json.loads(out.read_text())["results"]
     assert (each["ranks"], each["stage"]) == (2, 3)
     assert 12 * 2_000_000 < each["bytes"] < 13 * 2_100_000, "weights, two moments and a mask of 2 million weights"
@@ -64,15 +71,14 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_train_compares_with_the_trainer_of_transformers(tmp_path: Path) -> None:
+def test_train_compares_with_the_trainer_of_transformers(world: Worlds, tmp_path: Path) -> None:
     out = tmp_path / "train.json"
     options = ["--model", "tiny", "--steps", "3", "--repeat", "1", "--batch-size", "8"]
-    done = start([*TORCHRUN, "bench", "train", *options, "--json", out])
-    assert done.returncode == 0, done.stderr
+    said = bench(world, ["train", *options, "--json", out])
     (each,) = json.loads(out.read_text())["results"]
     assert all(min(each[name]) > 0 for name in ("dense", "pruned", "cached", "live", "trainer", "same_options"))
     assert each["ratios"]["dense over trainer"] == pytest.approx(each["dense"][0] / each["trainer"][0])
-    assert "cached step over step without teacher" in done.stdout
+    assert "cached step over step without teacher" in said
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def whole(world: Worlds, task: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.slow
 def test_a_signal_saves_and_stops_all_ranks_and_the_same_command_goes_on(
-    begin: Callable[..., Started], task: Path, tmp_path: Path, whole: Path
+    begin: Callable[..., Started], world: Worlds, task: Path, tmp_path: Path, whole: Path
 ) -> None:
     output = tmp_path / "run"
     step = 0
@@ -111,8 +111,7 @@ def test_a_signal_saves_and_stops_all_ranks_and_the_same_command_goes_on(
         step = int(stopped[1])
         assert checkpoints(output)[-1] == f"step-{step:08d}"
         assert not list((output / "checkpoints").glob("saving-*"))
-    last = begin(local(task, output))
-    assert last.end(120) == 0, last.said
+    world(2).run(run, task, output, *LONG)
     assert same_weights(whole, output)
     assert told(output) == told(whole)
 
@@ -135,7 +134,7 @@ def test_ctrl_c_stops_a_process_that_no_launcher_started_and_a_second_one_kills_
 
 @pytest.mark.slow
 def test_a_killed_rank_is_named_and_ends_the_others(
-    begin: Callable[..., Started], task: Path, tmp_path: Path, whole: Path
+    begin: Callable[..., Started], world: Worlds, task: Path, tmp_path: Path, whole: Path
 ) -> None:
     output = tmp_path / "run"
     done = 0
@@ -148,7 +147,6 @@ def test_a_killed_rank_is_named_and_ends_the_others(
         assert time.monotonic() - began < 60
         assert f"distprune: error: rank {rank} does not answer any more" in ranks[1 - rank].said
         done = steps(output)
-    again = [begin(alone(task, output), **each) for each in srun_variables(2, tmp_path)]
-    assert [each.end(120) for each in again] == [0, 0], again[0].said
+    world(2).run(run, task, output, *LONG)
     assert same_weights(whole, output)
     assert told(output) == told(whole)

@@ -19,7 +19,7 @@ def write_sweep(task: Path, folder: Path, more: str = "") -> Path:
 config: {task / "run.yaml"}
 output: {folder / "runs"}
 results: {folder / "kept" / "results.jsonl"}
-ranks: 2
+ranks: 1
 baseline: dense
 set: {{train.log_every: 1, train.epochs: 8, distillation.hardness: 0}}
 grid: {{train.seed: [1, 2]}}
@@ -52,7 +52,7 @@ def test_a_sweep_stops_goes_on_and_then_needs_its_lines_alone(
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [row["method"] for row in rows] == ["dense", "dense", "after", "after"]
     assert "going on with the run in" in second.with_name(second.name + ".log").read_text()
-    assert [row["world_size"] for row in rows] == [2] * 4
+    assert [row["world_size"] for row in rows] == [1] * 4
     assert json.loads((second / "summary.json").read_text())["launcher"] == "sweep"
     assert [row["masked_weights"] for row in rows[2:]] == [rows[2]["prunable_weights"] // 2] * 2
     assert "| after |  |" in done.stdout
@@ -76,7 +76,7 @@ def test_a_run_that_fails_is_named_with_its_log_and_the_others_go_on(task: Path,
   behind: {models: {model.path: broken}}
 """
     path = write_sweep(task, tmp_path, broken)
-    path.write_text(path.read_text().replace("ranks: 2", "ranks: 1\nat_once: 2").replace("[1, 2]", "[1]"))
+    path.write_text(path.read_text().replace("ranks: 1", "ranks: 2\nat_once: 2").replace("[1, 2]", "[1]"))
     done = start([BIN / "distprune", "sweep", path])
     assert done.returncode == 2, done.stdout + done.stderr
     log = tmp_path / "runs" / "broken" / "train.seed=1.log"
