@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     try:
         options = _options(sys.argv[1:] if argv is None else argv)
-        _imported(f"distprune.commands.{options.pop('command')}").run(**options)
+        imported(f"distprune.commands.{options.pop('command')}").run(**options)
     except UserError as error:
         if os.environ.get("DISTPRUNE_DEBUG") == "1":
             raise
@@ -61,10 +61,13 @@ def _run(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _imported(name: str) -> ModuleType:
+def imported(name: str) -> ModuleType:
     """Import a module, and collect no garbage while that takes: there is next to none, and looking takes a fifth of it.
 
     What the imports leave stays for good, and is not looked at again, as DeepSpeed would for each engine.
+
+    Args:
+        name: of a module of this package.
     """
     gc.disable()
     try:

@@ -1,6 +1,8 @@
+import gc
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from distprune import __version__, settings
-from distprune.__main__ import main
+from distprune.__main__ import imported, main
 from distprune.config import describe
 from distprune.errors import UserError
 
@@ -189,6 +191,17 @@ def test_config_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'deepspeed', 'transformers', 'datasets', 'matplotlib'}"
     code = f"import sys; from distprune.__main__ import main; main(['config']); assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("ending", ["", "raise ValueError"])
+def test_garbage_is_not_collected_while_a_command_is_imported_and_is_thereafter(workplace, monkeypatch, ending) -> None:
+    monkeypatch.syspath_prepend(workplace)
+    name = f"seen_{len(ending)}"
+    (workplace / f"{name}.py").write_text(f"import gc, sys\nsys.collecting = gc.isenabled()\n{ending}\n")
+    with pytest.raises(ValueError) if ending else nullcontext():  # noqa: PT011
+        imported(name)
+    assert not vars(sys).pop("collecting")
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize(
