@@ -105,8 +105,9 @@ def _report(opened: Opened) -> None:
     if not means:
         raise UserError(f"{stored} has no result of this sweep yet; allowed: --table once it has")
     table = markdown(means, sweep.baseline)
-    if sweep.compare:
-        table += "\n" + markdown_of_differences(differences_of(known, sweep.compare, sweep.chance))
+    differences = differences_of(runs, rows, sweep.compare, sweep.chance)
+    if differences:
+        table += "\n" + markdown_of_differences(differences)
     stored.with_suffix(".md").write_text(table)
     stored.with_suffix(".csv").write_text(as_csv(means))
     draw(means, sweep.baseline, opened.path.stem).savefig(stored.with_suffix(".png"))

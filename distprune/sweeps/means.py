@@ -9,7 +9,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from distprune.sweeps.results import Row
-from distprune.sweeps.spec import SEED, seedless
+from distprune.sweeps.spec import SEED, Run, seedless
 from distprune.training.best import merit_of
 
 
@@ -126,13 +126,13 @@ def _steps_before(row: Row, rows: dict[str, Row]) -> int:
 
 @dataclass(frozen=True)
 class Difference:
-    """One method against another at one point of both, seed by seed; positive where the first is better."""
+    """One method against another at one point of both, seed by seed."""
 
     method: str
     other: str
     point: dict[str, Any]
     better: float | None
-    """Mean over pairs of the same seed; None without a pair."""
+    """By how much the first one's metric is better, a mean over pairs of the same seed; None without a pair."""
     interval: float | None
     """Half of the 95 % interval of that mean (Student's t); None for fewer than two pairs."""
     pairs: int
@@ -140,17 +140,20 @@ class Difference:
     more: float | None
     """How much more that is than at the first point, over the seeds that are pairs at both; None at the first."""
     more_interval: float | None
+    """Half of the 95 % interval of ``more``."""
     diverged: int
-    """Seeds at chance of the first method, and of the other one."""
+    """Seeds at chance of the first method, of those that both have a result of."""
     other_diverged: int
+    """Seeds at chance of the other one, of the same."""
 
 
 def differences_of(
-    rows: Mapping[str, Row], compare: Mapping[str, Sequence[str]], chance: float | None
+    runs: Sequence[Run], rows: Mapping[str, Row], compare: Mapping[str, Sequence[str]], chance: float | None
 ) -> list[Difference]:
-    """Return how methods differ at the points at which both have results, in the order of the first one's rows.
+    """Return how methods differ at the points at which both have results of a seed, in the sweep's order.
 
     Args:
+        runs: all of the sweep; the first of the points that both methods have is the first one of these.
         rows: by the names of their runs.
         compare: methods, and those that each is compared with; both have grids of the same keys.
         chance: as for ``means_of``.
@@ -159,48 +162,57 @@ def differences_of(
         difference
         for method, others in compare.items()
         for other in others
-        for difference in _differences_between(_by_point(rows, method), _by_point(rows, other), chance)
+        for difference in _differences_between(_by_point(runs, rows, method), _by_point(runs, rows, other), chance)
     ]
 
 
 _Seeds = dict[Any, Row]
+_Points = list[tuple[dict[str, Any], _Seeds]]
 
 
-def _by_point(rows: Mapping[str, Row], method: str) -> dict[str, _Seeds]:
-    """Return a method's rows by their points, and then by their seeds."""
-    found: dict[str, _Seeds] = {}
-    for row in rows.values():
-        if row["method"] == method:
-            point = json.dumps(seedless(row["point"]), sort_keys=True)
-            found.setdefault(point, {})[row["point"].get(SEED)] = row
+def _by_point(runs: Sequence[Run], rows: Mapping[str, Row], method: str) -> _Points:
+    """Return a method's points, each with its results by their seeds."""
+    found: _Points = []
+    for run in (run for run in runs if run.method == method):
+        point = seedless(run.point)
+        seeds = next((seeds for known, seeds in found if known == point), None)
+        if seeds is None:
+            seeds = {}
+            found.append((point, seeds))
+        if run.name in rows:
+            seeds[rows[run.name]["settings"].get(SEED)] = rows[run.name]
     return found
 
 
-def _differences_between(ours: dict[str, _Seeds], theirs: dict[str, _Seeds], chance: float | None) -> list[Difference]:
+def _differences_between(ours: _Points, theirs: _Points, chance: float | None) -> list[Difference]:
     found: list[Difference] = []
     first: dict[Any, float] | None = None
-    for point in (point for point in ours if point in theirs):
-        pairs = {seed: (row, theirs[point][seed]) for seed, row in ours[point].items() if seed in theirs[point]}
+    for point, seeds, others in ((a, mine, its) for a, mine in ours for b, its in theirs if a == b):
+        pairs = {seed: (row, others[seed]) for seed, row in seeds.items() if seed in others}
         gains = {
             seed: _merit(our) - _merit(their)
             for seed, (our, their) in pairs.items()
             if _converged(our, chance) and _converged(their, chance)
         }
-        more = [gain - first[seed] for seed, gain in gains.items() if seed in first] if first is not None else []
+        more = [] if first is None else [gain - first[seed] for seed, gain in gains.items() if seed in first]
         first = gains if first is None else first
         if pairs:
-            found.append(_difference(list(pairs.values()), list(gains.values()), more, chance))
+            found.append(_difference(point, list(pairs.values()), list(gains.values()), more, chance))
     return found
 
 
 def _difference(
-    pairs: Sequence[tuple[Row, Row]], gains: Sequence[float], more: Sequence[float], chance: float | None
+    point: dict[str, Any],
+    pairs: Sequence[tuple[Row, Row]],
+    gains: Sequence[float],
+    more: Sequence[float],
+    chance: float | None,
 ) -> Difference:
     our, their = pairs[0]
     return Difference(
         our["method"],
         their["method"],
-        seedless(our["point"]),
+        point,
         mean(gains) if gains else None,
         _half_interval(gains),
         len(gains),

@@ -143,13 +143,13 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _check_compare(sweep: Sweep, path: Path) -> None:
-    """Refuse to compare methods that have no points in common."""
+    """Refuse to compare methods whose grids have other keys."""
     for name, others in sweep.compare.items():
         for each in (name, *others):
             if each not in sweep.methods:
                 raise unknown(f"{path}: the method of compare", each, sweep.methods)
         for other in others:
-            ours, theirs = sweep.methods[name].grid.keys(), sweep.methods[other].grid.keys()
+            ours, theirs = ((sweep.grid | sweep.methods[each].grid).keys() for each in (name, other))
             if name == other or ours != theirs:
                 raise UserError(
                     f"{path}: {name} is compared with {other}, whose grid has {sorted(theirs)}; allowed: another "

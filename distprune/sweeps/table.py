@@ -28,7 +28,16 @@ def markdown(means: Sequence[Mean], baseline: str | None) -> str:
 
 def markdown_of_differences(differences: Sequence[Difference]) -> str:
     """Return the table of the differences for a reader."""
-    titles = ["method", "against", "at", "better by", "more than at the first", "pairs", "diverged", "of the other"]
+    titles = [
+        "method",
+        "against",
+        "at",
+        "better by",
+        "more than at the first point",
+        "pairs",
+        "diverged",
+        "of the other",
+    ]
     return _rows(
         titles,
         [

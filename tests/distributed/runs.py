@@ -87,7 +87,7 @@ def heard(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
         logging.getLogger("distprune").removeHandler(handler)
 
 
-def command(*arguments: Any) -> tuple[int, str]:
+def run_command(*arguments: Any) -> tuple[int, str]:
     """Run a command on ranks that stay; return its status and what it says. Collective."""
     with patch("distprune.dist.shutdown"):
         return heard(main, [str(each) for each in arguments])

@@ -111,7 +111,7 @@ def test_a_signal_saves_and_stops_all_ranks_and_the_same_command_goes_on(
         step = int(stopped[1])
         assert checkpoints(output)[-1] == f"step-{step:08d}"
         assert not list((output / "checkpoints").glob("saving-*"))
-    world(2).run(run, task, output, *LONG)
+    assert world(2).run(run, task, output, *LONG)[0]["steps"] == told(whole)[-1]["step"]
     assert same_weights(whole, output)
     assert told(output) == told(whole)
 
@@ -147,6 +147,6 @@ def test_a_killed_rank_is_named_and_ends_the_others(
         assert time.monotonic() - began < 60
         assert f"distprune: error: rank {rank} does not answer any more" in ranks[1 - rank].said
         done = steps(output)
-    world(2).run(run, task, output, *LONG)
+    assert world(2).run(run, task, output, *LONG)[0]["steps"] == told(whole)[-1]["step"]
     assert same_weights(whole, output)
     assert told(output) == told(whole)

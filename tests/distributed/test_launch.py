@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from tests.distributed.engines import write_model
-from tests.distributed.runs import command
+from tests.distributed.runs import run_command
 from tests.world import Worlds
 
 REPOSITORY = Path(__file__).parents[2]
@@ -158,10 +158,10 @@ def test_oneshot_is_the_same_alone_and_under_a_launcher(tmp_path: Path) -> None:
 @pytest.mark.parametrize("score", ["taylor", "movement", "obs"])
 def test_oneshot_takes_gradients_from_data(world: Worlds, task: Path, tmp_path: Path, score: str) -> None:
     oneshot = ("oneshot", task / "model", tmp_path / "pruned", "--sparsity", "0.4", "--score", score)
-    ((refused, said),) = world(1).run(command, *oneshot)
+    ((refused, said),) = world(1).run(run_command, *oneshot)
     assert refused == 2
     assert f"--score {score} needs gradients; allowed: with --config FILE" in said
-    ((status, said),) = world(1).run(command, *oneshot, "--config", task / "run.yaml")
+    ((status, said),) = world(1).run(run_command, *oneshot, "--config", task / "run.yaml")
     assert status == 0, said
     dense = AutoModelForSequenceClassification.from_pretrained(task / "model").state_dict()
     pruned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned").state_dict()

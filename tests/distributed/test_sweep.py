@@ -41,18 +41,21 @@ def test_a_sweep_stops_goes_on_and_then_needs_its_lines_alone(
     path = write_sweep(task, tmp_path)
     command = [str(BIN / "distprune"), "sweep", str(path)]
     kept, second = tmp_path / "kept" / "results.jsonl", tmp_path / "runs" / "dense" / "train.seed=2"
+    alone = path.read_text()
+    path.write_text(alone.replace("ranks: 1", "ranks: 2"))
     started = begin(command)
     started.wait_for(lambda: (second / "metrics.jsonl").exists())
     started.process.send_signal(signal.SIGINT)
     assert started.end() == 75, started.said
     assert "dense/train.seed=2 has stopped with status 75, and can go on" in started.said
     assert [json.loads(line)["run"] for line in kept.read_text().splitlines()] == ["dense/train.seed=1"]
+    path.write_text(alone)
     done = start([*command])
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [row["method"] for row in rows] == ["dense", "dense", "after", "after"]
     assert "going on with the run in" in second.with_name(second.name + ".log").read_text()
-    assert [row["world_size"] for row in rows] == [1] * 4
+    assert [row["world_size"] for row in rows] == [2, 1, 1, 1]
     assert json.loads((second / "summary.json").read_text())["launcher"] == "sweep"
     assert [row["masked_weights"] for row in rows[2:]] == [rows[2]["prunable_weights"] // 2] * 2
     assert "| after |  |" in done.stdout
@@ -83,5 +86,6 @@ def test_a_run_that_fails_is_named_with_its_log_and_the_others_go_on(task: Path,
     assert f"1 of 4 runs failed, see their logs: broken/train.seed=1 ({log})" in done.stderr
     assert "not run without them: behind/train.seed=1" in done.stderr
     assert "train.batch_size is 1000" in log.read_text()
-    rows = (tmp_path / "kept" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["run"] for line in rows] == ["dense/train.seed=1", "after/train.seed=1"]
+    rows = [json.loads(line) for line in (tmp_path / "kept" / "results.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in rows] == ["dense/train.seed=1", "after/train.seed=1"]
+    assert [row["world_size"] for row in rows] == [2, 2]

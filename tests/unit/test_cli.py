@@ -196,12 +196,13 @@ def test_config_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("ending", ["", "raise ValueError"])
 def test_garbage_is_not_collected_while_a_command_is_imported_and_is_thereafter(workplace, monkeypatch, ending) -> None:
     monkeypatch.syspath_prepend(workplace)
-    name = f"seen_{len(ending)}"
+    name, before = f"seen_{len(ending)}", gc.get_freeze_count()
     (workplace / f"{name}.py").write_text(f"import gc, sys\nsys.collecting = gc.isenabled()\n{ending}\n")
     with pytest.raises(ValueError) if ending else nullcontext():  # noqa: PT011
         imported(name)
     assert not vars(sys).pop("collecting")
     assert gc.isenabled()
+    assert gc.get_freeze_count() > before
 
 
 @pytest.mark.parametrize(

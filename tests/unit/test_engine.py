@@ -3,7 +3,7 @@
 import deepspeed
 import pytest
 
-from distprune.engines import build as engine
+from distprune.engines import build
 from distprune.errors import UserError
 
 
@@ -14,7 +14,7 @@ def test_what_deepspeed_refuses_at_its_start_is_one_sentence(monkeypatch, kind):
 
     monkeypatch.setattr(deepspeed, "initialize", refuse)
     with pytest.raises(UserError, match=r"^DeepSpeed refuses the options of deepspeed\.teacher: ZeRO does not go with"):
-        engine._initialize("deepspeed.teacher", object(), {})
+        build._initialize("deepspeed.teacher", object(), {})
 
 
 def test_a_defect_in_its_start_keeps_its_traceback(monkeypatch):
@@ -23,12 +23,12 @@ def test_a_defect_in_its_start_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr(deepspeed, "initialize", fail)
     with pytest.raises(TypeError):
-        engine._initialize("deepspeed.student", object(), {})
+        build._initialize("deepspeed.student", object(), {})
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_gradients_are_reduced_in_place_where_deepspeed_all_reduces_them(stage):
-    options = engine.with_defaults({"zero_optimization": {"stage": stage}})
+    options = build.with_defaults({"zero_optimization": {"stage": stage}})
     in_place = options["zero_optimization"].get("reduce_scatter") is False
     assert in_place == (stage in (1, 2)), "ZeRO-3's reduce-scatter is a real one"
     assert options.get("prescale_gradients", False) == in_place
@@ -36,7 +36,7 @@ def test_gradients_are_reduced_in_place_where_deepspeed_all_reduces_them(stage):
 
 def test_a_section_of_the_user_keeps_its_own_options():
     given = {"zero_optimization": {"stage": 2, "reduce_scatter": True}, "steps_per_print": 10}
-    options = engine.with_defaults(given)
+    options = build.with_defaults(given)
     assert options["zero_optimization"]["reduce_scatter"]
     assert "prescale_gradients" not in options, "DeepSpeed refuses both together"
     assert options["steps_per_print"] == 10

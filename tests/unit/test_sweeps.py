@@ -129,8 +129,8 @@ def test_values_come_through_the_command_line_as_they_are(file: Path) -> None:
         (
             "baseline: dense",
             "compare: {after: [dense]}",
-            r"after is compared with dense, whose grid has \[\]; allowed: another method whose grid has "
-            r"\['pruning.sparsity'\]",
+            r"after is compared with dense, whose grid has \['train.seed'\]; allowed: another method whose grid has "
+            r"\['pruning.sparsity', 'train.seed'\]",
         ),
         ("baseline: dense", "compare: {after: [after]}", "after is compared with after"),
     ],

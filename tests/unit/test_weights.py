@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from distprune.errors import UserError
-from distprune.models import files as model_files
+from distprune.models import files
 from distprune.models.files import ModelFiles, match_names, resolve
 from distprune.models.weights import set_dropout, skeleton
 
@@ -151,7 +151,7 @@ def test_a_hub_id_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return "snapshot"
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model_files, "snapshot_download", snapshot)
+    monkeypatch.setattr(files, "snapshot_download", snapshot)
     for name in ("google-bert/bert-base-uncased", "gpt2"):
         assert resolve(name, "v2") == Path("snapshot")
         assert (asked["repo"], asked["revision"]) == (name, "v2")
@@ -164,7 +164,7 @@ def test_what_is_neither_directory_nor_hub_id_is_refused_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model_files, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(files, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     (tmp_path / "file.txt").touch()
     assert f"model path {path!r} is not a directory" in refusal(resolve, path, None)
 
@@ -174,7 +174,7 @@ def test_a_hub_that_does_not_answer_is_told_in_one_line(tmp_path: Path, monkeypa
         raise OSError("no connection\nTraceback ...")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model_files, "snapshot_download", snapshot)
+    monkeypatch.setattr(files, "snapshot_download", snapshot)
     message = refusal(resolve, "some/model", None)
     assert "'some/model' is not a local directory" in message
     assert message.endswith("no connection")
