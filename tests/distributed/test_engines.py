@@ -102,7 +102,7 @@ def test_frozen_weights_and_buffers_are_exported_as_they_were_used(
 
 
 def export_in_parts(directory: Path, target: Path) -> None:
-    from distprune import export as module
+    from distprune.models import export as module
 
     student = Student(directory, Layout(3))
     limit, module._FILE_SIZE = module._FILE_SIZE, "3KB"
