@@ -79,12 +79,13 @@ def draw(means: Sequence[Mean], baseline: str | None, title: str) -> Figure:
     figure = Figure(figsize=(8, 14 / 3), dpi=150, layout="constrained")
     axes = figure.subplots()
     methods = [name for name in dict.fromkeys(each.method for each in means) if name != baseline]
-    for method, colour in zip(methods, COLORS * len(methods), strict=False):
+    for number, method in enumerate(methods):
+        colour, marker = COLORS[number % len(COLORS)], "osD^v"[number // len(COLORS) % 5]
         points = sorted((each for each in means if each.method == method), key=lambda each: each.sparsity)
         line = [(each.sparsity, each.metric, each.deviation or 0.0) for each in points if each.metric is not None]
         if line:
             sparsities, metrics, spreads = zip(*line, strict=True)
-            axes.plot(sparsities, metrics, color=colour, marker="o", label=method)
+            axes.plot(sparsities, metrics, color=colour, marker=marker, label=method)
             low, high = ([m + sign * s for m, s in zip(metrics, spreads, strict=True)] for sign in (-1, 1))
             axes.fill_between(sparsities, low, high, color=colour, alpha=0.15, linewidth=0)
         diverged = [each.sparsity for each in points if each.metric is None]
@@ -99,5 +100,5 @@ def draw(means: Sequence[Mean], baseline: str | None, title: str) -> Figure:
     axes.set(xlabel="sparsity of the prunable weights", ylabel=means[0].metric_name if means else "", title=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return figure
