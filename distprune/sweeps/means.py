@@ -64,7 +64,7 @@ def _mean(group: Sequence[Row], rows: dict[str, Row], baseline: str | None, chan
     first = group[0]
     good = [row for row in group if _converged(row, chance)]
     metrics = [row["final_metric"] for row in good]
-    below = [] if first["method"] == baseline else _differences(good, rows, baseline, chance)
+    below = [] if first["method"] == baseline else _below_baseline(good, rows, baseline, chance)
     speeds = [row["examples_per_s"] for row in group if row["examples_per_s"]]
     return Mean(
         first["method"],
@@ -96,7 +96,9 @@ def _merit(row: Row) -> float:
     return merit_of({row["metric_name"]: row["final_metric"]})
 
 
-def _differences(group: Iterable[Row], rows: dict[str, Row], baseline: str | None, chance: float | None) -> list[float]:
+def _below_baseline(
+    group: Iterable[Row], rows: dict[str, Row], baseline: str | None, chance: float | None
+) -> list[float]:
     """Return how much worse each row is than the baseline's only one with the same seed, and all else that it has."""
     found = []
     for row in group:

@@ -73,9 +73,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
 def test_train_compares_with_the_trainer_of_transformers(tmp_path: Path) -> None:
     out = tmp_path / "train.json"
     options = ["--model", "tiny", "--steps", "3", "--repeat", "1", "--batch-size", "8"]
-    done = start(
-        [*TORCHRUN, "bench", "train", *options, "--json", out]
-    )  # the Trainer's process must not join its ranks
+    # Under a launcher, whose ranks the Trainer's process must not join.
+    done = start([*TORCHRUN, "bench", "train", *options, "--json", out])
     assert done.returncode == 0, done.stderr
     (each,) = json.loads(out.read_text())["results"]
     assert all(min(each[name]) > 0 for name in ("dense", "pruned", "cached", "live", "trainer", "same_options"))

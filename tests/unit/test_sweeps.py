@@ -1,6 +1,7 @@
 """A sweep's file, its results and its means, without a run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -272,6 +273,12 @@ def test_where_no_seed_converged_the_plot_has_a_cross(rows: dict[str, Row]) -> N
     (line,) = [line for line in axes.get_lines() if line.get_marker() == "x"]
     assert line.get_label() == "after: no seed converged"
     assert list(line.get_xdata()) == [means[1].sparsity]
+
+
+def test_methods_of_one_colour_have_different_marks(rows: dict[str, Row]) -> None:
+    _, after = means_of(rows, None, chance=0.5)
+    (axes,) = draw([replace(after, method=f"method {number}") for number in range(20)], None, "sweep").axes
+    assert len({(line.get_color(), line.get_marker()) for line in axes.get_lines()}) == 20
 
 
 def test_a_table_is_made_of_what_there_is(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
