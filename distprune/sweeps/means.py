@@ -97,21 +97,28 @@ def _merit(row: Row) -> float:
 
 
 def _below_baseline(
-    group: Iterable[Row], rows: dict[str, Row], baseline: str | None, chance: float | None
+    group: Iterable[Row], rows: Mapping[str, Row], baseline: str | None, chance: float | None
 ) -> list[float]:
-    """Return how much worse each row is than the baseline's only one with the same seed, and all else that it has."""
-    found = []
-    for row in group:
-        point = row["point"]
-        fitting = [
-            other
-            for other in rows.values()
-            if other["method"] == baseline
-            and _converged(other, chance)
-            and all(point.get(key, value) == value for key, value in other["point"].items())
-        ]
-        found += [_merit(fitting[0]) - _merit(row)] if len(fitting) == 1 else []
-    return found
+    """Return how much worse each row is than the baseline's of the same seed, where both converged."""
+    pairs = ((row, _partner(row, rows, baseline)) for row in group)
+    return [-_gain(row, other) for row, other in pairs if other is not None and _converged(other, chance)]
+
+
+def _partner(row: Row, rows: Mapping[str, Row], method: str | None) -> Row | None:
+    """Return a method's only row with the same seed, and the same value of every key that both grids have."""
+    fitting = [
+        other
+        for other in rows.values()
+        if other["method"] == method
+        and other["settings"].get(SEED) == row["settings"].get(SEED)
+        and all(row["point"].get(key, value) == value for key, value in other["point"].items())
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _gain(row: Row, other: Row) -> float:
+    """Return by how much the first metric is the better one."""
+    return _merit(row) - _merit(other)
 
 
 def _half_interval(values: Sequence[float]) -> float | None:
@@ -164,35 +171,37 @@ def differences_of(
         difference
         for method, others in compare.items()
         for other in others
-        for difference in _differences_between(_by_point(runs, rows, method), _by_point(runs, rows, other), chance)
+        for difference in _differences_between(_pairs_by_point(runs, rows, method, other), chance)
     ]
 
 
-_Seeds = dict[Any, Row]
-_Points = list[tuple[dict[str, Any], _Seeds]]
+_Pairs = dict[Any, tuple[Row, Row]]
 
 
-def _by_point(runs: Sequence[Run], rows: Mapping[str, Row], method: str) -> _Points:
-    """Return a method's points, each with its results by their seeds."""
-    found: _Points = []
-    for run in (run for run in runs if run.method == method):
+def _pairs_by_point(
+    runs: Sequence[Run], rows: Mapping[str, Row], method: str, other: str
+) -> list[tuple[dict[str, Any], _Pairs]]:
+    """Return the points that both methods have, each with the pairs of results that there are, by their seeds."""
+    theirs = [seedless(run.point) for run in runs if run.method == other]
+    found: list[tuple[dict[str, Any], _Pairs]] = []
+    for run in (run for run in runs if run.method == method and seedless(run.point) in theirs):
         point = seedless(run.point)
-        seeds = next((seeds for known, seeds in found if known == point), None)
-        if seeds is None:
-            seeds = {}
-            found.append((point, seeds))
-        if run.name in rows:
-            seeds[rows[run.name]["settings"].get(SEED)] = rows[run.name]
+        if point not in [known for known, _ in found]:
+            found.append((point, {}))
+        row = rows.get(run.name)
+        partner = None if row is None else _partner(row, rows, other)
+        if row is not None and partner is not None:
+            pairs = next(pairs for known, pairs in found if known == point)
+            pairs[row["settings"].get(SEED)] = (row, partner)
     return found
 
 
-def _differences_between(ours: _Points, theirs: _Points, chance: float | None) -> list[Difference]:
+def _differences_between(points: Iterable[tuple[dict[str, Any], _Pairs]], chance: float | None) -> list[Difference]:
     found: list[Difference] = []
     first: dict[Any, float] | None = None
-    for point, seeds, others in ((a, mine, its) for a, mine in ours for b, its in theirs if a == b):
-        pairs = {seed: (row, others[seed]) for seed, row in seeds.items() if seed in others}
+    for point, pairs in points:
         gains = {
-            seed: _merit(our) - _merit(their)
+            seed: _gain(our, their)
             for seed, (our, their) in pairs.items()
             if _converged(our, chance) and _converged(their, chance)
         }
