@@ -43,7 +43,7 @@ export SLURM_SUBMIT_DIR={repository} DISTPRUNE_LOGS={folder}
 exec bash {train} {config}
 """
 TABLE = """#!/usr/bin/env bash
-#SBATCH --job-name={name}-table
+#SBATCH --job-name={name}
 #SBATCH --output={log}
 set -euo pipefail
 cd {repository}
@@ -238,7 +238,7 @@ def script(given: argparse.Namespace, work: Work) -> str:
         "array": f"0-{len(work.configs) - 1}" if is_array else False,
     }
     lines = [
-        f"#SBATCH --{name}" + ("" if value is None else f"={value}")
+        f"#SBATCH --{name}" + ("" if value is None else f"={shlex.quote(str(value))}")
         for name, value in options.items()
         if value is not False
     ]
@@ -264,9 +264,9 @@ def write(work: Work, text: str) -> None:
     for number, config in enumerate(work.configs):
         (folder / f"run-{number}.yaml").write_text(settings.to_yaml(config))
     if work.table is not None:
-        names = {"name": work.output.name, "log": folder / "table-%j.log", "table": work.table}
-        places = {"repository": shlex.quote(str(REPOSITORY)), "here": shlex.quote(str(Path.cwd()))}
-        table = TABLE.format(**names, **places)
+        texts = {"name": f"{work.output.name}-table", "log": folder / "table-%j.log"}
+        texts |= {"repository": REPOSITORY, "here": Path.cwd()}
+        table = TABLE.format(**{key: shlex.quote(str(text)) for key, text in texts.items()}, table=work.table)
         (folder / "table.sbatch").write_text(table)
     git = ["git", "-C", str(REPOSITORY)]
     revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout

@@ -150,7 +150,7 @@ methods:
 
 
 def test_a_sweep_runs_in_waves_and_makes_its_table(task: Path, tmp_path: Path) -> None:
-    output, file = tmp_path / "sweep", task / "sweep.yaml"
+    output, file = tmp_path / "my sweep", task / "sweep.yaml"
     file.write_text(SWEEP.format(output=output))
     submit_array(str(file), "recipe.epochs=3", until=output / "results.png")
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]

@@ -55,6 +55,16 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "bin"}
 
 
+def test_a_folder_may_have_a_space(tmp_path: Path) -> None:
+    done = slurm(tmp_path, "run.yaml", "train.output=my runs/a grid", "--sweep", "train.seed=1,2")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "my runs" / "a grid.job"
+    for name, log in (("job", "%x-%A-%a"), ("table", "table-%j")):
+        text = (folder / f"{name}.sbatch").read_text()
+        assert f"#SBATCH --output='{folder}/{log}.log'\n" in text
+        assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
 def test_a_grid_is_an_array_with_a_table_after_it(tmp_path: Path) -> None:
     sweeps = ["--sweep", "pruning.sparsity=0.8,0.9", "--sweep", "train.seed=1,2"]
     done = slurm(tmp_path, "run.yaml", "train.output=runs/grid", *sweeps, "--ranks-per-node", "2")
