@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -54,8 +55,12 @@ def recipe_table(config: Config, values: recipes.Values) -> Table:
     for name, derived in values.items():
         value = value_of(config, name)
         is_given = name not in config.recipe.derived
-        rows.add_row(name, str(value), f"given; the recipe has {derived.value}" if is_given else derived.why)
+        rows.add_row(name, _short(value), f"given; the recipe has {_short(derived.value)}" if is_given else derived.why)
     return rows
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def sparsity_at(plan: Plan, step: int) -> float:

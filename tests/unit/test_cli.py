@@ -243,12 +243,14 @@ def test_schedule_counts_the_data_prints_a_table_and_draws(workplace, capsys) ->
 
 def test_schedule_and_config_say_what_a_recipe_has_set_and_why(workplace, capsys) -> None:
     recipe = ["recipe=gmp", "recipe.epochs=1", "pruning.sparsity=0.9", "pruning.initial=0.25", "teacher.path=t"]
+    recipe += ["lr.peak=1.5e-4", "lr.final=0"]
     (workplace / "short.yaml").write_text("model: {path: m}")
     assert main(["schedule", "short.yaml", *recipe, "--examples", "640"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "recipe gmp" in shown
     assert "pruning.end │ 5 epochs │ ahead of the last replica" in shown
     assert "pruning.initial │ 0.25 │ given; the recipe has 0.5" in shown
+    assert "lr.final │ 0 │ given; the recipe has 1.5e-06" in shown
     assert main(["config", "short.yaml", *recipe]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("  end: 5 epochs") - 1].endswith("[set by the recipe gmp]")
