@@ -39,6 +39,7 @@ class World:
     size: int
     local_rank: int
     local_size: int
+    """Ranks of this node; 1 where the launcher does not tell."""
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +60,7 @@ def detect() -> World:
     if "RANK" in env and "WORLD_SIZE" in env:
         launcher = env.get(LAUNCHER, "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed")
         size = int(env["WORLD_SIZE"])
-        local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))
+        local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
         local_rank = int(env.get(_LOCAL_RANK, env.get("LOCAL_RANK", 0)))
         return World(launcher, int(env["RANK"]), size, local_rank, local_size)
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
@@ -96,13 +97,18 @@ def init() -> World:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
-    # Its shared-memory collective is for inference alone. Compiling it costs 20 to 90 s at the first start on a
-    # machine, and a start that was killed meanwhile leaves a lock on which every later one waits for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = _timeout()
+    # Gradients and weights go through groups of DeepSpeed's own, which get no timeout of it but torch's default.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(torch_dist.distributed_c10d, name, timeout)
     if on_gpu():
         torch.cuda.set_device(world.device)
+    else:
+        # Its shared-memory collective is for inference alone. Compiling it costs 20 to 90 s at the first start on a
+        # machine, and a start that was killed meanwhile leaves a lock on which every later one waits for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu() else "gloo", auto_mpi_discovery=False, verbose=False, timeout=_timeout()
+        dist_backend="nccl" if on_gpu() else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout
     )
     return world
 

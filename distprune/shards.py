@@ -17,6 +17,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from packaging.version import Version
 from torch import Tensor, nn
@@ -149,6 +150,8 @@ class PartitionedOptimizer(ShardedParameters):
 
     def gradient(self, shard: Shard) -> Tensor | None:  # noqa: D102 - as in the base class
         parameter = self.parameters[shard.name]
+        if self.engine.optimizer.cpu_offload:
+            get_accelerator().synchronize()  # its copy from a GPU may be under way
         fragment = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
         gradient: Tensor = fragment.view(-1)
         assert gradient.numel() == shard.end - shard.start, f"gradient of {shard.name} is not its partition's"

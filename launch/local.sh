@@ -31,10 +31,10 @@ else
     ranks=${ranks:-1}
     [[ $ranks =~ ^[0-9]+$ && $ranks -ge 1 ]] || die "-n is $ranks; allowed: a number from 1"
     where=(--num_accelerators "$ranks")
-    # One thread too many on a rank costs more than the rank gains: share the cores out.
-    cores=$(nproc)
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 fi
+# One thread too many on a rank costs more than the rank gains: share the cores out.
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 port=${MASTER_PORT:-$("${CONTAINER[@]}" python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
 # The deepspeed CLI passes signals on to one process after the other, or not at all. It runs in a session of its own,

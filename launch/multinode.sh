@@ -22,6 +22,7 @@ while getopts ":H:t:n:r:p:h" option; do
 done
 shift $((OPTIND - 1))
 [ $# -ge 1 ] || die "no CONFIG given; $usage"
+accelerator=${DS_ACCELERATOR:-} # as given: a machine without a GPU may start ranks on others that have some
 activate
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -36,7 +37,8 @@ command -v pdsh >/dev/null || die "pdsh is missing; install it with: apt-get ins
 # pdsh hands over little of the environment; the deepspeed CLI reads the rest from a file of this name in $HOME or here.
 settings=$(mktemp -d)
 trap 'rm -rf "$settings"' EXIT
-env | grep -E '^(PATH|DS_ACCELERATOR|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|DISTPRUNE_|WANDB_|HF_|NCCL_|TORCH_|XDG_CACHE_HOME|.*_proxy)' \
+env | grep -E '^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|DISTPRUNE_|WANDB_|HF_|NCCL_|FI_|CUDA_HOME|TORCH_|PYTORCH_|XDG_CACHE_HOME|.*_proxy)' \
     >"$settings/.deepspeed_env"
+if [ -n "$accelerator" ]; then echo "DS_ACCELERATOR=$accelerator" >>"$settings/.deepspeed_env"; fi
 DS_ENV_FILE=$settings/.deepspeed_env deepspeed --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}" \
     --no_local_rank --module distprune train "$@"

@@ -59,8 +59,10 @@ def measure(
         teacher: ZeRO stage of one that is run beside the student; None: none is.
 
     Raises:
-        UserError: where the system does not tell.
+        UserError: where the system does not tell, or the memory is a GPU's.
     """
+    if dist.on_gpu():
+        raise UserError("bench memory measures the CPU's memory; allowed: DS_ACCELERATOR=cpu in the environment")
     world = dist.detect()
     dist.write_on_main(lambda: write_random_model(folder, model), folder)
     micro_batch = batch_size // world.size

@@ -23,6 +23,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safeten
 _MESSAGE_MIB = 64
 _FREE_GIB = 20
 _CONNECT_S = 5
+_GPU_CORES = 2
 _OFFLINE = "run distprune prepare on a node with a network, and set HF_HUB_OFFLINE=1"
 
 
@@ -88,15 +89,17 @@ def _versions() -> Finding:
 
 def _devices() -> Finding:
     """Collective: every rank calls it."""
+    cores = len(os.sched_getaffinity(0))
+    what = f"CPU, {cores} cores, {torch.get_num_threads()} threads a rank"
     if dist.on_gpu():
         device = torch.cuda.get_device_properties(dist.detect().device)
-        what = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
-    else:
-        what = f"CPU, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads a rank"
+        what = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, {cores} cores"
     kinds = sorted(set(dist.gather([what])))
     hosts = dict.fromkeys(dist.gather([socket.gethostname()]))
     if len(kinds) > 1:
         return Finding(False, f"ranks differ: {'; '.join(kinds)}", "ask for nodes of one kind")
+    if dist.on_gpu() and cores < _GPU_CORES:
+        return Finding(False, f"{what} for a rank, and NCCL and autograd have threads too", "ask for --cpus-per-task=8")
     return Finding(True, f"{dist.detect().size} ranks on {len(hosts)} nodes ({', '.join(hosts)}), each {what}")
 
 
@@ -104,9 +107,10 @@ def _network() -> Finding:
     """Collective: every rank calls it."""
     tensor = torch.ones(_MESSAGE_MIB << 18, device=dist.detect().device)
     torch_dist.all_reduce(tensor)
+    float(tensor[0])  # waits for the device
     began = time.perf_counter()
     torch_dist.all_reduce(tensor)
-    total = float(tensor[0])  # waits for the device
+    total = float(tensor[0])
     took = time.perf_counter() - began
     world = dist.detect().size
     if total != world**2:

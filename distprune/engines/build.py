@@ -36,6 +36,7 @@ def with_defaults(section: dict[str, Any]) -> dict[str, Any]:
         options.setdefault("prescale_gradients", True)  # divided before the sum, as with the option
     options.setdefault("zero_force_ds_cpu_optimizer", False)
     options.setdefault("steps_per_print", 2**31)
+    options.setdefault("timers", {"throughput": {"enabled": False}})  # it has the device waited for twice a step
     return options
 
 
@@ -101,12 +102,19 @@ def _check_section(key: str, section: dict[str, Any]) -> None:
 
 def _check_dtype(key: str, section: dict[str, Any]) -> None:
     accelerator, dtype = get_accelerator(), dtype_of(section)
-    if dtype not in accelerator.supported_dtypes():
+    allowed = [each for each in accelerator.supported_dtypes() if each != torch.bfloat16 or _has_bf16(accelerator)]
+    if dtype not in allowed:
         name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
         raise UserError(
             f"{key}.{name}.enabled is True, which this {accelerator.device_name()} does not support; "
-            f"allowed: {', '.join(str(each).removeprefix('torch.') for each in accelerator.supported_dtypes())}"
+            f"allowed: {', '.join(str(each).removeprefix('torch.') for each in allowed)}"
         )
+
+
+def _has_bf16(accelerator: Any) -> bool:
+    """Return whether the device computes in bf16; torch emulates it on older GPUs, many times slower than fp16."""
+    on_cuda = accelerator.device_name() == "cuda"
+    return not on_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def build_student(

@@ -10,7 +10,9 @@ from distprune.pruning import native
 from distprune.pruning.masks import MAGNITUDE
 
 CHUNK = 1 << 18
-"""Elements of a pass at a time. On a CPU smaller ones cost more calls, larger ones leave its caches."""
+"""Elements of a pass at a time on a CPU: smaller ones cost more calls, larger ones leave its caches."""
+GPU_CHUNK = 1 << 24
+"""The same on a GPU, where each piece costs the starts of some kernels, and hardly anything else."""
 
 MAGNITUDE_BITS = 31
 FLOAT_BITS = 33

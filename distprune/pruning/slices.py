@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distprune.pruning.keys import CHUNK
+from distprune.pruning.keys import CHUNK, GPU_CHUNK
 from distprune.pruning.masks import KEPT, PRUNED, apply_mask
 
 
@@ -62,8 +62,9 @@ class Slice:
     removed: Tensor | None = None
     """As a part's."""
 
-    def parts(self, start: int, end: int, size: int = CHUNK) -> Iterator[Part]:
-        """Yield the elements ``[start, end)`` of the parameter, ``size`` at a time."""
+    def parts(self, start: int, end: int, size: int | None = None) -> Iterator[Part]:
+        """Yield the elements ``[start, end)`` of the parameter, ``size`` at a time; None: as suits the device."""
+        size = size or (GPU_CHUNK if self.mask.is_cuda else CHUNK)
         weights, gradient = self.weights(), self.gradient()
         for first in range(start, end, size):
             piece = slice(first - self.start, min(first + size, end) - self.start)
@@ -77,13 +78,13 @@ class Slice:
                 None if self.removed is None else self.removed[piece],
             )
 
-    def owned(self, size: int = CHUNK) -> Iterator[Part]:
+    def owned(self, size: int | None = None) -> Iterator[Part]:
         """Yield the elements that this rank counts."""
         return self.parts(self.own_start, self.own_end, size)
 
-    def held(self, size: int = CHUNK) -> Iterator[Part]:
+    def held(self) -> Iterator[Part]:
         """Yield the elements that this rank holds."""
-        return self.parts(self.start, self.end, size)
+        return self.parts(self.start, self.end)
 
     def bring_back(self) -> None:
         """Give the pruned weights the values that they had when they went; zeros from before stay pruned."""

@@ -166,13 +166,14 @@ def _begin(run: Run, output: Path, ranks: int, at_once: int, place: int) -> Job:
 
 
 def _share_of_the_machine(ranks: int, at_once: int, place: int) -> dict[str, str]:
-    """Return the variables that give a run its part of the GPUs, or of the cores."""
+    """Return the variables that give a run its part of the cores, and of the GPUs where there are any."""
+    cores = os.cpu_count() or 1
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (ranks * at_once))))}
     if dist.on_gpu():
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
-        return {"CUDA_VISIBLE_DEVICES": ",".join(devices[place * ranks : (place + 1) * ranks])}
-    cores = os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (ranks * at_once))))}
+        share["CUDA_VISIBLE_DEVICES"] = ",".join(devices[place * ranks : (place + 1) * ranks])
+    return share
 
 
 @contextmanager

@@ -6,10 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import xxhash
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from distprune.config import Config
@@ -198,5 +198,8 @@ class Task(ABC):
 
     def stack(self, rows: list[list[int]], filler: int) -> torch.Tensor:
         """Return numbers of each token as one tensor, int64, shape [B, T], filled up on the tokenizer's side."""
-        tensors = [torch.tensor(row) for row in rows]
-        return pad_sequence(tensors, batch_first=True, padding_value=filler, padding_side=self.tokenizer.padding_side)
+        longest, on_the_right = max(map(len, rows)), self.tokenizer.padding_side == "right"
+        padded = np.full((len(rows), longest), filler, dtype=np.int64)
+        for place, row in zip(padded, rows, strict=True):
+            place[slice(len(row)) if on_the_right else slice(longest - len(row), None)] = row
+        return torch.from_numpy(padded)

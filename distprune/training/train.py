@@ -120,7 +120,8 @@ class Trainer:
             torch.manual_seed(stream_seed(self.config.train.seed, self.step, rows))
             losses = self.objective.losses(student, micro_batch, rows)
             student.backward(losses.total)
-            sums = [total + float(loss.detach()) / len(parts) for total, loss in zip(sums, losses, strict=True)]
+            values = torch.stack([loss.detach() for loss in losses]).tolist()  # the step's one wait for the device
+            sums = [total + value / len(parts) for total, value in zip(sums, values, strict=True)]
             if number == len(parts):
                 self.saver.before_change()
                 if pruner is not None:

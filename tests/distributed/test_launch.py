@@ -170,3 +170,17 @@ def test_oneshot_takes_gradients_from_data(world: Worlds, task: Path, tmp_path: 
     assert sum(int(each.sum()) for each in gone.values()) == record["masked"] == int(0.4 * record["prunable"])
     moved = any(bool((pruned[name] != dense[name])[~each].any()) for name, each in gone.items())
     assert moved == (score == "obs"), "what is not pruned is as it was, but for what obs makes up for"
+
+
+def test_deepspeeds_own_groups_wait_as_long_as_was_asked() -> None:
+    """DeepSpeed hands no timeout on to them."""
+    script = """
+import torch
+from deepspeed.utils import groups
+from distprune import dist
+dist.init()
+print(groups._clone_world_group()._get_backend(torch.device("cpu")).options._timeout)
+dist.shutdown()
+"""
+    done = start([sys.executable, "-c", script], DISTPRUNE_TIMEOUT="77")
+    assert done.stdout.splitlines()[-1] == "0:01:17", done.stderr

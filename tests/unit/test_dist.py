@@ -58,7 +58,7 @@ def test_no_launcher_is_a_world_of_one() -> None:
     [
         (TORCHRUN, World("torchrun", rank=3, size=4, local_rank=1, local_size=2)),
         (DEEPSPEED, World("deepspeed", rank=3, size=4, local_rank=1, local_size=2)),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, World("deepspeed", rank=1, size=2, local_rank=0, local_size=2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, World("deepspeed", rank=1, size=2, local_rank=0, local_size=1)),
         (SRUN, World("srun", rank=3, size=5, local_rank=1, local_size=2)),
         (SRUN | {"SLURM_NODEID": "2", "SLURM_LOCALID": "0"}, World("srun", 3, 5, local_rank=0, local_size=1)),
     ],
@@ -154,7 +154,10 @@ def test_a_launcher_that_is_not_known_is_refused(environment, name: str) -> None
     dist._refuse_unknown_launchers()
 
 
-@pytest.mark.parametrize(("gpus", "local_size", "crowded"), [(4, 4, False), (4, 8, True), (1, 8, False), (8, 2, False)])
+@pytest.mark.parametrize(
+    ("gpus", "local_size", "crowded"),
+    [(4, 4, False), (4, 8, True), (1, 8, False), (8, 2, False), (8, 1, False)],
+)
 def test_ranks_that_would_share_a_gpu_are_refused(
     monkeypatch: pytest.MonkeyPatch, gpus: int, local_size: int, crowded: bool
 ) -> None:

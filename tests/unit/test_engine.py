@@ -1,8 +1,12 @@
 """What distprune adds to DeepSpeed's own start; engines themselves need ranks and are tested in tests/distributed."""
 
+from types import SimpleNamespace
+
 import deepspeed
 import pytest
+import torch
 
+from distprune import shards
 from distprune.engines import build
 from distprune.errors import UserError
 
@@ -41,3 +45,45 @@ def test_a_section_of_the_user_keeps_its_own_options():
     assert "prescale_gradients" not in options, "DeepSpeed refuses both together"
     assert options["steps_per_print"] == 10
     assert given == {"zero_optimization": {"stage": 2, "reduce_scatter": True}, "steps_per_print": 10}
+
+
+def test_no_timer_has_the_device_waited_for_unless_asked():
+    assert build.with_defaults({})["timers"] == {"throughput": {"enabled": False}}
+    asked = {"throughput": {"enabled": True}}
+    assert build.with_defaults({"timers": asked})["timers"] == asked
+
+
+@pytest.mark.parametrize(
+    ("name", "native", "refused"), [("cuda", False, True), ("cuda", True, False), ("cpu", 0, False)]
+)
+def test_bf16_is_refused_where_a_gpu_only_emulates_it(monkeypatch, name, native, refused):
+    dtypes = [torch.float32, torch.float16, torch.bfloat16]
+    accelerator = SimpleNamespace(device_name=lambda: name, supported_dtypes=lambda: dtypes)
+    monkeypatch.setattr(build, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    section = {"bf16": {"enabled": True}}
+    if refused:
+        with pytest.raises(UserError, match=r"bf16.enabled is True, .* allowed: float32, float16$"):
+            build._check_dtype("deepspeed.student", section)
+    else:
+        build._check_dtype("deepspeed.student", section)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_offloaded_gradients_are_waited_for_before_they_are_read(monkeypatch, offload):
+    """DeepSpeed copies them from a GPU while Python goes on."""
+    happened: list[str] = []
+
+    def read(_: int) -> torch.Tensor:
+        happened.append("read")
+        return torch.ones(2, 2)
+
+    waits = SimpleNamespace(synchronize=lambda: happened.append("wait"))
+    monkeypatch.setattr(shards, "get_accelerator", lambda: waits)
+    parameters = object.__new__(shards.PartitionedOptimizer)
+    parameters.engine = SimpleNamespace(optimizer=SimpleNamespace(cpu_offload=offload))
+    mapping = SimpleNamespace(get_lp_grad_fragment=read)
+    parameters.parameters = {"w": SimpleNamespace(_hp_mapping=mapping, _index_in_param_group=0)}
+    gradient = parameters.gradient(SimpleNamespace(name="w", start=4, end=8))
+    assert gradient.shape == (4,)
+    assert happened == (["wait", "read"] if offload else ["read"])

@@ -97,14 +97,15 @@ def on_three_gpus(tmp_path: Path, variables: str) -> subprocess.CompletedProcess
     """Start two ranks where nvidia-smi tells of three GPUs and the deepspeed CLI prints its arguments."""
     for name, text in {
         "nvidia-smi": 'printf "GPU 0: a\\nGPU 1: b\\nGPU 2: c\\n"',
-        "deepspeed": 'echo "$@" "[$CUDA_VISIBLE_DEVICES]"',
+        "deepspeed": 'echo "threads $OMP_NUM_THREADS" "$@" "[$CUDA_VISIBLE_DEVICES]"',
+        "nproc": "echo 16",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    script = f"unset DS_ACCELERATOR CUDA_VISIBLE_DEVICES; {variables}launch/local.sh -n 2 run.yaml"
+    script = f"unset DS_ACCELERATOR CUDA_VISIBLE_DEVICES OMP_NUM_THREADS; {variables}launch/local.sh -n 2 run.yaml"
     return bash(script, path, VENV=str(tmp_path / "venv"))
 
 
@@ -113,6 +114,7 @@ def test_ranks_run_on_the_gpus_that_were_given(tmp_path: Path, variables: str, d
     done = on_three_gpus(tmp_path, variables)
     assert f"--include localhost:{devices} " in done.stdout, done.stderr
     assert done.stdout.strip().endswith("train run.yaml []")
+    assert "threads 8 " in done.stdout, "a share of the cores"
 
 
 def test_gpus_by_names_that_deepspeed_does_not_know_are_refused(tmp_path: Path) -> None:

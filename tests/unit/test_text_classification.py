@@ -1,7 +1,10 @@
 """Batches, loss, metrics, and the teachers that fit."""
 
+from random import Random
+
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
 
 from distprune.config import Config
@@ -26,6 +29,18 @@ def test_collate_pads_to_the_longest_of_the_batch(build, side):
     assert batch["token_type_ids"].tolist() == [[0 if token != PAD else 5 for token in row] for row in expected]
     assert batch["labels"].tolist() == [0, 0]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_is_that_of_torch(build, side):
+    task = build(tokenizer=make_tokenizer(padding_side=side))
+    random = Random(0)
+    for _ in range(50):
+        rows = [[random.randrange(9) for _ in range(random.randrange(7))] for _ in range(random.randrange(1, 6))]
+        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        assert torch.equal(
+            task.stack(rows, 11), pad_sequence(tensors, batch_first=True, padding_value=11, padding_side=side)
+        )
 
 
 def test_collate_agrees_with_the_tokenizer(build):
