@@ -66,9 +66,10 @@ def dense(config: Config, given: Collection[str]) -> Values:
     """Train without pruning, for as long as ``recipe.replicas`` says: the model to compare a pruned one with."""
     if config.pruning.sparsity > 0:
         raise UserError(f"pruning.sparsity is {config.pruning.sparsity}; allowed where recipe.name is dense: 0")
+    taught = config.teacher.path is not None
     return _replicated(config, given, 1, "the dense recipe itself") | {
         "pruning.sparsity": Derived(0.0, "nothing is pruned"),
-        "distillation.hardness": Derived(1.0 if config.teacher.path else 0.0, "1 where there is a teacher"),
+        "distillation.hardness": Derived(float(taught), "the teacher alone" if taught else "there is no teacher"),
         "distillation.temperature": Derived(5.5, "as gmp"),
     }
 

@@ -63,8 +63,11 @@ count_gpus() {
 
 activate() {
     if [ "${#CONTAINER[@]}" -eq 0 ]; then
-        [ -x "$VENV/bin/python" ] || die "$VENV is missing; make it with: launch/quickstart.sh"
-        export PATH=$VENV/bin:$PATH
+        if [ -x "$VENV/bin/python" ]; then
+            export PATH=$VENV/bin:$PATH
+        elif [ "$VENV" != "$REPOSITORY/.venv" ] || ! command -v distprune >/dev/null; then # else one is active already
+            die "$VENV is missing; make it with: launch/quickstart.sh, or activate an environment that distprune is installed in"
+        fi
     fi
     # DeepSpeed asks for an accelerator by name where it finds none, and says so at length.
     if [ "$(count_gpus)" -eq 0 ]; then

@@ -70,6 +70,16 @@ class Damaged(Exception):
     """A checkpoint that is not what was written; the message names the file."""
 
 
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, to be read by whom the folder lets in; the library's own files are their owner's.
+
+    Raises:
+        OSError, SafetensorError: where they cannot be written.
+    """
+    save_file(dict(tensors), path, metadata)
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
     """Write tensors, wait until the disk has them, and check them by reading them back.
 
@@ -77,7 +87,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
         OSError: where they cannot be written, or are read back as something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), path)
+    save(tensors, path)
     entry = entry_of(path)
     with safe_open(path, framework="pt") as reader:
         for name, tensor in tensors.items():

@@ -83,6 +83,23 @@ def lock(run_dir: Path) -> None:
     _locks[run_dir] = descriptor
 
 
+def holder_of(run_dir: Path) -> str | None:
+    """Return which process is in a run's directory, where one is."""
+    try:
+        descriptor = os.open(run_dir / LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.read(descriptor, 200).decode(errors="replace").strip()
+    except OSError:
+        return None  # a file system without locks
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def unlock(run_dir: Path) -> None:
     """Let others into a directory."""
     descriptor = _locks.pop(run_dir, None)

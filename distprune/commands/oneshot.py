@@ -15,12 +15,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from distprune import dist, settings
-from distprune.checkpoints.files import is_checkpoint
+from distprune.checkpoints.files import is_checkpoint, save
 from distprune.checks.sections import PRUNING
 from distprune.config import Config, PruningConfig
 from distprune.errors import UserError
@@ -192,12 +191,14 @@ def _write(files: Files, slices: list[Slice], choice: Choice, target: Path) -> i
                 mask = by_name[name].mask.clone(memory_format=torch.contiguous_format)
                 values = tensor.float().flatten().clone()
                 if choice.mark(replace(by_name[name], mask=mask, weights=partial(_same, values))):
-                    raise UserError(f"{name} in {files.checkpoint.directory} holds NaN, which has no place in an order")
+                    raise UserError(
+                        f"{name} in {files.checkpoint.directory} has scores that are NaN, and no place in an order"
+                    )
                 tensor = tensor.masked_fill((mask == PRUNED).view_as(tensor), 0.0)
                 masked += count_pruned(mask)
             tensors[name] = tensor
         try:
-            save_file(tensors, target / file.name, {"format": "pt"})
+            save(tensors, target / file.name, {"format": "pt"})
         except (OSError, SafetensorError) as error:
             raise UserError(f"{target / file.name} cannot be written: {error}") from error
     return masked

@@ -21,6 +21,8 @@ from distprune.training.plan import Plan, make_plan
 from distprune.training.setup import load_task, local_model
 
 ROWS = 40
+_NEAR_ZERO = 0.15
+"""A sparsity below which no label finds room."""
 LR_COLOR, SPARSITY_COLOR, MUTED = "#1f5fa8", "#c2410c", "#6b7280"
 
 
@@ -46,7 +48,10 @@ def run(config_path: str, overrides: list[str], examples: int | None, png: str) 
         console.print(recipe_table(config, values))
     console.print(table(plan))
     draw(plan, png, Path(config_path).stem)
-    console.print(f"{plan.steps_per_epoch} steps per epoch, {plan.total_steps} steps; {png}", soft_wrap=True)
+    left = examples % config.train.batch_size
+    without = f" ({left} of {examples} examples, which fill no batch, are left out of each)" if left else ""
+    said = f"{plan.steps_per_epoch} steps per epoch{without}, {plan.total_steps} steps; {png}"
+    console.print(said, soft_wrap=True)
 
 
 def recipe_table(config: Config, values: recipes.Values) -> Table:
@@ -133,14 +138,13 @@ def _draw_lr(axis: Axes, plan: Plan) -> None:
     points = sorted([(step, plan.lr.at(step)) for step in starts] + ends)
     epochs = [step / plan.steps_per_epoch for step, _ in points]
     axis.plot(epochs, [rate for _, rate in points], color=LR_COLOR, linewidth=1.8)
-    rewinds = [step / plan.steps_per_epoch for step in plan.lr.rewinds]
-    peaks = [plan.lr.peak] * len(rewinds)
-    axis.plot(rewinds, peaks, "^", color=LR_COLOR, markersize=7, clip_on=False, label=f"rewinds: {len(rewinds)}")
     axis.set_ylabel("learning rate")
     axis.set_ylim(0, plan.lr.peak * 1.08)
     axis.yaxis.set_major_formatter(ScalarFormatter(useMathText=True))
     axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    if rewinds:
+    if rewinds := [step / plan.steps_per_epoch for step in plan.lr.rewinds]:
+        peaks = [plan.lr.peak] * len(rewinds)
+        axis.plot(rewinds, peaks, "^", color=LR_COLOR, markersize=7, clip_on=False, label=f"rewinds: {len(rewinds)}")
         _legend(axis)
 
 
@@ -158,7 +162,8 @@ def _draw_sparsity(axis: Axes, plan: Plan) -> None:
         markersize=3.5,
         label=f"prunings: {len(prunings)}",
     )
-    for place, offset, side in ((1, (6, -13), "left"), (-2, (-6, 6), "right")):
+    first = ((6, -13), "left") if values[1] > _NEAR_ZERO else ((-6, 6), "right")
+    for place, (offset, side) in ((1, first), (-2, ((-6, 6), "right"))):
         at = (epochs[place], values[place])
         axis.annotate(f"{100 * values[place]:g}%", at, offset, textcoords="offset points", ha=side)
     _name_phases(axis, epochs)

@@ -48,6 +48,10 @@ def run(sweep_path: str, overrides: list[str], only: list[str], dry_run: bool, o
         return
     for each in missing:
         check_files(each, opened.configs[each.name])
+        if holder := run_directory.holder_of(opened.output / each.name):
+            raise UserError(
+                f"{each.name} is still under way in {holder}, without its sweep; allowed: once that has ended"
+            )
     outcome = _run(missing, opened)
     if any(each.name in rows for each in runs):
         _report(opened)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distprune import dist
+from distprune.checkpoints.files import save
 from distprune.shards import FullParameters, full_shape, stored_buffers
 
 _FILE_SIZE = "4GB"
@@ -92,7 +92,7 @@ def count_zeros(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 def _save(tensors: dict[str, Tensor | None], file: Path) -> None:
-    save_file({name: _present(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
+    save({name: _present(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
 
 
 def _present(tensor: Tensor | None) -> Tensor:

@@ -113,6 +113,10 @@ class ModelFiles:
         """Return the files that there must be: those of the index, or the only one."""
         single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
         if not index.exists() and not single.exists():
+            if any(self.directory.glob("packed-model*")):
+                raise UserError(
+                    f"{self.directory} holds a packed model; allowed: the directory that distprune export makes of it"
+                )
             raise UserError(
                 f"{self.directory} holds no model.safetensors (nor its index); save the model with "
                 "transformers' save_pretrained, which writes that format"

@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import StateDictSplit
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distprune import dist
 from distprune.checkpoints import files
-from distprune.checkpoints.files import Damaged, Manifest
+from distprune.checkpoints.files import Damaged, Manifest, save
 from distprune.checkpoints.pieces import Pieces
 from distprune.errors import UserError
 from distprune.models.export import plan_files, write_index
@@ -88,7 +87,7 @@ def _write_files(pieces: Pieces, plan: StateDictSplit, partial: Path, packed: bo
             if packed:
                 save_packed(tensors, partial / f"{PREFIX}{file}")
             else:
-                save_file(tensors, partial / file, {"format": "pt"})
+                save(tensors, partial / file, {"format": "pt"})
         except (OSError, SafetensorError) as error:
             raise UserError(f"{partial / file} cannot be written: {error}") from error
 

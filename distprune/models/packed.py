@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from distprune.checkpoints.files import save
 from distprune.errors import UserError
 
 PREFIX = "packed-"
@@ -108,7 +108,7 @@ def save_packed(tensors: dict[str, Tensor], target: Path) -> None:
             shapes[name] = list(tensor.shape)
         else:
             parts[name] = tensor
-    save_file(parts, target, {"format": _FORMAT, "shapes": json.dumps(shapes)})
+    save(parts, target, {"format": _FORMAT, "shapes": json.dumps(shapes)})
 
 
 def _unpacked(source: Path, target: Path) -> None:
@@ -122,4 +122,4 @@ def _unpacked(source: Path, target: Path) -> None:
             tensors[name] = unpack(reader.get_tensor(f"{name}.mask"), reader.get_tensor(f"{name}.values"), shape)
         parts = {f"{name}.{part}" for name in shapes for part in ("mask", "values")}
         tensors |= {name: reader.get_tensor(name) for name in set(reader.keys()) - parts}
-    save_file(tensors, target, {"format": "pt"})
+    save(tensors, target, {"format": "pt"})

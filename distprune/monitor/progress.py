@@ -128,7 +128,12 @@ def evaluation(record: Mapping[str, object]) -> str:
 def line(values: Mapping[str, object]) -> str:
     """Return the numbers among the values in one line, each with its name; per-layer values are left out."""
     return "  ".join(
-        FORMATS.get(name, lambda value, name=name: f"{name} {value:.4f}")(value)
+        FORMATS.get(name, lambda value, name=name: f"{name} {_rounded(value)}")(value)
         for name, value in values.items()
         if name not in HIDDEN and "/" not in name and isinstance(value, int | float)
     )
+
+
+def _rounded(value: float) -> str:
+    """Return four decimals, or as many digits of what would be nothing by these."""
+    return f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:.4f}"

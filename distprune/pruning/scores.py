@@ -70,7 +70,21 @@ class Score(ABC):
 
     def keys(self, part: Part) -> Tensor:
         """Return integers of the scores' order, int32 or int64 of shape [n], at least 0."""
-        return float_keys(self.scores(part))
+        return float_keys(self._fp32(part))
+
+    def _fp32(self, part: Part) -> Tensor:
+        """Return the scores.
+
+        Raises:
+            TypeError: a class of another package gives others than it should; silently, they would prune others.
+        """
+        scores = self.scores(part)
+        if scores.dtype != torch.float32 or scores.shape != part.weights.shape:
+            raise TypeError(
+                f"{type(self).__name__}.scores gave {scores.dtype} of shape {list(scores.shape)} for {part.name}; "
+                f"allowed: torch.float32 of shape {list(part.weights.shape)}"
+            )
+        return scores
 
     def value(self, key: int) -> float:
         """Return the score that has this key."""
@@ -84,7 +98,7 @@ class PositiveScore(Score):
     highest = HIGHEST_MAGNITUDE
 
     def keys(self, part: Part) -> Tensor:  # noqa: D102 - as in the base class
-        return magnitude_keys(self.scores(part))
+        return magnitude_keys(self._fp32(part))
 
     def value(self, key: int) -> float:  # noqa: D102
         return key_magnitude(key)

@@ -43,6 +43,11 @@ def find_targets(
     chosen = _matching(include, list(parameters), "pruning.include") if include else matrices_of(model, components)
     if structure in ("heads", "neurons") and not include:
         chosen = set(members(sorted(chosen), structure))
+        if not chosen:
+            raise UserError(
+                f"pruning.structure is {structure}, and none are known in a {type(model).__name__}; allowed: "
+                "unstructured, N:M or blocks, or an encoder as BERT, RoBERTa, ELECTRA, DistilBERT, MPNet"
+            )
     left_out = _matching(exclude, list(parameters), "pruning.exclude") if exclude else set()
     names = [name for name in parameters if name in chosen and name not in left_out]
     if not names:

@@ -99,6 +99,7 @@ def write(path: Path, text: str) -> None:
         UserError: it cannot be written.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be written: {error}") from error

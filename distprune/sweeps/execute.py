@@ -117,7 +117,8 @@ def carry_out(
                     say(f"{job.run.name} has stopped with status {job.status}, and can go on")
                 else:
                     outcome.failed[job.run.name] = job.log
-                    say(f"{job.run.name} failed with status {job.status}: {job.log}")
+                    how = "failed with status" if job.status > 0 else "was killed by signal"
+                    say(f"{job.run.name} {how} {abs(job.status)}: {job.log}")
             if outcome.stopped:
                 waiting = []
                 for job in jobs:
@@ -128,7 +129,7 @@ def carry_out(
             free = [place for place in range(at_once) if place not in {job.place for job in jobs}]
             for run, place in zip(ready, free, strict=False):
                 waiting.remove(run)
-                say(f"{run.name} begins")
+                say(f"{run.name} {'goes on' if (output / run.name).exists() else 'begins'}")
                 jobs.append(_begin(run, output, ranks, at_once, place))
             if jobs:
                 time.sleep(_POLL)

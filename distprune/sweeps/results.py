@@ -81,9 +81,13 @@ def check_rows(rows: dict[str, Row], settings: Mapping[str, Settings], path: Pat
 
 
 def _difference(before: Settings, now: Settings) -> str | None:
-    """Return in words the first key that has another value; null stands for the default."""
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return f"{keys[0]} {json.dumps(before.get(keys[0]))} -> {json.dumps(now.get(keys[0]))}" if keys else None
+    """Return in words the first key that has another value: one that was given, before those that a recipe derives."""
+    derived = now.get("recipe.derived", [])
+    differing = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+    for key in sorted(differing, key=lambda key: (key in derived, key)):
+        old, new = (json.dumps(each[key]) if key in each else "the default" for each in (before, now))
+        return f"{key} {old} -> {new}"
+    return None
 
 
 def check_directories(runs: Iterable[Run], settings: Mapping[str, Settings], output: Path) -> None:

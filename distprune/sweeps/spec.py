@@ -121,7 +121,9 @@ def read_sweep(path: Path) -> Sweep:
     except FileNotFoundError as error:
         raise UserError(f"the sweep {path} does not exist") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no sweep: {' '.join(str(error).split())}") from error
+        key = getattr(error, "full_key", None)  # OmegaConf's own further lines are of its types
+        what = f"{key}: {str(error).splitlines()[0]}" if key else " ".join(str(error).split())
+        raise UserError(f"{path} is no sweep: {what}") from error
     assert isinstance(sweep, Sweep)
     for key, value in (("ranks", sweep.ranks), ("at_once", sweep.at_once)):
         if value < 1:

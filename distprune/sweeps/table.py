@@ -14,15 +14,17 @@ from distprune.sweeps.means import Difference, Mean
 def markdown(means: Sequence[Mean], baseline: str | None) -> str:
     """Return the table of the means for a reader."""
     names = ", ".join(sorted({each.metric_name for each in means})) or "metric"
-    titles = ["method", "at", names, f"worse than {baseline or 'a baseline'}", "pairs", "seeds", "diverged", "steps"]
+    below = [f"worse than {baseline}", "pairs"] if baseline else []
+    titles = ["method", "at", names, *below, "seeds", "diverged", "steps"]
     titles += ["with those before", "sparsity", "of the model", "examples/s"]
     lines = []
     for each in means:
-        counts = [str(number) for number in (each.pairs, each.seeds, each.diverged, each.steps, each.total_steps)]
+        counts = [str(number) for number in (each.seeds, each.diverged, each.steps, each.total_steps)]
         sparsities = [f"{each.sparsity:.2%}", f"{each.model_sparsity:.2%}"]
         speed = "" if each.examples_per_s is None else f"{each.examples_per_s:.1f}"
-        values = [_with_spread(each.metric, each.deviation), _with_spread(each.below, each.interval)]
-        lines.append([each.method, _words(each.point), *values, *counts, *sparsities, speed])
+        compared = [_with_spread(each.below, each.interval), str(each.pairs)] if baseline else []
+        metric = _with_spread(each.metric, each.deviation)
+        lines.append([each.method, _words(each.point), metric, *compared, *counts, *sparsities, speed])
     return _rows(titles, lines)
 
 
@@ -88,6 +90,8 @@ def draw(means: Sequence[Mean], baseline: str | None, title: str) -> Figure:
             axes.plot(sparsities, metrics, color=colour, marker=marker, label=method)
             low, high = ([m + sign * s for m, s in zip(metrics, spreads, strict=True)] for sign in (-1, 1))
             axes.fill_between(sparsities, low, high, color=colour, alpha=0.15, linewidth=0)
+            if len(line) == 1:  # where a band has no width
+                axes.vlines(sparsities, low, high, color=colour)
         diverged = [each.sparsity for each in points if each.metric is None]
         if diverged:
             bottom = axes.get_xaxis_transform()

@@ -29,6 +29,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
     ".csv": Dataset.from_csv,
     ".tsv": partial(Dataset.from_csv, sep="\t", quoting=csv.QUOTE_NONE),
     ".parquet": Dataset.from_parquet,
+    ".txt": Dataset.from_text,  # a row a line, in the column "text"
 }
 
 UNREADABLE = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError, StopIteration)
@@ -340,7 +341,7 @@ def _check(split: Split, columns: Sequence[str], task: TaskConfig, notes: list[s
         raise UserError(f"{split.origin} has no rows; at least one is needed")
     for column in columns:
         if column not in split.rows.column_names:
-            raise unknown(f"column of {split.origin}", column, split.rows.column_names)
+            raise unknown(f"column of {split.origin}", column, split.rows.column_names[:-1])  # without _row
     wrong = {
         f"have no value in column {column!r}": np.flatnonzero(split.rows.data.column(column).is_null()).tolist()
         for column in columns

@@ -9,6 +9,7 @@ import pytest
 
 from distprune import dist
 from distprune.commands import doctor
+from distprune.config import Config
 from tests.distributed.test_launch import BIN, start
 from tests.world import Worlds
 
@@ -40,6 +41,7 @@ def test_doctor_says_a_line_for_each_check(launch: list[Any], tmp_path: Path) ->
     assert not bad
     ranks = 2 if launch is TORCHRUN else 1
     assert f"devices: {ranks} ranks on 1 nodes (" in done.stdout
+    assert ("network: there is one rank alone" in done.stdout) == (ranks == 1)
     assert done.returncode == (2 if "FAIL" in done.stdout else 0)
     assert not list((tmp_path / "runs").iterdir()), "nothing is left over"
 
@@ -75,3 +77,15 @@ def test_a_disk_that_is_not_shared_and_another_version_are_seen(world: Worlds, t
     assert first.good
     assert not second.good
     assert "torch torch-1 and not torch-0" in second.text
+
+
+@pytest.mark.parametrize(("hub", "path", "needed"), [(None, ".", False), ("glue", ".", True), (None, "a/model", True)])
+def test_a_job_of_local_files_needs_no_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: str | None, path: str, needed: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(doctor, "_reaches", lambda host: False)
+    config = Config()
+    config.model.path, config.teacher.path, config.task.hub = path, str(tmp_path), hub
+    assert doctor._hub(config).good == (not needed)

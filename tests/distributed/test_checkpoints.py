@@ -141,7 +141,7 @@ def test_a_run_without_a_checkpoint_begins_again_and_says_so(world: Worlds, task
 
 
 class FullDisk:
-    """Stands in for `save_file`: rank 1's disk is full while the checkpoint of a step is written."""
+    """Stands in for `save`: rank 1's disk is full while the checkpoint of a step is written."""
 
     def __init__(self, step: int):
         self.step = step
@@ -155,7 +155,7 @@ class FullDisk:
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(world: Worlds, task: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    target = "distprune.checkpoints.files.save_file"
+    target = "distprune.checkpoints.files.save"
     (summary, said), _ = world(2).run(heard, run_patched, target, FullDisk(16), task, output, "checkpoint.keep=9")
     assert summary["steps"] == 24
     assert "No space left on device; the run goes on without this checkpoint" in said

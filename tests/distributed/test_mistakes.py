@@ -191,7 +191,7 @@ def test_of_two_runs_with_one_directory_the_second_is_refused(world: Worlds, tas
 
 
 class FullDisk:
-    """Stands in for `save_file`: the disk is full from a call on."""
+    """Stands in for `save`: the disk is full from a call on."""
 
     def __init__(self, good: int):
         self.good = good
@@ -204,7 +204,7 @@ class FullDisk:
 
 
 def test_a_model_that_cannot_be_written_stops_every_rank(world: Worlds, task: Path, tmp_path: Path) -> None:
-    said = world(2).run(run_patched, "distprune.models.export.save_file", FullDisk(0), task, tmp_path / "run")
+    said = world(2).run(run_patched, "distprune.models.export.save", FullDisk(0), task, tmp_path / "run")
     assert len(set(said)) == 1
     assert "model.safetensors cannot be written: [Errno 28] No space left on device" in said[0]
 
@@ -221,7 +221,7 @@ class Rising:
 
 def run_until_full(task: Path, output: Path, *options: str) -> str:
     with patch("distprune.training.train.evaluate", Rising()):
-        return str(run_patched("distprune.models.export.save_file", FullDisk(1), task, output, *options))
+        return str(run_patched("distprune.models.export.save", FullDisk(1), task, output, *options))
 
 
 def test_the_best_state_stays_until_the_next_one_is_complete(world: Worlds, task: Path, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@ import gc
 import json
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
@@ -234,11 +236,22 @@ def test_schedule_counts_the_data_prints_a_table_and_draws(workplace, capsys) ->
         ["5.00", "35", "5.00e-04", "90.00%", ""],
         ["6.00", "42", "0.00e+00", "90.00%", "end"],
     ]
-    assert "7 steps per epoch, 42 steps; schedule.png" in out
+    said = "7 steps per epoch (2 of 30 examples, which fill no batch, are left out of each), 42 steps; schedule.png"
+    assert said in out
     assert sorted(path.name for path in workplace.iterdir()) == ["run.yaml", "schedule.png", "train.jsonl"]
     picture = imread("schedule.png")
     assert picture.shape[0] > 500
     assert picture.std() > 0.05
+
+
+def test_a_schedule_from_0_without_rewinds_fills_its_picture(workplace) -> None:
+    plain = ["lr.rewind_every=null", "pruning.initial=0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["schedule", "run.yaml", *plain]) == 0
+    rows = (imread("schedule.png")[..., :3] < 0.99).any(axis=(1, 2))
+    gaps = np.diff(np.flatnonzero(rows))
+    assert gaps.max() < len(rows) / 5, "no part of it is empty"
 
 
 def test_schedule_and_config_say_what_a_recipe_has_set_and_why(workplace, capsys) -> None:

@@ -11,7 +11,9 @@ import pytest
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import AutoTokenizer
 
+from distprune.config import TaskConfig
 from distprune.errors import UserError
+from distprune.tasks.data import load_splits
 from tests.unit.task_files import CLS, SEP, TRAIN, UNK, WORDS, ids, labelled, make_tokenizer, write
 
 # ------------------------------------------------------------------------------------------- reading
@@ -25,6 +27,12 @@ def test_every_kind_of_file_gives_the_same_tokens(build, suffix):
     assert task.train["label"][:] == [row["label"] for row in TRAIN]
     assert task.train["length"][:] == [len(row["sentence"].split()) + 2 for row in TRAIN]
     assert task.validation["input_ids"][1] == [CLS, WORDS.index("c"), UNK, SEP]
+
+
+def test_a_text_file_is_a_row_a_line(tmp_path):
+    (tmp_path / "lines.txt").write_text('NA\n\n"a" b\n')
+    task = TaskConfig(train=str(tmp_path / "lines.txt"), validation=str(tmp_path / "lines.txt"))
+    assert load_splits(task, ["text"], tmp_path, []).train.rows["text"][:] == ["NA", "", '"a" b']
 
 
 def test_words_that_look_like_missing_values_are_text(build):
@@ -69,7 +77,7 @@ def test_files_that_cannot_be_used(build, tmp_path):
     pd.DataFrame({"sentence": ["a"], "label": [0]})[:0].to_parquet(tmp_path / "none.parquet")
     for options, message in [
         ({"train": "trian.jsonl"}, "file trian.jsonl does not exist"),
-        ({"train": "train.txt"}, r"train.txt has an unknown suffix; allowed: \.jsonl, .*task\.hub"),
+        ({"train": "train.doc"}, r"train.doc has an unknown suffix; allowed: \.jsonl, .*task\.hub"),
         ({"train": "train"}, "unknown suffix"),
         ({"train": "empty.jsonl"}, "empty.jsonl cannot be read, or is empty"),
         ({"train": "header.csv"}, "header.csv cannot be read, or is empty"),

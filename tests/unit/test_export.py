@@ -1,10 +1,13 @@
-"""Counting what was written; the export itself needs engines and is tested in tests/distributed."""
+"""Files of tensors and what is counted in them; the export itself needs engines and is tested in tests/distributed."""
 
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from distprune.checkpoints.files import save
 from distprune.models.export import count_zeros
 
 
@@ -30,3 +33,13 @@ def test_all_files_of_the_model_are_counted_and_no_other(tmp_path: Path) -> None
 
 def test_a_directory_without_weights_has_none(tmp_path: Path) -> None:
     assert count_zeros(tmp_path) == {}
+
+
+@pytest.mark.parametrize("allowed", [0o755, 0o770, 0o700])
+def test_tensors_are_readable_by_whom_their_folder_lets_in(tmp_path: Path, allowed: int) -> None:
+    tmp_path.chmod(allowed)
+    save({"w": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == allowed & 0o666
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as reader:
+        assert reader.metadata() == {"format": "pt"}
+        assert reader.get_tensor("w").tolist() == [1, 1]

@@ -95,7 +95,7 @@ def test_one_weight_that_goes_is_made_up_for_as_brute_force_does_it() -> None:
     for each in gradients:
         answer([score.learn(slices, [each["a"]])])
     answer([score.prepare(slices, SIZES)])
-    saliency = torch.cat([score.scores(part) for part in slices[0].held(size=4)])
+    saliency = torch.cat([score.scores(part) for part in slices[0].parts(0, 23, 4)])
     gone = int(saliency.argmin())
     slices[0].mask[gone] = PRUNED
     answer([score.compensate(slices, [before])])

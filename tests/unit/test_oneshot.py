@@ -74,7 +74,7 @@ def test_a_copy_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     source, out = write_model(tmp_path / "dense"), tmp_path / "out"
-    monkeypatch.setattr(oneshot, "save_file", full)
+    monkeypatch.setattr(oneshot, "save", full)
     with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
         oneshot.run(str(source), str(out), 0.5, [], [])
     assert not out.exists()

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from distprune.commands import export, oneshot
 from distprune.errors import UserError
+from distprune.models.files import ModelFiles
 from distprune.models.packed import pack, unpack
 from tests.distributed.engines import write_model
 
@@ -74,6 +75,12 @@ def test_a_matrix_takes_a_bit_a_weight_and_its_values(tmp_path: Path) -> None:
         "weight.values": 4 * 800,
         "dense": 40,
     }
+
+
+def test_a_packed_directory_is_no_models(tmp_path: Path) -> None:
+    (tmp_path / "packed-model.safetensors").touch()
+    with pytest.raises(UserError, match="holds a packed model; allowed: the directory that distprune export makes"):
+        ModelFiles(tmp_path)
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:

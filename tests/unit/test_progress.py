@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from distprune.monitor.progress import Bar, Lines, for_stdout
+from distprune.monitor.progress import Bar, Lines, for_stdout, line
 
 TRAIN = {"step": 1, "epoch": 0.5, "split": "train", "loss": 0.25, "lr": 1e-4, "sparsity": 0.5}
 VALIDATION = {"step": 2, "epoch": 1.0, "split": "validation", "accuracy": 0.75, "sparsity": 0.5}
@@ -39,6 +39,13 @@ def test_time_left_counts_from_the_step_where_this_process_began(
     first, second = capsys.readouterr().out.splitlines()
     assert "left" not in first
     assert second == "step 600/1000 (60%)  loss 1.0000  left 0:00:40"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.25, "loss 0.2500"), (3e-6, "loss 3.0e-06"), (0.0, "loss 0.0000"), (1489.0, "loss 1489.0000")]
+)
+def test_a_small_loss_is_not_shown_as_none(value: float, said: str) -> None:
+    assert line({"loss": value}) == said
 
 
 def test_values_that_are_not_given_again_stay(capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,11 +143,12 @@ def test_a_browser_shows_it(html: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(runs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     for given, html_name, sentence in (
         ([str(tmp_path)], "report.html", "is no run's directory, which has a config.yaml"),
         ([runs[0], runs[0]], "report.html", "allowed: each once"),
         (runs, "report.pdf", "allowed: a name that ends in .html"),
-        (runs, "missing/report.html", "cannot be written"),
+        (runs, "file/report.html", "cannot be written"),
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):
             report.run(given, str(tmp_path / html_name))

@@ -3,6 +3,7 @@
 import math
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 from distprune.errors import UserError
 from distprune.pruning.keys import HIGHEST_FLOAT, HIGHEST_MAGNITUDE
 from distprune.pruning.masks import KEPT, MAGNITUDE
-from distprune.pruning.scores import SCORES, Movement, NormalizedMagnitude, OptimalBrainSurgeon, Score, build_score
+from distprune.pruning.scores import (
+    SCORES,
+    Movement,
+    NormalizedMagnitude,
+    OptimalBrainSurgeon,
+    PositiveScore,
+    Score,
+    build_score,
+)
 from distprune.pruning.slices import Part
 from tests.unit.simulated import answer
 from tests.unit.structures.harness import LAYOUTS, SPLITS, Parameters, Shapes, dense, drawn, slices_of
@@ -247,3 +256,17 @@ def test_a_score_of_another_package_is_built_by_its_path() -> None:
 def test_what_is_no_score_is_refused(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_score(name, 0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "given"),
+    [
+        (lambda part: part.weights.double(), r"torch.float64 of shape \[3\]"),
+        (lambda part: part.weights[:2], r"torch.float32 of shape \[2\]"),
+    ],
+)
+@pytest.mark.parametrize("base", [Score, PositiveScore])
+def test_a_score_of_another_kind_of_numbers_is_named(scores: Any, given: str, base: Any) -> None:
+    kind = type("Mine", (base,), {"scores": lambda self, part: scores(part)})
+    with pytest.raises(TypeError, match=rf"Mine.scores gave {given} for .*; allowed: torch.float32 of shape \[3\]"):
+        kind().keys(part_of(torch.ones(3)))

@@ -123,6 +123,16 @@ def test_gpus_by_names_that_deepspeed_does_not_know_are_refused(tmp_path: Path) 
     assert "CUDA_VISIBLE_DEVICES is GPU-8a56,GPU-77c1; allowed: numbers" in done.stderr
 
 
+def test_an_environment_that_is_active_does(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "launch", tmp_path / "launch")
+    script = f"source {tmp_path}/launch/common.sh; activate; echo done"
+    without = bash(script, path="/usr/bin:/bin")
+    assert (without.returncode, without.stdout) == (2, "")
+    (tmp_path / "distprune").write_text("#!/bin/sh\n")
+    (tmp_path / "distprune").chmod(0o755)
+    assert bash(script, path=f"{tmp_path}:/usr/bin:/bin").stdout == "done\n"
+
+
 def test_an_environment_that_is_not_there_is_named(tmp_path: Path) -> None:
     done = bash("launch/local.sh run.yaml", VENV=str(tmp_path / "none"))
     assert done.returncode == 2

@@ -1,15 +1,18 @@
 """A sweep's file, its results and its means, without a run."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import pytest
+from matplotlib.collections import LineCollection
 from scipy.stats import ttest_rel
 
 from distprune import settings
+from distprune.checkpoints import run_directory
 from distprune.commands.sweep import run as sweep
 from distprune.errors import UserError
 from distprune.sweeps import results
@@ -264,6 +267,9 @@ def test_the_table_is_markdown_csv_and_a_plot(rows: dict[str, Row]) -> None:
     (axes,) = draw(means, "dense", "sweep").axes
     drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
     assert drawn["after"] == ([means[1].sparsity], [means[1].metric])
+    (spread,) = [each for each in axes.collections if isinstance(each, LineCollection)]
+    low, high = spread.get_segments()[0][:, 1]
+    assert (low + high, high - low) == pytest.approx((2 * means[1].metric, 2 * means[1].deviation)), "one point's band"
     assert drawn["dense 0.917"][1] == [pytest.approx(mean(DENSE.values()))] * 2
 
 
@@ -287,7 +293,7 @@ def test_a_table_is_made_of_what_there_is(file: Path, capsys: pytest.CaptureFixt
     output = file.parent / "runs"
     results.append(output / "results.jsonl", row(runs(file)[0], 0.75, output))
     sweep(str(file), [], [], dry_run=False, only_table=True)
-    with pytest.raises(UserError, match=r"train.batch_size null -> 8; allowed"):
+    with pytest.raises(UserError, match=r"train.batch_size the default -> 8; allowed"):
         sweep(str(file), ["train.batch_size=8"], [], dry_run=False, only_table=True)
     assert "| dense |  | 0.7500 |" in capsys.readouterr().out
     assert (output / "results.md").exists()
@@ -322,3 +328,35 @@ def test_a_sweep_starts_its_ranks_itself(file: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="was started as 2 ranks; allowed: one, which starts them"):
         sweep(str(file), [], [], dry_run=False, only_table=False)
+
+
+def test_the_key_that_was_given_is_named_before_those_that_follow_from_it() -> None:
+    before = {"lr.peak": 1e-4, "recipe.derived": ["lr.final"]}
+    now = {"lr.peak": 2e-4, "lr.final": 2e-6, "recipe.derived": ["lr.final"]}
+    assert results._difference(before, now) == "lr.peak 0.0001 -> 0.0002"
+    assert results._difference({}, {"train.epochs": 2}) == "train.epochs the default -> 2"
+    assert results._difference(now, now) is None
+
+
+def test_a_run_that_goes_on_without_its_sweep_is_waited_for(file: Path) -> None:
+    first = next(each for each in runs(file) if each.method == "dense")
+    folder = file.parent / "runs" / first.name
+    folder.mkdir(parents=True)
+    run_directory.lock(folder)
+    with pytest.raises(UserError, match=f"{first.name} is still under way in process {os.getpid()} on"):
+        sweep(str(file), [], [], dry_run=False, only_table=False)
+    run_directory.unlock(folder)
+    assert run_directory.holder_of(folder) is None
+
+
+def test_a_table_without_a_baseline_compares_with_none(rows: dict[str, Row]) -> None:
+    title, _, first, *_ = markdown(means_of(rows, None, chance=0.5), None).splitlines()
+    assert title.startswith("| method | at | accuracy | seeds | diverged | steps |")
+    assert title.count("|") == first.count("|")
+
+
+def test_a_value_of_the_wrong_kind_is_named_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("methods: {a: {grid: {pruning.sparsity: 0.8}}}\n")
+    with pytest.raises(UserError, match=r"no sweep: methods.a.grid.pruning.sparsity: Value 0.8 \(float\)") as caught:
+        read_sweep(tmp_path / "sweep.yaml")
+    assert "full_key" not in str(caught.value)

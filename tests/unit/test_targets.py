@@ -132,6 +132,14 @@ def test_a_regex_that_cannot_be_meant_is_refused(bert: nn.Module, key: str, patt
     assert f"pruning.{key}: {pattern!r}" in str(caught.value)
 
 
+@pytest.mark.parametrize("structure", ["heads", "neurons"])
+def test_heads_that_are_not_known_in_an_architecture_are_refused(structure: str) -> None:
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9))
+    with pytest.raises(UserError, match=f"pruning.structure is {structure}, and none are known in a GPT2LMHeadModel"):
+        find_targets(model, [], [], structure)
+
+
 def test_nothing_left_is_refused(bert: nn.Module) -> None:
     with pytest.raises(UserError, match=r"no weight is left to prune with pruning.include=\['query'\]"):
         find_targets(bert, ["query"], ["bert"])
