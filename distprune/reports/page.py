@@ -47,7 +47,7 @@ def page(runs: Sequence[RunRecord], curves: Figure) -> str:
     return environment.get_template("page.html.jinja").render(
         title=" and ".join(run.name for run in runs),
         names=[run.name for run in runs],
-        results=[(title, [_result(run, key) for run in runs]) for title, key in _RESULTS.items()],
+        results=[(title, [_result(run, key) for run in runs]) for title, key in _RESULTS.items()] + _further(runs),
         curves=_embedded(curves),
         layers=[(run.name, *_picture(_layers, run)) for run in runs],
         weights=[(run.name, *_picture(figures.weights, run)) for run in runs],
@@ -62,6 +62,14 @@ def _result(run: RunRecord, key: str) -> str:
     if not run.summary:
         return "under way"
     return "dense" if key == "method" and not run.summary["masked_weights"] else _shown(run.summary[key])
+
+
+def _further(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Return the metrics beside the main one, as rows of the results."""
+    ends = [run.summary.get("final_metrics", {}) for run in runs]
+    main = {run.summary.get("metric_name") for run in runs}
+    names = dict.fromkeys(name for end in ends for name in end if name not in main)
+    return [(f"{name} at the end", [_shown(end.get(name)) for end in ends]) for name in names]
 
 
 def _layers(run: RunRecord) -> Figure:

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 from base64 import b64decode
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from transformers import BertConfig
 from distprune.commands import report
 from distprune.config import Config
 from distprune.errors import UserError
+from distprune.reports.figures import curves
+from distprune.reports.page import _further, page
 from distprune.reports.runs import differences, read_runs, times
 
 MATRIX = "bert.encoder.layer.0.output.dense.weight"
@@ -140,6 +142,14 @@ def test_a_browser_shows_it(html: Path, tmp_path: Path) -> None:
     assert [len(images) for _, images in seen.values()] == [0, 1, 3, 2, 0, 0, 0]
     assert "by <magnitude>" in seen["results"][0]
     assert re.search(r"lr\.peak\s+0\.0001\s+0\.0002\s+0\.0001", seen["configuration"][0])
+
+
+def test_further_metrics_are_rows_of_the_results(runs: list[str]) -> None:
+    first, *others = read_runs(runs)
+    more = first.summary | {"metric_name": "accuracy", "final_metrics": {"accuracy": 0.5, "f1": 0.25}}
+    every = [replace(first, summary=more), *others]
+    assert _further(every) == [("f1 at the end", ["0.2500", *["-"] * len(others)])]
+    assert ">f1 at the end<" in page(every, curves(every))
 
 
 def test_what_is_no_run_is_refused(runs: list[str], tmp_path: Path) -> None:
