@@ -87,7 +87,7 @@ def holder_of(run_dir: Path) -> str | None:
     """Return which process is in a run's directory, where one is."""
     try:
         descriptor = os.open(run_dir / LOCK, os.O_RDWR)
-    except FileNotFoundError:
+    except OSError:  # none is there, or it is another user's
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

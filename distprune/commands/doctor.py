@@ -172,8 +172,8 @@ def _compiler() -> Finding:
 
 
 def _hub(config: Config) -> Finding:
-    models = [path for path in (config.model.path, config.teacher.path, config.model.tokenizer) if path]
-    if config.task.hub is None and all(Path(path).expanduser().is_dir() for path in models):
+    models = (config.model.path, config.model.tokenizer, config.teacher.path, config.pruning.weights_of)
+    if config.task.hub is None and all(Path(path).expanduser().is_dir() for path in models if path):
         return Finding(True, "not needed: models and data are local")
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
         return Finding(True, "HF_HUB_OFFLINE is set; distprune prepare must have run before")

@@ -57,10 +57,10 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # On a GPU the fused kernels of attention stay as they are where torch is only to warn.
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        if dist.on_gpu():  # where attention's fused kernels stay as they are, as torch is only to warn
+            torch.backends.cuda.enable_flash_sdp(False)
+            torch.backends.cuda.enable_mem_efficient_sdp(False)
+            torch.backends.cuda.enable_cudnn_sdp(False)
     micro_batch = config.train.batch_size // (world.size * config.train.accumulation)
     directory = checkpoint or local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)

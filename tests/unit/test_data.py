@@ -1,5 +1,6 @@
 """Files and hub data in, tokens out."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -30,9 +31,12 @@ def test_every_kind_of_file_gives_the_same_tokens(build, suffix):
 
 
 def test_a_text_file_is_a_row_a_line(tmp_path):
-    (tmp_path / "lines.txt").write_text('NA\n\n"a" b\n')
-    task = TaskConfig(train=str(tmp_path / "lines.txt"), validation=str(tmp_path / "lines.txt"))
-    assert load_splits(task, ["text"], tmp_path, []).train.rows["text"][:] == ["NA", "", '"a" b']
+    text = 'NA\n\n"a" b\n'
+    (tmp_path / "lines.txt").write_text(text)
+    (tmp_path / "packed.txt.gz").write_bytes(gzip.compress(text.encode()))
+    task = TaskConfig(train=str(tmp_path / "lines.txt"), validation=str(tmp_path / "packed.txt.gz"))
+    splits = load_splits(task, ["text"], tmp_path, [])
+    assert [splits.train.rows["text"][:], splits.validation.rows["text"][:]] == [["NA", "", '"a" b']] * 2
 
 
 def test_words_that_look_like_missing_values_are_text(build):
