@@ -38,8 +38,8 @@ class World:
     rank: int
     size: int
     local_rank: int
-    local_size: int
-    """Ranks of this node; 1 where the launcher does not tell."""
+    local_size: int | None
+    """Ranks of this node; None where the launcher does not tell."""
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +60,8 @@ def detect() -> World:
     if "RANK" in env and "WORLD_SIZE" in env:
         launcher = env.get(LAUNCHER, "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed")
         size = int(env["WORLD_SIZE"])
-        local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
+        told = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE"))
+        local_size = None if told is None else int(told)
         local_rank = int(env.get(_LOCAL_RANK, env.get("LOCAL_RANK", 0)))
         return World(launcher, int(env["RANK"]), size, local_rank, local_size)
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
@@ -91,7 +92,7 @@ def init() -> World:
         _LOCAL_RANK: str(world.local_rank),
         # DeepSpeed takes the device from it; SLURM may show each task one GPU only, number 0.
         "LOCAL_RANK": str(world.local_rank if world.device.index is None else world.device.index),
-        "LOCAL_SIZE": str(world.local_size),
+        "LOCAL_SIZE": str(world.local_size or world.size),
     }
     # DeepSpeed calls torch by names that torch means to retire; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -315,5 +316,7 @@ def _refuse_unknown_launchers() -> None:
 def _refuse_crowded_gpus(world: World) -> None:
     """Refuse several ranks on one GPU, which NCCL does not do."""
     gpus = torch.cuda.device_count()
-    if 1 < gpus < world.local_size:
+    if world.size > 1 and not {_LOCAL_RANK, "LOCAL_RANK", "SLURM_LOCALID"} & os.environ.keys():
+        raise UserError("LOCAL_RANK is not set; allowed: the number of the GPU for each rank")
+    if world.local_size is not None and 1 < gpus < world.local_size:
         raise UserError(f"there are {world.local_size} ranks on a node with {gpus} GPUs; allowed: a GPU for each rank")

@@ -65,7 +65,9 @@ activate() {
     if [ "${#CONTAINER[@]}" -eq 0 ]; then
         if [ -x "$VENV/bin/python" ]; then
             export PATH=$VENV/bin:$PATH
-        elif [ "$VENV" != "$REPOSITORY/.venv" ] || ! command -v distprune >/dev/null; then # else one is active already
+        elif [ "$VENV" != "$REPOSITORY/.venv" ]; then
+            die "VENV is $VENV, which has no bin/python; allowed: an environment's folder, or leave it out"
+        elif ! (cd / && python -c 'import distprune') 2>/dev/null; then # else an environment is active already
             die "$VENV is missing; make it with: launch/quickstart.sh, or activate an environment that distprune is installed in"
         fi
     fi

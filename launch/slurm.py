@@ -187,7 +187,7 @@ def sweep_work(given: argparse.Namespace) -> Work:
     if given.sweep:
         raise UserError(f"--sweep is {given.sweep[0]!r} and {given.config} a sweep; allowed: one of the two")
     opened = open_sweep(given.config, given.overrides)
-    results.check_directories(opened.runs, opened.settings, opened.output)
+    opened.check_directories(opened.runs)
     missing = results.still_to_run(opened.runs, opened.rows, opened.output, opened.settings)
     missing = [each for each in missing if not results.is_finished(each, opened.output)]
     if not missing:

@@ -77,7 +77,8 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | N
         OSError, SafetensorError: where they cannot be written.
     """
     save_file(dict(tensors), path, metadata)
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    with suppress(OSError):  # some file systems know no such rights
+        path.chmod(path.parent.stat().st_mode & 0o664)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:

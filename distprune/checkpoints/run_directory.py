@@ -92,7 +92,7 @@ def holder_of(run_dir: Path) -> str | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return os.read(descriptor, 200).decode(errors="replace").strip()
+        return os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
     except OSError:
         return None  # a file system without locks
     finally:

@@ -89,17 +89,19 @@ def _versions() -> Finding:
 
 def _devices() -> Finding:
     """Collective: every rank calls it."""
-    cores = len(os.sched_getaffinity(0))
+    cores, few = len(os.sched_getaffinity(0)), ""
     what = f"CPU, {cores} cores, {torch.get_num_threads()} threads a rank"
     if dist.on_gpu():
         device = torch.cuda.get_device_properties(dist.detect().device)
-        what = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, {cores} cores"
+        what = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
+        if cores < _GPU_CORES:
+            few = f"a rank has {cores} core, and NCCL and autograd have threads of their own"
     kinds = sorted(set(dist.gather([what])))
     hosts = dict.fromkeys(dist.gather([socket.gethostname()]))
     if len(kinds) > 1:
         return Finding(False, f"ranks differ: {'; '.join(kinds)}", "ask for nodes of one kind")
-    if dist.on_gpu() and cores < _GPU_CORES:
-        return Finding(False, f"{what} for a rank, and NCCL and autograd have threads too", "ask for --cpus-per-task=8")
+    if few:
+        return Finding(False, few, "ask for --cpus-per-task=8")
     return Finding(True, f"{dist.detect().size} ranks on {len(hosts)} nodes ({', '.join(hosts)}), each {what}")
 
 

@@ -39,7 +39,7 @@ def run(sweep_path: str, overrides: list[str], only: list[str], dry_run: bool, o
         _take_up_what_has_ended(opened)
         _report(opened)
         return
-    results.check_directories(runs, opened.settings, opened.output)
+    opened.check_directories(runs)
     names = _chosen([each.name for each in runs], only)
     missing = results.still_to_run(runs, rows, opened.output, names)
     print(f"{len(names)} runs, {sum(name in rows for name in names)} with a result, {len(missing)} to run")
@@ -48,10 +48,8 @@ def run(sweep_path: str, overrides: list[str], only: list[str], dry_run: bool, o
         return
     for each in missing:
         check_files(each, opened.configs[each.name])
-        if holder := run_directory.holder_of(opened.output / each.name):
-            raise UserError(
-                f"{each.name} is still under way in {holder}, without its sweep; allowed: once that has ended"
-            )
+        if (holder := run_directory.holder_of(opened.output / each.name)) is not None:
+            raise UserError(f"{each.name} is still under way in {holder}; allowed: once that has ended")
     outcome = _run(missing, opened)
     if any(each.name in rows for each in runs):
         _report(opened)
@@ -74,7 +72,7 @@ def _chosen(names: list[str], patterns: list[str]) -> list[str]:
 def _take_up_what_has_ended(opened: Opened) -> None:
     """Write the lines of runs that jobs of their own have carried out, unless a sweep is under way in the folder."""
     ended = [run for run in opened.runs if run.name not in opened.rows and results.is_finished(run, opened.output)]
-    results.check_directories(ended, opened.settings, opened.output)
+    opened.check_directories(ended)
     if not ended:
         return
     try:

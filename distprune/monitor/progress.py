@@ -135,5 +135,5 @@ def line(values: Mapping[str, object]) -> str:
 
 
 def _rounded(value: float) -> str:
-    """Return four decimals, or as many digits of what would be nothing by these."""
-    return f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:.4f}"
+    """Return four decimals, or two digits where those would show one at most."""
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"

@@ -11,14 +11,18 @@ from distprune.pruning.masks import MAGNITUDE
 
 CHUNK = 1 << 18
 """Elements of a pass at a time on a CPU: smaller ones cost more calls, larger ones leave its caches."""
-GPU_CHUNK = 1 << 24
-"""The same on a GPU, where each piece costs the starts of some kernels, and hardly anything else."""
+_GPU_CHUNK = 1 << 24
 
 MAGNITUDE_BITS = 31
 FLOAT_BITS = 33
 HIGHEST_MAGNITUDE = 0x7F800000
 """Infinity's key; those above are NaN's."""
 HIGHEST_FLOAT = HIGHEST_MAGNITUDE + (1 << 31)
+
+
+def chunk_of(device: torch.device) -> int:
+    """Return the elements of a pass at a time: more on a GPU, where each piece costs the starts of some kernels."""
+    return CHUNK if device.type == "cpu" else _GPU_CHUNK
 
 
 def magnitude_keys(scores: Tensor) -> Tensor:

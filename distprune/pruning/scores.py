@@ -70,13 +70,13 @@ class Score(ABC):
 
     def keys(self, part: Part) -> Tensor:
         """Return integers of the scores' order, int32 or int64 of shape [n], at least 0."""
-        return float_keys(self._fp32(part))
+        return float_keys(self.checked(part))
 
-    def _fp32(self, part: Part) -> Tensor:
-        """Return the scores.
+    def checked(self, part: Part) -> Tensor:
+        """Return the scores, which a class of another package may have wrong.
 
         Raises:
-            TypeError: a class of another package gives others than it should; silently, they would prune others.
+            TypeError: another type or shape than there should be, by which other weights would go.
         """
         scores = self.scores(part)
         if scores.dtype != torch.float32 or scores.shape != part.weights.shape:
@@ -98,7 +98,7 @@ class PositiveScore(Score):
     highest = HIGHEST_MAGNITUDE
 
     def keys(self, part: Part) -> Tensor:  # noqa: D102 - as in the base class
-        return magnitude_keys(self._fp32(part))
+        return magnitude_keys(self.checked(part))
 
     def value(self, key: int) -> float:  # noqa: D102
         return key_magnitude(key)

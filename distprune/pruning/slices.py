@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distprune.pruning.keys import CHUNK, GPU_CHUNK
+from distprune.pruning.keys import chunk_of
 from distprune.pruning.masks import KEPT, PRUNED, apply_mask
 
 
@@ -64,7 +64,7 @@ class Slice:
 
     def parts(self, start: int, end: int, size: int | None = None) -> Iterator[Part]:
         """Yield the elements ``[start, end)`` of the parameter, ``size`` at a time; None: as suits the device."""
-        size = size or (GPU_CHUNK if self.mask.is_cuda else CHUNK)
+        size = size or chunk_of(self.mask.device)
         weights, gradient = self.weights(), self.gradient()
         for first in range(start, end, size):
             piece = slice(first - self.start, min(first + size, end) - self.start)

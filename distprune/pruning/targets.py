@@ -43,16 +43,17 @@ def find_targets(
     chosen = _matching(include, list(parameters), "pruning.include") if include else matrices_of(model, components)
     if structure in ("heads", "neurons") and not include:
         chosen = set(members(sorted(chosen), structure))
-        if not chosen:
+        if not chosen and not members(sorted(matrices_of(model)), structure):
             raise UserError(
                 f"pruning.structure is {structure}, and none are known in a {type(model).__name__}; allowed: "
-                "unstructured, N:M or blocks, or an encoder as BERT, RoBERTa, ELECTRA, DistilBERT, MPNet"
+                "unstructured, or an encoder as BERT, RoBERTa, ELECTRA, DistilBERT, MPNet"
             )
     left_out = _matching(exclude, list(parameters), "pruning.exclude") if exclude else set()
     names = [name for name in parameters if name in chosen and name not in left_out]
     if not names:
         raise UserError(
-            f"no weight is left to prune with pruning.include={include} and pruning.exclude={exclude}; "
+            f"no weight is left to prune with pruning.include={include}, pruning.exclude={exclude} and "
+            f"pruning.components={list(components)}; "
             f"allowed: regexes that leave some, e.g. of {', '.join(list(parameters)[:3])}"
         )
     frozen = [name for name in names if not parameters[name].requires_grad]

@@ -14,6 +14,7 @@ from types import FrameType
 import torch
 
 from distprune import dist
+from distprune.checkpoints.files import FOLDER
 from distprune.errors import UserError
 from distprune.sweeps.spec import Run
 
@@ -129,7 +130,7 @@ def carry_out(
             free = [place for place in range(at_once) if place not in {job.place for job in jobs}]
             for run, place in zip(ready, free, strict=False):
                 waiting.remove(run)
-                say(f"{run.name} {'goes on' if (output / run.name).exists() else 'begins'}")
+                say(f"{run.name} {'goes on' if (output / run.name / FOLDER).exists() else 'begins'}")
                 jobs.append(_begin(run, output, ranks, at_once, place))
             if jobs:
                 time.sleep(_POLL)

@@ -1,6 +1,6 @@
 """A sweep with everything that is known of it before a run begins: its runs, their settings, and the results so far."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,19 @@ class Opened:
         given = self.sweep.results
         return self.output / "results.jsonl" if given is None else Path(given).expanduser()
 
+    @property
+    def derived(self) -> dict[str, list[str]]:
+        """The keys that a recipe has set, by the names of the runs."""
+        return {name: config.recipe.derived for name, config in self.configs.items()}
+
+    def check_directories(self, runs: Iterable[Run]) -> None:
+        """Refuse run directories of other runs than these.
+
+        Raises:
+            UserError: with the first of them.
+        """
+        results.check_directories(runs, self.settings, self.derived, self.output)
+
     def read(self) -> None:
         """Read the results.
 
@@ -41,7 +54,7 @@ class Opened:
         """
         self.rows.clear()
         self.rows |= results.read_rows(self.stored)
-        results.check_rows(self.rows, self.settings, self.stored)
+        results.check_rows(self.rows, self.settings, self.derived, self.stored)
 
     def add(self, run: Run) -> Row:
         """Return the result of a run that has ended, and write its line where there is none."""

@@ -15,6 +15,7 @@ from distprune.sweeps.spec import Run
 
 Row = dict[str, Any]
 Settings = dict[str, Any]
+Derived = Mapping[str, Collection[str]]
 
 OF_RUN = ("method", "point", "models", "settings", "examples_per_s")
 OF_SUMMARY = (
@@ -57,12 +58,13 @@ def read_rows(path: Path) -> dict[str, Row]:
     return rows
 
 
-def check_rows(rows: dict[str, Row], settings: Mapping[str, Settings], path: Path) -> None:
+def check_rows(rows: dict[str, Row], settings: Mapping[str, Settings], derived: Derived, path: Path) -> None:
     """Refuse results of runs that had other settings, and two runs that are the same.
 
     Args:
         rows: by the names of their runs.
         settings: of all runs, by name.
+        derived: keys that a recipe has set, by the names of runs.
         path: where the rows are from.
 
     Raises:
@@ -73,16 +75,15 @@ def check_rows(rows: dict[str, Row], settings: Mapping[str, Settings], path: Pat
         same = known.setdefault(json.dumps(wanted, sort_keys=True), name)
         if same != name:
             raise UserError(f"{name} has the settings of {same}; allowed: a grid whose values make a difference")
-        if name in rows and (changed := _difference(rows[name]["settings"], wanted)):
+        if name in rows and (changed := _difference(rows[name]["settings"], wanted, derived[name])):
             raise UserError(
                 f"{path}: {name} was measured with other settings than the sweep has now, {changed}; allowed: another "
                 "results file, or without that line"
             )
 
 
-def _difference(before: Settings, now: Settings) -> str | None:
+def _difference(before: Settings, now: Settings, derived: Collection[str]) -> str | None:
     """Return in words the first key that has another value: one that was given, before those that a recipe derives."""
-    derived = now.get("recipe.derived", [])
     differing = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
     for key in sorted(differing, key=lambda key: (key in derived, key)):
         old, new = (json.dumps(each[key]) if key in each else "the default" for each in (before, now))
@@ -90,7 +91,7 @@ def _difference(before: Settings, now: Settings) -> str | None:
     return None
 
 
-def check_directories(runs: Iterable[Run], settings: Mapping[str, Settings], output: Path) -> None:
+def check_directories(runs: Iterable[Run], settings: Mapping[str, Settings], derived: Derived, output: Path) -> None:
     """Refuse run directories of other runs than these.
 
     Raises:
@@ -101,7 +102,7 @@ def check_directories(runs: Iterable[Run], settings: Mapping[str, Settings], out
         if not (directory / CONFIG).exists():
             continue
         there = Run(run.method, run.point, directory / CONFIG, (), run.models)
-        if changed := _difference(there.settings(there.load(output)), settings[run.name]):
+        if changed := _difference(there.settings(there.load(output)), settings[run.name], derived[run.name]):
             raise UserError(
                 f"{directory} holds a run with other settings, {changed}; allowed: another output, or without it"
             )

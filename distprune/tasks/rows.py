@@ -31,8 +31,8 @@ def screen(
             if task.bad_rows == "refuse":
                 raise UserError(f"{sentence}; allowed: none, or task.bad_rows=skip to leave them out")
             notes.append(f"{sentence}; left out")
-    because = [f": {describe(rows, places, origin, what)}" for what, places in wrong.items() if places]
-    return without(rows, {place for places in wrong.values() for place in places}, origin, *because[:1])
+    because = "; ".join(describe(rows, places, origin, what) for what, places in wrong.items() if places)
+    return without(rows, {place for places in wrong.values() for place in places}, origin, because)
 
 
 def settle_length(rows: Dataset, origin: str, task: TaskConfig, notes: list[str]) -> Dataset:
@@ -58,7 +58,7 @@ def settle_length(rows: Dataset, origin: str, task: TaskConfig, notes: list[str]
         notes.append(f"{sentence}; cut short")
         return kept
     notes.append(f"{sentence}; left out")
-    return without(kept, set(cut), origin)
+    return without(kept, set(cut), origin, sentence)
 
 
 def describe(rows: Dataset, places: Collection[int], origin: str, what: str) -> str:
@@ -68,7 +68,7 @@ def describe(rows: Dataset, places: Collection[int], origin: str, what: str) -> 
     return f"{len(places)} of {len(rows)} rows of {origin} {what}: row{'s' * (len(places) > 1)} {named}"
 
 
-def without(rows: Dataset, places: set[int], origin: str, because: str = "") -> Dataset:
+def without(rows: Dataset, places: set[int], origin: str, because: str) -> Dataset:
     """Return the rows without some places.
 
     Raises:
@@ -77,5 +77,5 @@ def without(rows: Dataset, places: set[int], origin: str, because: str = "") -> 
     if not places:
         return rows
     if len(places) == len(rows):
-        raise UserError(f"no row of {origin} can be used{because}; allowed: at least one")
+        raise UserError(f"no row of {origin} can be used: {because}; allowed: at least one")
     return rows.select([place for place in range(len(rows)) if place not in places])

@@ -58,7 +58,7 @@ def test_no_launcher_is_a_world_of_one() -> None:
     [
         (TORCHRUN, World("torchrun", rank=3, size=4, local_rank=1, local_size=2)),
         (DEEPSPEED, World("deepspeed", rank=3, size=4, local_rank=1, local_size=2)),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, World("deepspeed", rank=1, size=2, local_rank=0, local_size=1)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, World("deepspeed", rank=1, size=2, local_rank=0, local_size=None)),
         (SRUN, World("srun", rank=3, size=5, local_rank=1, local_size=2)),
         (SRUN | {"SLURM_NODEID": "2", "SLURM_LOCALID": "0"}, World("srun", 3, 5, local_rank=0, local_size=1)),
     ],
@@ -156,16 +156,26 @@ def test_a_launcher_that_is_not_known_is_refused(environment, name: str) -> None
 
 @pytest.mark.parametrize(
     ("gpus", "local_size", "crowded"),
-    [(4, 4, False), (4, 8, True), (1, 8, False), (8, 2, False), (8, 1, False)],
+    [(4, 4, False), (4, 8, True), (1, 8, False), (8, 2, False), (8, None, False)],
 )
 def test_ranks_that_would_share_a_gpu_are_refused(
-    monkeypatch: pytest.MonkeyPatch, gpus: int, local_size: int, crowded: bool
+    monkeypatch: pytest.MonkeyPatch, gpus: int, local_size: int | None, crowded: bool
 ) -> None:
     """One GPU in sight may be another one for each rank, as SLURM can show them."""
     monkeypatch.setattr(dist.torch.cuda, "device_count", lambda: gpus)
-    world = World("srun", 0, local_size, 0, local_size)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    world = World("srun", 0, 16, 0, local_size)
     if not crowded:
         dist._refuse_crowded_gpus(world)
         return
     with pytest.raises(UserError, match="8 ranks on a node with 4 GPUs"):
         dist._refuse_crowded_gpus(world)
+
+
+def test_ranks_on_gpus_must_know_their_own(monkeypatch: pytest.MonkeyPatch, environment) -> None:
+    environment({"RANK": "1", "WORLD_SIZE": "8"})
+    monkeypatch.setattr(dist.torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="LOCAL_RANK is not set"):
+        dist._refuse_crowded_gpus(dist.detect())
+    environment({"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
+    dist._refuse_crowded_gpus(dist.detect())

@@ -128,15 +128,15 @@ def test_an_environment_that_is_active_does(tmp_path: Path) -> None:
     script = f"source {tmp_path}/launch/common.sh; activate; echo done"
     without = bash(script, path="/usr/bin:/bin")
     assert (without.returncode, without.stdout) == (2, "")
-    (tmp_path / "distprune").write_text("#!/bin/sh\n")
-    (tmp_path / "distprune").chmod(0o755)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
     assert bash(script, path=f"{tmp_path}:/usr/bin:/bin").stdout == "done\n"
 
 
 def test_an_environment_that_is_not_there_is_named(tmp_path: Path) -> None:
     done = bash("launch/local.sh run.yaml", VENV=str(tmp_path / "none"))
     assert done.returncode == 2
-    assert "launch/quickstart.sh" in done.stderr
+    assert "none, which has no bin/python; allowed: an environment's folder" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -330,12 +330,12 @@ def test_a_sweep_starts_its_ranks_itself(file: Path, monkeypatch: pytest.MonkeyP
         sweep(str(file), [], [], dry_run=False, only_table=False)
 
 
-def test_the_key_that_was_given_is_named_before_those_that_follow_from_it() -> None:
-    before = {"lr.peak": 1e-4, "recipe.derived": ["lr.final"]}
-    now = {"lr.peak": 2e-4, "lr.final": 2e-6, "recipe.derived": ["lr.final"]}
-    assert results._difference(before, now) == "lr.peak 0.0001 -> 0.0002"
-    assert results._difference({}, {"train.epochs": 2}) == "train.epochs the default -> 2"
-    assert results._difference(now, now) is None
+def test_the_key_that_was_given_is_named_before_those_that_follow_from_it(file: Path) -> None:
+    run = next(each for each in runs(file) if each.method == "dense")
+    results.append(file.parent / "runs" / "results.jsonl", row(run, 0.75, file.parent / "runs"))
+    with pytest.raises(UserError, match=r"lr.peak the default -> 0.0002; allowed"):  # which lr.final follows
+        sweep(str(file), ["lr.peak=2e-4"], [], dry_run=True, only_table=False)
+    assert results._difference({}, {"a.b": 2, "a.a": 1}, ["a.a"]) == "a.b the default -> 2"
 
 
 def test_a_run_that_goes_on_without_its_sweep_is_waited_for(file: Path) -> None:

@@ -140,6 +140,11 @@ def test_heads_that_are_not_known_in_an_architecture_are_refused(structure: str)
         find_targets(model, [], [], structure)
 
 
+def test_heads_of_other_components_are_none_that_are_not_known(bert: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"no weight is left .* pruning.components=\['feed_forward'\]"):
+        find_targets(bert, [], [], "heads", ["feed_forward"])
+
+
 def test_nothing_left_is_refused(bert: nn.Module) -> None:
     with pytest.raises(UserError, match=r"no weight is left to prune with pruning.include=\['query'\]"):
         find_targets(bert, ["query"], ["bert"])

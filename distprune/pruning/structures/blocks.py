@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distprune.errors import UserError
 from distprune.pruning.exchange import Exchange
-from distprune.pruning.keys import CHUNK
+from distprune.pruning.keys import chunk_of
 from distprune.pruning.masks import apply_mask
 from distprune.pruning.scores import Score
 from distprune.pruning.select import select_smallest
@@ -179,9 +179,9 @@ class Blocks(Structure):
         device = each.mask.device
         sums = torch.zeros(len(rows), grid.per_row, 2, dtype=torch.int64, device=device)
         nans = 0
-        for first, begin, stop in _whole_rows(start, end, columns):
+        for first, begin, stop in _whole_rows(start, end, columns, device):
             (part,) = each.parts(begin, stop, stop - begin)
-            scores = score.scores(part)
+            scores = score.checked(part)
             nans += int(scores.isnan().sum())
             values = torch.stack([fixed_scores(scores, part.mask, exponent), -part.mask.long()])
             padded = torch.nn.functional.pad(values, (begin - first * columns, -stop % columns))
@@ -195,7 +195,7 @@ class Blocks(Structure):
         grid = self.grids[each.name]
         rows, columns = grid.rows_of(each.start, each.end), grid.shape[1]
         goes = goes.view(len(rows), grid.per_row)
-        for first, start, end in _whole_rows(each.start, each.end, columns):
+        for first, start, end in _whole_rows(each.start, each.end, columns, each.mask.device):
             place = torch.arange(first, -(-end // columns), device=goes.device) // grid.block[0] - rows.start
             marked = goes[place].repeat_interleave(grid.block[1], dim=1).flatten()
             mask = each.mask[start - each.start : end - each.start]
@@ -212,8 +212,8 @@ def _bounds(numbers: range) -> tuple[int, int]:
     return numbers.start, numbers.stop
 
 
-def _whole_rows(start: int, end: int, columns: int) -> Iterator[tuple[int, int, int]]:
+def _whole_rows(start: int, end: int, columns: int, device: torch.device) -> Iterator[tuple[int, int, int]]:
     """Yield the elements ``[start, end)`` of a matrix in pieces of whole rows: the first row, and the bounds."""
-    rows = max(1, CHUNK // columns)
+    rows = max(1, chunk_of(device) // columns)
     for first in range(start // columns, -(-end // columns) if start < end else 0, rows):
         yield first, max(start, first * columns), min(end, (first + rows) * columns)

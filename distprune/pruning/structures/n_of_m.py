@@ -147,7 +147,7 @@ class NOfM(Structure):
     def _read(self, each: Slice, score: Score, exponent: int, start: int, end: int) -> Groups:
         """Return the groups that the elements ``[start, end)`` of the parameter belong to."""
         (part,) = each.parts(start, end, end - start)
-        scores = score.scores(part)
+        scores = score.checked(part)
         before, after = start % self.of, -end % self.of
 
         def rows(values: Tensor) -> Tensor:

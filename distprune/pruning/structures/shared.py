@@ -49,7 +49,7 @@ def common_exponent(slices: Sequence[Slice], score: Score, terms: int) -> Exchan
     """Return e such that sums of so many of this score's values, in fixed point with 2**e, stay below 2**60."""
     largest = 0
     for part in (part for each in slices for part in each.owned()):
-        scores = finite(score.scores(part))
+        scores = finite(score.checked(part))
         largest = max(largest, int((magnitude_keys(scores) & MAGNITUDE).max()))
     (largest,) = (yield Request(torch.tensor([largest]), "max")).tolist()
     return exponent_for(float(torch.tensor(largest, dtype=torch.int32).view(torch.float32)), terms, _BITS)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distprune.pruning.masks import KEPT, PRUNED
+from distprune.pruning.scores import PositiveScore
+from distprune.pruning.slices import Part
 from distprune.pruning.structures import blocks
 from tests.unit.structures.harness import LAYOUTS, SPLITS, Parameters, Shapes, changed, drawn, prune, whole
 from tests.unit.structures.units import (
@@ -144,7 +146,7 @@ def test_matrices_read_a_few_rows_at_a_time_are_the_same(
     structure, shapes, units = kind
     parameters, sparsity = drawn(shapes, 7, 2), Fraction("0.4")
     expected = reference(parameters, units, sparsity, magnitude)
-    monkeypatch.setattr(blocks, "CHUNK", chunk)
+    monkeypatch.setattr(blocks, "chunk_of", lambda device: chunk)
     for split, world in LAYOUTS[:6]:
         found = prune(parameters, shapes, sparsity, split=split, world=world, structure=structure, heads=HEADS)
         assert torch.equal(whole(found.parameters), expected.gone)
@@ -165,3 +167,19 @@ def test_a_rank_hands_over_little_for_each_unit_that_is_cut(kind: tuple[str, Sha
     )
     assert among - alone == (16 * len(cut) if len(units[0]) == 1 else 0)
     assert alone < 20 * 1024 + 16 * len(units)
+
+
+class Double(PositiveScore):
+    """A score of another package with the wrong type."""
+
+    def scores(self, part: Part) -> Tensor:
+        return part.weights.abs().double()
+
+
+@pytest.mark.parametrize(
+    ("structure", "shapes"),
+    [("4x1", MATRICES), ("2:4", MATRICES), ("heads", bert_heads()), ("neurons", bert_neurons())],
+)
+def test_a_score_of_the_wrong_type_is_refused_in_every_structure(structure: str, shapes: Shapes) -> None:
+    with pytest.raises(TypeError, match=r"Double\.scores gave torch\.float64"):
+        prune(drawn(shapes, 8), shapes, Fraction("0.5"), score=Double, structure=structure, heads=HEADS)
