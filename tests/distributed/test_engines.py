@@ -186,7 +186,8 @@ def test_memory_stays_flat_with_two_engines(world: Worlds, tmp_path: Path, stude
     model = write_model(tmp_path / "model", hidden_size=128, intermediate_size=512)
     size = (model / "model.safetensors").stat().st_size
     for (first, _), (second, resident), (third, last) in world(2).run(grow, model, student, teacher):
-        assert first == second == third, "a tensor is kept at every step"
+        # A tensor kept at each pruning would be 4 more, at each step 40; one may be of what ran in the process before.
+        assert max(second, third) - first < 2, "tensors are kept"
         assert last - resident < 5 * size, f"20 steps kept {(last - resident) / size:.2f} models"
 
 
