@@ -80,7 +80,7 @@ class TaskConfig:
     )
     hub: str | None = key(None, "data set id on the hub; null: train and validation are local files")
     subset: str | None = key(None, "the hub data set's configuration, e.g. sst2 of glue")
-    train: str = key("train", "training split of the hub data set, or a file: jsonl, jsonl.gz, csv, tsv, parquet; txt")
+    train: str = key("train", "training split of the hub data set, or a file: jsonl, jsonl.gz, csv, tsv, parquet, txt")
     validation: str = key("validation", "evaluation split or file; it may equal train where holdout is set")
     more_validation: list[str] = key([], "more splits or files to evaluate on, e.g. [validation_mismatched]")
     text: list[str] = key(["sentence"], "columns with the text: one, or two for pairs, e.g. [question, context]")

@@ -73,7 +73,7 @@ def lock(run_dir: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        holder = _holder(descriptor)
         os.close(descriptor)
         raise UserError(f"train.output {str(run_dir)!r} is in use by {holder}; allowed: one run at a time") from error
     except OSError as error:  # some network file systems know no locks
@@ -92,12 +92,17 @@ def holder_of(run_dir: Path) -> str | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+        return _holder(descriptor)
     except OSError:
         return None  # a file system without locks
     finally:
         os.close(descriptor)
     return None
+
+
+def _holder(descriptor: int) -> str:
+    """Read who has locked a file, who may not have said so yet."""
+    return os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
 
 
 def unlock(run_dir: Path) -> None:

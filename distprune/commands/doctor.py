@@ -23,7 +23,6 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safeten
 _MESSAGE_MIB = 64
 _FREE_GIB = 20
 _CONNECT_S = 5
-_GPU_CORES = 2
 _OFFLINE = "run distprune prepare on a node with a network, and set HF_HUB_OFFLINE=1"
 
 
@@ -89,19 +88,20 @@ def _versions() -> Finding:
 
 def _devices() -> Finding:
     """Collective: every rank calls it."""
-    cores, few = len(os.sched_getaffinity(0)), ""
-    what = f"CPU, {cores} cores, {torch.get_num_threads()} threads a rank"
+    cores = len(os.sched_getaffinity(0))
     if dist.on_gpu():
         device = torch.cuda.get_device_properties(dist.detect().device)
         what = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
-        if cores < _GPU_CORES:
-            few = f"a rank has {cores} core, and NCCL and autograd have threads of their own"
+    else:
+        what = f"CPU, {cores} cores, {torch.get_num_threads()} threads a rank"
     kinds = sorted(set(dist.gather([what])))
     hosts = dict.fromkeys(dist.gather([socket.gethostname()]))
     if len(kinds) > 1:
         return Finding(False, f"ranks differ: {'; '.join(kinds)}", "ask for nodes of one kind")
-    if few:
-        return Finding(False, few, "ask for --cpus-per-task=8")
+    if dist.on_gpu() and cores == 1:
+        return Finding(
+            False, "a rank has 1 core, and NCCL and autograd threads of their own", "ask for --cpus-per-task=8"
+        )
     return Finding(True, f"{dist.detect().size} ranks on {len(hosts)} nodes ({', '.join(hosts)}), each {what}")
 
 

@@ -183,17 +183,14 @@ def _pairs_by_point(
 ) -> list[tuple[dict[str, Any], _Pairs]]:
     """Return the points that both methods have, each with the pairs of results that there are, by their seeds."""
     theirs = [seedless(run.point) for run in runs if run.method == other]
-    found: list[tuple[dict[str, Any], _Pairs]] = []
+    found: dict[str, tuple[dict[str, Any], _Pairs]] = {}
     for run in (run for run in runs if run.method == method and seedless(run.point) in theirs):
         point = seedless(run.point)
-        if point not in [known for known, _ in found]:
-            found.append((point, {}))
+        _, pairs = found.setdefault(json.dumps(point, sort_keys=True), (point, {}))
         row = rows.get(run.name)
-        partner = None if row is None else _partner(row, rows, other)
-        if row is not None and partner is not None:
-            pairs = next(pairs for known, pairs in found if known == point)
+        if row is not None and (partner := _partner(row, rows, other)) is not None:
             pairs[row["settings"].get(SEED)] = (row, partner)
-    return found
+    return list(found.values())
 
 
 def _differences_between(points: Iterable[tuple[dict[str, Any], _Pairs]], chance: float | None) -> list[Difference]:

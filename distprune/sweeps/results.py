@@ -15,7 +15,7 @@ from distprune.sweeps.spec import Run
 
 Row = dict[str, Any]
 Settings = dict[str, Any]
-Derived = Mapping[str, Collection[str]]
+DerivedKeys = Mapping[str, Collection[str]]
 
 OF_RUN = ("method", "point", "models", "settings", "examples_per_s")
 OF_SUMMARY = (
@@ -58,7 +58,7 @@ def read_rows(path: Path) -> dict[str, Row]:
     return rows
 
 
-def check_rows(rows: dict[str, Row], settings: Mapping[str, Settings], derived: Derived, path: Path) -> None:
+def check_rows(rows: dict[str, Row], settings: Mapping[str, Settings], derived: DerivedKeys, path: Path) -> None:
     """Refuse results of runs that had other settings, and two runs that are the same.
 
     Args:
@@ -91,7 +91,9 @@ def _difference(before: Settings, now: Settings, derived: Collection[str]) -> st
     return None
 
 
-def check_directories(runs: Iterable[Run], settings: Mapping[str, Settings], derived: Derived, output: Path) -> None:
+def check_directories(
+    runs: Iterable[Run], settings: Mapping[str, Settings], derived: DerivedKeys, output: Path
+) -> None:
     """Refuse run directories of other runs than these.
 
     Raises:

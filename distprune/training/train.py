@@ -120,7 +120,7 @@ class Trainer:
             torch.manual_seed(stream_seed(self.config.train.seed, self.step, rows))
             losses = self.objective.losses(student, micro_batch, rows)
             student.backward(losses.total)
-            values = torch.stack([loss.detach() for loss in losses]).tolist()  # the step's one wait for the device
+            values = torch.stack([loss.detach() for loss in losses]).tolist()  # one wait for the device
             sums = [total + value / len(parts) for total, value in zip(sums, values, strict=True)]
             if number == len(parts):
                 self.saver.before_change()

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -89,3 +90,16 @@ def test_a_job_of_local_files_needs_no_hub(
     config = Config()
     config.model.path, config.teacher.path, config.task.hub = path, str(tmp_path), hub
     assert doctor._hub(config).good == (not needed)
+
+
+@pytest.mark.parametrize(("cores", "good"), [(1, False), (8, True)])
+def test_a_rank_on_a_gpu_with_one_core_is_told(monkeypatch: pytest.MonkeyPatch, cores: int, good: bool) -> None:
+    card = SimpleNamespace(name="a card", total_memory=80 << 30)
+    monkeypatch.setattr(dist, "on_gpu", lambda: True)
+    monkeypatch.setattr(dist, "gather", lambda items: items)
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda process: set(range(cores)))
+    found = doctor._devices()
+    assert found.good == good
+    assert ("1 core, " in found.text) == (not good)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from distprune.benchmarks import memory
+from distprune.errors import UserError
 from tests.distributed.runs import run_command
 from tests.distributed.test_launch import BIN, Command, start
 from tests.world import Worlds
@@ -67,6 +69,12 @@ def test_what_cannot_be_measured_is_refused() -> None:
     done = start([BIN / "distprune", "bench", "select", "--repeat", "0"])
     assert done.returncode == 2
     assert "--repeat is 0" in done.stderr
+
+
+def test_the_memory_of_a_gpu_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory.dist, "on_gpu", lambda: True)
+    with pytest.raises(UserError, match="bench memory measures the CPU's memory; allowed: DS_ACCELERATOR=cpu"):
+        memory.measure(tmp_path, "minilm", {}, 8, 16, 1, None)
 
 
 @pytest.mark.slow

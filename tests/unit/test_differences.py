@@ -10,7 +10,7 @@ from distprune.commands.sweep import run as sweep
 from distprune.sweeps import results
 from distprune.sweeps.means import differences_of
 from distprune.sweeps.results import Row
-from tests.unit.test_sweeps import row, runs
+from tests.unit.sweep_files import row, runs
 
 COMPARED = """
 config: run.yaml

@@ -175,3 +175,8 @@ def test_an_interval_with_room_for_a_block_more_is_not_overfull(route: str) -> N
         interval.add(torch.full((25,), 5, dtype=torch.int32), start)
     assert (interval.overfull, interval.held) == (False, 100)
     assert interval.indices.tolist() == list(range(100))
+
+
+def test_a_gpu_takes_larger_pieces() -> None:
+    assert keys_module.chunk_of(torch.device("cpu")) == keys_module.CHUNK
+    assert keys_module.chunk_of(torch.device("cuda", 1)) == 1 << 24

@@ -109,6 +109,33 @@ def on_three_gpus(tmp_path: Path, variables: str) -> subprocess.CompletedProcess
     return bash(script, path, VENV=str(tmp_path / "venv"))
 
 
+@pytest.mark.parametrize("given", [None, "cpu", "cuda"])
+def test_other_machines_find_out_their_devices_unless_told(tmp_path: Path, given: str | None) -> None:
+    """A machine without a GPU, as this one, may start ranks on others that have some."""
+    programs = {"pdsh": "", "nvidia-smi": "exit 9", "deepspeed": 'cat "$DS_ENV_FILE"', "python": ""}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "bin").symlink_to(tmp_path)
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    told = "" if given is None else f"export DS_ACCELERATOR={given}; "
+    script = f"unset DS_ACCELERATOR; {told}export LD_LIBRARY_PATH=/a; launch/multinode.sh -H {tmp_path}/hosts run.yaml"
+    lines = bash(script, VENV=str(tmp_path)).stdout.splitlines()
+    assert [line for line in lines if line.startswith("DS_ACCELERATOR")] == [f"DS_ACCELERATOR={given}"] * bool(given)
+    assert "LD_LIBRARY_PATH=/a" in lines
+
+
+@pytest.mark.parametrize("cores", [None, "8"])
+def test_srun_is_asked_for_cores_only_where_the_job_was(tmp_path: Path, cores: str | None) -> None:
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "cores [$SRUN_CPUS_PER_TASK], threads $OMP_NUM_THREADS" >&2\n')
+    (tmp_path / "srun").chmod(0o755)
+    job = "export SLURM_SUBMIT_DIR=$PWD SLURM_JOB_NAME=a SLURM_JOB_ID=1 SLURM_JOB_NODELIST=b; unset OMP_NUM_THREADS; "
+    asked = "" if cores is None else f"export SLURM_CPUS_PER_TASK={cores}; "
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = bash(f"{job}{asked}bash slurm/train.sbatch run.yaml", path, VENV=sys.prefix, DISTPRUNE_LOGS=str(tmp_path))
+    assert f"cores [{cores or ''}], threads {cores or 1}\n" in done.stderr
+
+
 @pytest.mark.parametrize(("variables", "devices"), [("", "0,1"), ("export CUDA_VISIBLE_DEVICES=2,3,5; ", "2,3")])
 def test_ranks_run_on_the_gpus_that_were_given(tmp_path: Path, variables: str, devices: str) -> None:
     done = on_three_gpus(tmp_path, variables)

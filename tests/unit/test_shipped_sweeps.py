@@ -10,8 +10,8 @@ import pytest
 from distprune import settings
 from distprune.config import Config
 from distprune.sweeps.spec import SEED, read_sweep, runs_of
+from tests.unit.sweep_files import settings_of
 from tests.unit.test_configs import SWEEPS
-from tests.unit.test_sweeps import settings_of
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)

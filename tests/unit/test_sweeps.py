@@ -1,51 +1,24 @@
-"""A sweep's file, its results and its means, without a run."""
+"""A sweep's file and its results, without a run."""
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import pytest
-from matplotlib.collections import LineCollection
-from scipy.stats import ttest_rel
 
-from distprune import settings
+from distprune import dist, settings
 from distprune.checkpoints import run_directory
 from distprune.commands.sweep import run as sweep
 from distprune.errors import UserError
-from distprune.sweeps import results
-from distprune.sweeps.means import means_of
-from distprune.sweeps.results import Row
-from distprune.sweeps.spec import Run, read_sweep, runs_of
-from distprune.sweeps.table import as_csv, draw, markdown
-
-FILE = """
-config: run.yaml
-output: {folder}/runs
-baseline: dense
-set: {{train.epochs: 4}}
-grid: {{train.seed: [1, 2]}}
-methods:
-  after:
-    set: {{recipe.name: one_shot}}
-    grid: {{pruning.sparsity: [0.5, 0.9]}}
-    models: {{model.path: dense}}
-  dense:
-    set: {{recipe.name: dense}}
-"""
+from distprune.sweeps import execute, results
+from distprune.sweeps.spec import read_sweep
+from tests.unit.sweep_files import row, runs, settings_of, write_sweep
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    (tmp_path / "run.yaml").write_text("model: {path: m}\ntask: {hub: a, validation: b}\n")
-    (tmp_path / "sweep.yaml").write_text(FILE.format(folder=tmp_path))
-    return tmp_path / "sweep.yaml"
-
-
-def runs(file: Path, *overrides: str) -> list[Run]:
-    return runs_of(read_sweep(file), file, overrides)
+    return write_sweep(tmp_path)
 
 
 def test_every_method_has_a_run_for_each_combination_behind_the_models_that_it_gets(file: Path) -> None:
@@ -68,10 +41,6 @@ def test_every_method_has_a_run_for_each_combination_behind_the_models_that_it_g
         'train.output="out/after/train.seed=2,pruning.sparsity=0.9"',
         'wandb.name="after/train.seed=2,pruning.sparsity=0.9"',
     ]
-
-
-def settings_of(run: Run, output: Path = Path("out")) -> dict[str, Any]:
-    return run.settings(run.load(output))
 
 
 def test_settings_are_what_is_not_as_it_is_by_default_and_not_where_files_are(file: Path) -> None:
@@ -148,14 +117,6 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(file: Path, old:
     assert not list((file.parent / "runs").glob("*/*")), "not even a folder or a log"
 
 
-def row(run: Run, metric: float, output: Path, **more: Any) -> Row:
-    shared = {"metric_name": "accuracy", "steps": 100, "sparsity_masked": run.point.get("pruning.sparsity", 0.0)}
-    shared |= {"model_sparsity": 0.1, "examples_per_s": 50.0, "final_metric": metric}
-    shared = dict.fromkeys(results.OF_SUMMARY) | shared
-    named = {"run": run.name, "method": run.method, "point": run.point, "models": run.models}
-    return {**named, "settings": settings_of(run, output), **shared, **more}
-
-
 def test_results_go_on_from_their_lines_alone(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, found = file.parent / "runs", runs(file)
     stored = output / "results.jsonl"
@@ -211,82 +172,6 @@ def test_a_directory_of_another_run_is_refused(file: Path) -> None:
         sweep(str(file), [], [], dry_run=True, only_table=False)
 
 
-DENSE, AFTER = {1: 0.9, 2: 0.94, 3: 0.91}, {1: 0.85, 2: 0.86, 3: 0.5}
-
-
-@pytest.fixture
-def rows(file: Path) -> dict[str, Row]:
-    file.write_text(file.read_text().replace("[1, 2]", "[1, 2, 3]").replace("[0.5, 0.9]", "[0.9]"))
-    metric = {"dense": DENSE, "after": AFTER}
-    found = [row(each, metric[each.method][each.point["train.seed"]], file.parent) for each in runs(file)]
-    return {each["run"]: each for each in found}
-
-
-def test_means_are_over_seeds_that_converged_and_differences_are_paired(rows: dict[str, Row]) -> None:
-    dense, after = means_of(rows, "dense", chance=0.5)
-    assert (dense.metric, dense.deviation) == (
-        pytest.approx(mean(DENSE.values())),
-        pytest.approx(stdev(DENSE.values())),
-    )
-    assert (dense.below, dense.diverged, dense.total_steps) == (None, 0, 100)
-    assert (after.seeds, after.diverged) == (3, 1)
-    assert after.metric == pytest.approx(0.855)
-    low, high = ttest_rel([0.9, 0.94], [0.85, 0.86]).confidence_interval(0.95)
-    assert after.below == pytest.approx((low + high) / 2)
-    assert after.interval == pytest.approx((high - low) / 2)
-    assert (after.steps, after.total_steps) == (100, 200), "with those of the dense model that it started from"
-    (_, all_seeds) = means_of(rows, "dense", chance=None)
-    assert (all_seeds.diverged, all_seeds.metric) == (0, pytest.approx(mean(AFTER.values())))
-    (_, none) = means_of(rows, None, chance=0.99)
-    assert (none.metric, none.deviation, none.below, none.diverged) == (None, None, None, 3)
-    assert after.pairs == 2
-
-
-def test_pairs_have_converged_on_both_sides_and_lower_may_be_better(rows: dict[str, Row]) -> None:
-    rows["dense/train.seed=1"]["final_metric"] = None
-    dense, after = means_of(rows, "dense", chance=0.4)
-    assert (dense.diverged, after.diverged, after.pairs) == (1, 0, 2)
-    assert after.below == pytest.approx(((0.94 - 0.86) + (0.91 - 0.5)) / 2)
-    for each in rows.values():
-        each["metric_name"] = "nll"
-    dense, after = means_of(rows, "dense", chance=0.92)
-    assert (dense.diverged, after.diverged, after.pairs) == (2, 0, 1)
-    assert after.below == pytest.approx(0.5 - 0.91), "it is better"
-
-
-def test_the_table_is_markdown_csv_and_a_plot(rows: dict[str, Row]) -> None:
-    means = means_of(rows, "dense", chance=0.5)
-    lines = markdown(means, "dense").splitlines()
-    assert lines[0].startswith("| method | at | accuracy | worse than dense | pairs | seeds | diverged | steps |")
-    assert lines[3].startswith(
-        "| after | pruning.sparsity 0.9 | 0.8550 ± 0.0071 | 0.0650 ± 0.1906 | 2 | 3 | 1 | 100 | 200 |"
-    )
-    header, *records = as_csv(means).splitlines()
-    assert header.split(",")[:3] == ["method", "point", "metric_name"]
-    assert len(records) == 2
-    (axes,) = draw(means, "dense", "sweep").axes
-    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
-    assert drawn["after"] == ([means[1].sparsity], [means[1].metric])
-    (spread,) = [each for each in axes.collections if isinstance(each, LineCollection)]
-    low, high = spread.get_segments()[0][:, 1]
-    assert (low + high, high - low) == pytest.approx((2 * means[1].metric, 2 * means[1].deviation)), "one point's band"
-    assert drawn["dense 0.917"][1] == [pytest.approx(mean(DENSE.values()))] * 2
-
-
-def test_where_no_seed_converged_the_plot_has_a_cross(rows: dict[str, Row]) -> None:
-    means = means_of(rows, "dense", chance=0.87)
-    (axes,) = draw(means, "dense", "sweep").axes
-    (line,) = [line for line in axes.get_lines() if line.get_marker() == "x"]
-    assert line.get_label() == "after: no seed converged"
-    assert list(line.get_xdata()) == [means[1].sparsity]
-
-
-def test_methods_of_one_colour_have_different_marks(rows: dict[str, Row]) -> None:
-    _, after = means_of(rows, None, chance=0.5)
-    (axes,) = draw([replace(after, method=f"method {number}") for number in range(20)], None, "sweep").axes
-    assert len({(line.get_color(), line.get_marker()) for line in axes.get_lines()}) == 20
-
-
 def test_a_table_is_made_of_what_there_is(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="has no result of this sweep yet"):
         sweep(str(file), [], [], dry_run=False, only_table=True)
@@ -338,7 +223,7 @@ def test_the_key_that_was_given_is_named_before_those_that_follow_from_it(file: 
     assert results._difference({}, {"a.b": 2, "a.a": 1}, ["a.a"]) == "a.b the default -> 2"
 
 
-def test_a_run_that_goes_on_without_its_sweep_is_waited_for(file: Path) -> None:
+def test_a_run_that_goes_on_without_its_sweep_is_not_begun_again(file: Path) -> None:
     first = next(each for each in runs(file) if each.method == "dense")
     folder = file.parent / "runs" / first.name
     folder.mkdir(parents=True)
@@ -349,14 +234,19 @@ def test_a_run_that_goes_on_without_its_sweep_is_waited_for(file: Path) -> None:
     assert run_directory.holder_of(folder) is None
 
 
-def test_a_table_without_a_baseline_compares_with_none(rows: dict[str, Row]) -> None:
-    title, _, first, *_ = markdown(means_of(rows, None, chance=0.5), None).splitlines()
-    assert title.startswith("| method | at | accuracy | seeds | diverged | steps |")
-    assert title.count("|") == first.count("|")
-
-
 def test_a_value_of_the_wrong_kind_is_named_by_its_key(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("methods: {a: {grid: {pruning.sparsity: 0.8}}}\n")
     with pytest.raises(UserError, match=r"no sweep: methods.a.grid.pruning.sparsity: Value 0.8 \(float\)") as caught:
         read_sweep(tmp_path / "sweep.yaml")
     assert "full_key" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "devices"), [("", "2,3"), ("4,5,6,7", "6,7")])
+def test_a_run_has_its_share_of_gpus_and_cores(monkeypatch: pytest.MonkeyPatch, given: str, devices: str) -> None:
+    monkeypatch.setattr(dist, "on_gpu", lambda: True)
+    monkeypatch.setattr(execute.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(execute.os, "cpu_count", lambda: 32)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    share = execute._share_of_the_machine(ranks=2, at_once=2, place=1)
+    assert share == {"OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": devices}

@@ -1,0 +1,96 @@
+"""The means of a sweep's results, and their table and plot."""
+
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from matplotlib.collections import LineCollection
+from scipy.stats import ttest_rel
+
+from distprune.sweeps.means import means_of
+from distprune.sweeps.results import Row
+from distprune.sweeps.table import as_csv, draw, markdown
+from tests.unit.sweep_files import row, runs, write_sweep
+
+DENSE, AFTER = {1: 0.9, 2: 0.94, 3: 0.91}, {1: 0.85, 2: 0.86, 3: 0.5}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> dict[str, Row]:
+    file = write_sweep(tmp_path)
+    file.write_text(file.read_text().replace("[1, 2]", "[1, 2, 3]").replace("[0.5, 0.9]", "[0.9]"))
+    metric = {"dense": DENSE, "after": AFTER}
+    found = [row(each, metric[each.method][each.point["train.seed"]], file.parent) for each in runs(file)]
+    return {each["run"]: each for each in found}
+
+
+def test_means_are_over_seeds_that_converged_and_differences_are_paired(rows: dict[str, Row]) -> None:
+    dense, after = means_of(rows, "dense", chance=0.5)
+    assert (dense.metric, dense.deviation) == (
+        pytest.approx(mean(DENSE.values())),
+        pytest.approx(stdev(DENSE.values())),
+    )
+    assert (dense.below, dense.diverged, dense.total_steps) == (None, 0, 100)
+    assert (after.seeds, after.diverged) == (3, 1)
+    assert after.metric == pytest.approx(0.855)
+    low, high = ttest_rel([0.9, 0.94], [0.85, 0.86]).confidence_interval(0.95)
+    assert after.below == pytest.approx((low + high) / 2)
+    assert after.interval == pytest.approx((high - low) / 2)
+    assert (after.steps, after.total_steps) == (100, 200), "with those of the dense model that it started from"
+    (_, all_seeds) = means_of(rows, "dense", chance=None)
+    assert (all_seeds.diverged, all_seeds.metric) == (0, pytest.approx(mean(AFTER.values())))
+    (_, none) = means_of(rows, None, chance=0.99)
+    assert (none.metric, none.deviation, none.below, none.diverged) == (None, None, None, 3)
+    assert after.pairs == 2
+
+
+def test_pairs_have_converged_on_both_sides_and_lower_may_be_better(rows: dict[str, Row]) -> None:
+    rows["dense/train.seed=1"]["final_metric"] = None
+    dense, after = means_of(rows, "dense", chance=0.4)
+    assert (dense.diverged, after.diverged, after.pairs) == (1, 0, 2)
+    assert after.below == pytest.approx(((0.94 - 0.86) + (0.91 - 0.5)) / 2)
+    for each in rows.values():
+        each["metric_name"] = "nll"
+    dense, after = means_of(rows, "dense", chance=0.92)
+    assert (dense.diverged, after.diverged, after.pairs) == (2, 0, 1)
+    assert after.below == pytest.approx(0.5 - 0.91), "it is better"
+
+
+def test_the_table_is_markdown_csv_and_a_plot(rows: dict[str, Row]) -> None:
+    means = means_of(rows, "dense", chance=0.5)
+    lines = markdown(means, "dense").splitlines()
+    assert lines[0].startswith("| method | at | accuracy | worse than dense | pairs | seeds | diverged | steps |")
+    assert lines[3].startswith(
+        "| after | pruning.sparsity 0.9 | 0.8550 ± 0.0071 | 0.0650 ± 0.1906 | 2 | 3 | 1 | 100 | 200 |"
+    )
+    header, *records = as_csv(means).splitlines()
+    assert header.split(",")[:3] == ["method", "point", "metric_name"]
+    assert len(records) == 2
+    (axes,) = draw(means, "dense", "sweep").axes
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+    assert drawn["after"] == ([means[1].sparsity], [means[1].metric])
+    (spread,) = [each for each in axes.collections if isinstance(each, LineCollection)]
+    low, high = spread.get_segments()[0][:, 1]
+    assert (low + high, high - low) == pytest.approx((2 * means[1].metric, 2 * means[1].deviation)), "one point's band"
+    assert drawn["dense 0.917"][1] == [pytest.approx(mean(DENSE.values()))] * 2
+
+
+def test_where_no_seed_converged_the_plot_has_a_cross(rows: dict[str, Row]) -> None:
+    means = means_of(rows, "dense", chance=0.87)
+    (axes,) = draw(means, "dense", "sweep").axes
+    (line,) = [line for line in axes.get_lines() if line.get_marker() == "x"]
+    assert line.get_label() == "after: no seed converged"
+    assert list(line.get_xdata()) == [means[1].sparsity]
+
+
+def test_methods_of_one_colour_have_different_marks(rows: dict[str, Row]) -> None:
+    _, after = means_of(rows, None, chance=0.5)
+    (axes,) = draw([replace(after, method=f"method {number}") for number in range(20)], None, "sweep").axes
+    assert len({(line.get_color(), line.get_marker()) for line in axes.get_lines()}) == 20
+
+
+def test_a_table_without_a_baseline_compares_with_none(rows: dict[str, Row]) -> None:
+    title, _, first, *_ = markdown(means_of(rows, None, chance=0.5), None).splitlines()
+    assert title.startswith("| method | at | accuracy | seeds | diverged | steps |")
+    assert title.count("|") == first.count("|")
