@@ -1,7 +1,9 @@
 """What is not a bug: an input that the user can mend, and ranks that are lost."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 STOPPED, LOST = 75, 76
 """Exit statuses of a run that can go on: it was asked to stop (sysexits' EX_TEMPFAIL), or ranks are gone."""
@@ -13,6 +15,19 @@ class UserError(Exception):
     Raised for bad input only; broken invariants are assertions. The command line prints it without a
     traceback on one rank and exits with status 2 on every rank.
     """
+
+
+@contextmanager
+def written(path: Path | str) -> Iterator[None]:
+    """Refuse a file that cannot be written within a ``with``.
+
+    Raises:
+        UserError: in place of the OSError, or of the ValueError for a suffix that is not known.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be written: {error}") from error
 
 
 def unknown(what: str, given: str, allowed: Iterable[str]) -> UserError:

@@ -173,12 +173,7 @@ def measure(total: int, dtype: torch.dtype, device: torch.device, repeat: int, a
 
 def _slowest(times: list[float]) -> list[float]:
     """Return the longest time of any rank, each. Collective: every rank calls it."""
-    nanoseconds = torch.tensor([round(time * 1e9) for time in times])
-
-    def ask() -> Exchange[Tensor]:
-        return (yield Request(nanoseconds, "max"))
-
-    return [float(time) / 1e9 for time in over_ranks(ask(), dist.detect().device).tolist()]
+    return [max(each) for each in zip(*dist.gather([times]), strict=True)]
 
 
 def _sizes(total: int) -> dict[str, int]:

@@ -25,6 +25,9 @@ SHAPES = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
 }
 
+POSITIONS = BertConfig().max_position_embeddings
+"""Tokens that these models can read."""
+
 
 @dataclass(frozen=True)
 class Steps:

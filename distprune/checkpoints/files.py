@@ -85,7 +85,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
     """Write tensors, wait until the disk has them, and check them by reading them back.
 
     Raises:
-        OSError: where they cannot be written, or are read back as something else.
+        OSError, SafetensorError: where they cannot be written, or are read back as something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     save(tensors, path)
@@ -115,7 +115,11 @@ def checksum(path: Path) -> str:
 
 def saving_path(folder: Path, step: int) -> Path:
     """Return where a checkpoint is while it is not complete."""
-    return folder / f"{_SAVING}{_NAME}{step:08d}"
+    return folder / f"{_SAVING}{_name(step)}"
+
+
+def _name(step: int) -> str:
+    return f"{_NAME}{step:08d}"
 
 
 def complete(folder: Path, manifest: Manifest) -> Path:
@@ -133,7 +137,7 @@ def complete(folder: Path, manifest: Manifest) -> Path:
     text = json.dumps(content | {"checksum": _of_text(content)}, indent=1)
     _write_flushed(saving / MANIFEST, text)
     _flush_folder(saving)
-    final = folder / f"{_NAME}{manifest.step:08d}"
+    final = folder / _name(manifest.step)
     saving.rename(final)
     _flush_folder(folder)
     _point_at(folder, final.name)
@@ -201,11 +205,21 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted((path for path in found if path.name.startswith(_NAME)), reverse=True)
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed have left."""
+def clear_behind(folder: Path, step: int) -> None:
+    """Remove what a run leaves behind it as it goes on from its newest whole checkpoint.
+
+    Those of later steps are damaged, and in the way of the run, which comes to these steps again.
+
+    Args:
+        folder: where the checkpoints are.
+        step: of the one that the run goes on from.
+    """
     for pattern in (f"{_SAVING}*", f"{_REMOVING}*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+    for path in newest_first(folder):
+        if path.name > _name(step):
+            remove(path)
 
 
 def to_remove(folder: Path, keep: int) -> list[Path]:

@@ -64,18 +64,17 @@ class Saver:
         folder: made where it is missing; the same on all nodes.
         keep: how many of the newest stay, beside the best.
         describe: writes the files that make a folder a model's directory, on rank 0.
-        saved: the step of the checkpoint that the run goes on from, None where there is none.
     """
 
-    def __init__(self, folder: Path, keep: int, describe: Callable[[Path], None], saved: int | None = None):
+    def __init__(self, folder: Path, keep: int, describe: Callable[[Path], None]):
         self.folder, self.keep = folder, keep
         self._describe = describe
         self._writing: _Writing | None = None
         self._removing: Thread | None = None
         self._manifest: Manifest | None = None
         self._begun_at = time.monotonic()
-        self.last_step = saved
-        """The step of the newest checkpoint, one that is being written included."""
+        self.last_step: int | None = None
+        """The step of the newest checkpoint, one that is being written included, and one that the run goes on from."""
 
     @property
     def busy(self) -> bool:

@@ -1,10 +1,8 @@
 """``distprune analyze``: what a user's own teacher, model and data say about the choices of a recipe."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -12,12 +10,11 @@ from rich.table import Table
 from distprune import dist, settings
 from distprune.analysis.temperature import ENOUGH, TEMPERATURES, Softness, recommended, softness
 from distprune.commands.analyze_components import analyse_components
-from distprune.engines.batches import eval_batches
 from distprune.engines.build import build_frozen
-from distprune.engines.evaluate import on_device
+from distprune.engines.evaluate import logits_of_rows
 from distprune.errors import UserError
 from distprune.monitor.plots import BLUE, GREEN, GREY, RED, save_png
-from distprune.monitor.records import environment, write_json
+from distprune.monitor.records import save_json
 from distprune.tasks.base import Task
 from distprune.training.setup import check_teacher, load_task, local_model
 
@@ -44,23 +41,26 @@ def _teacher(
         raise UserError(
             f"--rows is {rows} and --temperatures {temperatures}; allowed: at least 1, and more than 0 each"
         )
-    task = load_task(config, local_model(config.model.path, config.model.revision))
+    student = local_model(config.model.path, config.model.revision)
+    task = load_task(config, student)
     directory = local_model(path, config.teacher.revision)
-    dist.agree(lambda: check_teacher(directory, task))
+    dist.agree(lambda: check_teacher(directory, task, student))
     size = config.train.eval_batch_size
     engine = build_frozen(config.deepspeed.teacher, directory, task.auto_class, task.model_options(), size)
     means = soften(engine, task, sorted(temperatures or TEMPERATURES), rows, size, config.train.seed)
     best = recommended(means)
-    if dist.is_main():
+
+    def show() -> None:
         Console().print(_table(means, best))
-        _draw(means, best, png, f"the teacher {path} on {min(rows, len(task.train)):,} training rows")
         if json_path is not None:
-            results = [vars(each) for each in means]
-            write_json(Path(json_path), {"environment": environment(), "recommended": best, "results": results})
+            save_json(json_path, {"recommended": best, "results": [vars(each) for each in means]})
+        _draw(means, best, png, f"the teacher {path} on {min(rows, len(task.train)):,} training rows")
         if best is None:
             print(f"the teacher is soft at none of these temperatures; {png}")
         else:
             print(f"distillation.temperature={best:g} is the lowest at which the teacher is soft; {png}")
+
+    dist.on_main(show)
 
 
 def soften(engine: Any, task: Task, temperatures: list[float], rows: int, batch_size: int, seed: int) -> list[Softness]:
@@ -77,19 +77,14 @@ def soften(engine: Any, task: Task, temperatures: list[float], rows: int, batch_
     Raises:
         UserError: a regression, which has no distribution.
     """
-    world = dist.detect()
     drawn = np.sort(np.random.default_rng(seed).permutation(len(task.train))[:rows])
     data = task.train.select(drawn)
     sums = {each: Softness(each) for each in temperatures}
-    for share in eval_batches(data["length"], batch_size, world.rank, world.size):
-        batch = on_device(task.collate(data.__getitems__(share.indices)), engine)
-        with torch.no_grad():
-            logits = task.split(task.forward(engine, batch).float(), batch)
-        for part, is_valid in zip(logits, share.valid, strict=True):
-            if part.shape[-1] == 1:
-                raise UserError("the task is a regression, whose teacher has no temperature; allowed: another task")
-            for each in temperatures if is_valid else ():
-                sums[each] += softness(part[None], each)
+    for _, logits in logits_of_rows(engine, task, data, batch_size):
+        if logits.shape[-1] == 1:
+            raise UserError("the task is a regression, whose teacher has no temperature; allowed: another task")
+        for each in temperatures:
+            sums[each] += softness(logits[None], each)
     return [Softness(each, *dist.all_sum(sums[each].sums())).mean() for each in temperatures]
 
 

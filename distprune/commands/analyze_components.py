@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -25,7 +24,7 @@ from distprune.engines.build import set_learning_rate
 from distprune.engines.evaluate import evaluate, on_device
 from distprune.errors import UserError
 from distprune.monitor.plots import BLUE, GREEN, GREY, RED, save_png
-from distprune.monitor.records import environment, write_json
+from distprune.monitor.records import save_json
 from distprune.training.setup import Setup, build_pruner, prepare
 
 REPEAT = 7
@@ -52,14 +51,16 @@ def analyse_components(
     for part in parts:
         found = pruned_alone(config, setup, part.matrices, steps, measure)
         part.metrics = {step: value for step, (_, value) in zip(steps, found, strict=True)}
-    if dist.is_main():
+
+    def show() -> None:
         _show(config.model.path, parts, dense, metric, setup.new_weights)
         if json_path is not None:
-            model = {"environment": environment(), "model": config.model.path, "metric": metric, "dense": dense}
+            model = {"model": config.model.path, "metric": metric, "dense": dense}
             recommended = [each.place.component for each in parts if each.place.layer is None and pays(each)]
-            results = [record(part) for part in parts]
-            write_json(Path(json_path), model | {"recommended": recommended, "results": results})
+            save_json(json_path, model | {"recommended": recommended, "results": [record(part) for part in parts]})
         _draw(parts, dense, metric, png)
+
+    dist.on_main(show)
 
 
 def dense_setup(config: Config) -> Setup:

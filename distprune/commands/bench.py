@@ -14,7 +14,7 @@ from rich.table import Table
 from distprune import dist
 from distprune.benchmarks import checkpoints, memory, selection, steps, training
 from distprune.errors import UserError
-from distprune.monitor.records import environment, write_json
+from distprune.monitor.records import save_json
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,16 +34,21 @@ def run(benchmark: str, threads: int, repeat: int, json_path: str | None, **opti
         "memory": _memory,
     }
     table, records = measures[benchmark](repeat, **options)
-    if dist.is_main():
+
+    def show() -> None:
         Console(width=140).print(table)
         if json_path is not None:
-            write_json(Path(json_path), {"environment": environment(), "results": records})
+            save_json(json_path, {"results": records})
+
+    dist.on_main(show)
     dist.shutdown()
 
 
 @contextmanager
 def _shared_folder(parent: str | None = None) -> Iterator[Path]:
     """Give all ranks rank 0's temporary folder, until all are done. Collective: every rank calls it."""
+    if parent is not None and not Path(parent).is_dir():
+        raise UserError(f"--folder is {parent!r}; allowed: a directory that is there, on every node")
     with tempfile.TemporaryDirectory(dir=parent) as own:
         yield Path(dist.gather([own])[0])
         dist.barrier()
@@ -59,6 +64,11 @@ def _check_batch_size(batch_size: int) -> dist.World:
     if batch_size % world.size:
         raise UserError(f"--batch-size is {batch_size}; allowed: a multiple of the {world.size} ranks")
     return world
+
+
+def _check_length(length: int) -> None:
+    if not 1 <= length <= steps.POSITIONS:
+        raise UserError(f"--length is {length}; allowed: 1 to the models' {steps.POSITIONS} tokens")
 
 
 def _select(repeat: int, sizes: Sequence[float], dtype: str, alone: bool) -> tuple[Table, list[dict[str, Any]]]:
@@ -88,6 +98,7 @@ def _step(
     repeat: int, model: str, dtype: str, stage: int, batch_size: int, length: int
 ) -> tuple[Table, list[dict[str, Any]]]:
     world = _check_batch_size(batch_size)
+    _check_length(length)
     with _shared_folder() as folder:
         each = steps.measure(folder, model, _section(stage, dtype), batch_size, length, repeat)
     table = Table(
@@ -150,6 +161,7 @@ def _memory(
     repeat: int, model: str, dtype: str, stage: int, batch_size: int, length: int, teacher: int | None
 ) -> tuple[Table, list[dict[str, Any]]]:
     world = _check_batch_size(batch_size)
+    _check_length(length)
     with _shared_folder() as folder:
         each = memory.measure(folder, model, _section(stage, dtype), batch_size, length, repeat, teacher)
     table = Table(title=f"{model}, {dtype}, ZeRO-{stage}, {world.size} ranks: MB of the rank that takes most")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from distprune import dist, settings
 from distprune.checkpoints.files import is_checkpoint, save
 from distprune.checks.sections import PRUNING
-from distprune.config import Config, PruningConfig
+from distprune.config import Config, DistillationConfig, PruningConfig, RegrowthConfig
 from distprune.errors import UserError
 from distprune.models.files import Source, auto_class_of, stored_names
 from distprune.models.weights import skeleton
@@ -137,7 +137,8 @@ def _prune_files(model_dir: str, out: str, pruning: PruningConfig, score: Score)
     device = dist.detect().device
     over_ranks(score.prepare(slices, sizes), device)
     sparsity = Fraction(str(pruning.sparsity))
-    before = over_ranks(summed(torch.tensor([_masked(slices, name) for name in sizes])), device).tolist()
+    mine = {each.name: count_pruned(each.mask) for each in slices}
+    before = over_ranks(summed(torch.tensor([mine.get(name, 0) for name in sizes])), device).tolist()
     choosing = structure.choose(slices, score, sparsity, dict(zip(sizes, before, strict=True)))
     choice = over_ranks(choosing, device)
     partial_dir = target.with_name(target.name + ".partial")
@@ -152,10 +153,6 @@ def _prune_files(model_dir: str, out: str, pruning: PruningConfig, score: Score)
     wanted = structure.masked_at(sparsity)
     assert total == wanted or (sum(before) and total > wanted), f"{total} weights were masked, and not {wanted}"
     _finish(partial_dir, target, pruning, {"masked": total, "prunable": sum(sizes.values())}, choice.threshold)
-
-
-def _masked(slices: list[Slice], name: str) -> int:
-    return sum(int((each.mask == PRUNED).sum()) for each in slices if each.name == name)
 
 
 def _open(source: Path, pruning: PruningConfig) -> Files:
@@ -229,22 +226,7 @@ def _prune_by_gradients(model_dir: str, out: str, pruning: PruningConfig, seed: 
     """Take one optimizer step at a learning rate of 0, pruning in it. Collective: every rank calls it."""
     if path is None:
         raise UserError(f"--score {pruning.score} needs gradients; allowed: with --config FILE, whose data give them")
-    config = dist.agree(
-        lambda: settings.load_valid(
-            path,
-            [
-                f"model.path={model_dir}",
-                f"train.output={out}",
-                f"train.seed={seed}",
-                "model.dropout=0",
-                "distillation.hardness=0",
-                "pruning.sparsity=0",
-                "checkpoint.epochs=false",
-                "checkpoint.minutes=null",
-            ],
-        )
-    )
-    config.pruning = pruning
+    config = dist.agree(lambda: _for_one_step(path, model_dir, out, pruning, seed))
     setup = prepare(config)
     assert setup.pruner is not None
     setup.plan = replace(setup.plan, total_steps=1, lr=LrSchedule(0.0, 0.0, 0, (0, 1)))
@@ -255,3 +237,15 @@ def _prune_by_gradients(model_dir: str, out: str, pruning: PruningConfig, seed: 
     trainer.export(partial_dir)
     counts = {"masked": setup.pruner.masked, "prunable": setup.pruner.total}
     _finish(partial_dir, target, pruning, counts, setup.pruner.threshold)
+
+
+def _for_one_step(path: str, model_dir: str, out: str, pruning: PruningConfig, seed: int) -> Config:
+    """Return a run's configuration for one step that prunes, what else a run does taken out."""
+    config = settings.load(path, [])
+    config.model.path, config.model.dropout, config.task.more_validation = model_dir, 0.0, []
+    config.train.output, config.train.seed = out, seed
+    config.train.select, config.train.patience = "last", None
+    config.checkpoint.epochs, config.checkpoint.steps, config.checkpoint.minutes = False, None, None
+    config.pruning, config.regrowth, config.distillation = pruning, RegrowthConfig(), DistillationConfig()
+    settings.validate(config)
+    return config

@@ -2,7 +2,7 @@
 
 from distprune import settings
 from distprune.pruning import native
-from distprune.training.setup import check_limits, load_task, local_model
+from distprune.training.setup import check_limits, check_teacher, load_task, local_model
 
 
 def run(config_path: str, overrides: list[str]) -> None:
@@ -14,10 +14,15 @@ def run(config_path: str, overrides: list[str]) -> None:
     config = settings.load_valid(config_path, overrides)
     directory = local_model(config.model.path, config.model.revision)
     print(f"model    {config.model.path}: {directory}")
-    if config.distillation.teaches and config.teacher.path is not None:
-        print(f"teacher  {config.teacher.path}: {local_model(config.teacher.path, config.teacher.revision)}")
     task = load_task(config, directory)
     check_limits(directory, task)
+    if config.distillation.teaches and config.teacher.path is not None:
+        teacher = local_model(config.teacher.path, config.teacher.revision)
+        check_teacher(teacher, task, directory)
+        print(f"teacher  {config.teacher.path}: {teacher}")
+    if config.pruning.weights_of is not None:
+        scored = local_model(config.pruning.weights_of, None)
+        print(f"scored   {config.pruning.weights_of}: {scored}")
     print(f"data     {len(task.train):,} training and {len(task.validation):,} validation examples, tokenised")
     compiled = "compiled" if native.library() else "no C compiler: pruning will take NumPy, in more than twice the time"
     print(f"code     {compiled}")

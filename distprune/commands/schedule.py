@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 from rich.console import Console
@@ -115,7 +114,6 @@ def draw(plan: Plan, png: str, title: str) -> None:
     """Draw the learning rate and, where the run prunes, the sparsity below it, over epochs."""
     panels = 2 if plan.ladder else 1
     figure = Figure(figsize=(9, 1.4 + 2.3 * panels), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
     _draw_lr(axes[0], plan)
     if plan.ladder:

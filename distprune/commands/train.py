@@ -8,7 +8,7 @@ from typing import Any
 
 from distprune import dist, settings
 from distprune.checkpoints import run_directory
-from distprune.checkpoints.files import FOLDER, Manifest, clear_unfinished
+from distprune.checkpoints.files import FOLDER, Manifest, clear_behind
 from distprune.checkpoints.resume import newest_whole
 from distprune.config import Config
 from distprune.errors import UserError
@@ -128,8 +128,9 @@ def _make_ready(run_dir: Path, config: Config, unfinished: bool, manifest: Manif
     if not unfinished:
         run_directory.claim(run_dir, config)
         return
-    clear_unfinished(run_dir / FOLDER)
-    run_directory.cut_metrics(run_dir, manifest.step if manifest else 0)
+    step = manifest.step if manifest else 0
+    clear_behind(run_dir / FOLDER, step)
+    run_directory.cut_metrics(run_dir, step)
     if manifest is not None and manifest.state["wandb_id"] is not None:
         store_id(run_dir, manifest.state["wandb_id"])
     run_directory.write_config(run_dir, config)

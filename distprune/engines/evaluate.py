@@ -1,5 +1,6 @@
 """Evaluation that gives the same number at any world size: every example once, every rank as many forward passes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,27 @@ def evaluate(engine: Any, task: Task, batch_size: int) -> dict[str, float]:
         metrics = _evaluate(engine, task, data, batch_size)
         measured |= {prefix + name: value for name, value in metrics.items()}
     return measured
+
+
+@torch.no_grad()
+def logits_of_rows(engine: Any, task: Task, data: Dataset, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield this rank's share of the rows, each with its place in the data and its logits, fp32.
+
+    Collective: every rank calls it, and takes all that it yields.
+
+    Args:
+        engine: a DeepSpeed engine, in the mode that it is in.
+        task: gives batches, and takes logits apart.
+        data: of the task.
+        batch_size: rows in a forward pass on one rank.
+    """
+    world = dist.detect()
+    for share in eval_batches(data["length"], batch_size, world.rank, world.size):
+        batch = on_device(task.collate(data.__getitems__(share.indices)), engine)
+        logits = task.split(task.forward(engine, batch).float(), batch)
+        for row, is_valid, part in zip(share.indices, share.valid, logits, strict=True):
+            if is_valid:
+                yield row, part
 
 
 def on_device(batch: Batch, engine: Any) -> Batch:

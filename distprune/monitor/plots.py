@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from distprune.errors import UserError
+from distprune.errors import written
 
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # of Okabe and Ito: colour-blind safe
 COLORS = (BLUE, RED, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -41,15 +41,13 @@ def plot_run(metrics: Metrics, path: Path, dense: float | None, title: str) -> N
 
 
 def save_png(figure: Figure, path: str) -> None:
-    """Write a figure where ``--png`` says; another suffix that matplotlib knows gives that kind of file.
+    """Write a figure where a user says; another suffix that matplotlib knows gives that kind of file.
 
     Raises:
         UserError: it cannot be written.
     """
-    try:
+    with written(path):
         figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--png {path!r} cannot be written: {error}") from error
 
 
 def series(metrics: Metrics, name: str, split: str | None = None) -> tuple[list[int], list[float]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from distprune import __version__, dist
-from distprune.errors import UserError
+from distprune.errors import UserError, written
 from distprune.monitor.jsonl import finite
 
 
@@ -88,3 +88,13 @@ def write_json(path: Path, data: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def save_json(path: str, results: Mapping[str, Any]) -> None:
+    """Write what a command measured, and its environment, where a user says.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with written(path):
+        write_json(Path(path), {"environment": environment(), **results})

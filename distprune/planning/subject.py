@@ -1,6 +1,7 @@
 """What a plan is made of: the run's student, teacher and longest examples, without their weights."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from distprune.teachers.choose import is_cached
 from distprune.teachers.live import LiveTeacher
 from distprune.training.objective import Objective, put_out_features
 from distprune.training.plan import Plan, make_plan
-from distprune.training.setup import check_limits, load_task, local_model
+from distprune.training.setup import check_limits, check_teacher, load_task, local_model
 
 _SPREAD = 0.02
 """Standard deviation of the weights that stand in for the real ones; speed and sizes do not depend on it."""
@@ -111,7 +112,7 @@ def subject_of(config: Config, world: int) -> Subject:
     if config.model.activation_checkpointing:
         checkpoint_activations(student)
     shapes = shapes_of(student, decay_groups(student, config.optimizer.weight_decay), _prunable(config, plan, student))
-    return Subject(config, plan, task, student, shapes, layout, _live_teacher(config, task), teacher_layout)
+    return Subject(config, plan, task, student, shapes, layout, _live_teacher(config, task, directory), teacher_layout)
 
 
 def _prunable(config: Config, plan: Plan, student: PreTrainedModel) -> list[str]:
@@ -121,11 +122,12 @@ def _prunable(config: Config, plan: Plan, student: PreTrainedModel) -> list[str]
     return find_targets(student, pruning.include, pruning.exclude, pruning.structure, pruning.components)
 
 
-def _live_teacher(config: Config, task: Task) -> PreTrainedModel | None:
+def _live_teacher(config: Config, task: Task, student: Path) -> PreTrainedModel | None:
     if not config.distillation.teaches or is_cached(config, task):
         return None
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
+    check_teacher(directory, task, student)
     teacher, _ = skeleton(directory, task.auto_class, task.model_options())
     put_out_features(config.distillation, teacher)
     return teacher.requires_grad_(False)

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from matplotlib.figure import Figure
 
 from distprune.checkpoints.run_directory import CONFIG
-from distprune.errors import UserError
+from distprune.errors import UserError, written
 from distprune.monitor.plots import layers_figure
 from distprune.reports import figures
 from distprune.reports.runs import RunRecord, differences, times
@@ -106,8 +106,6 @@ def write(path: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    try:
+    with written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be written: {error}") from error

@@ -150,7 +150,12 @@ class Task(ABC):
         """Return all evaluation data by what their metrics' names begin with; the main one with nothing."""
         return {"": self.validation, **{f"{name}/": rows for name, rows in self.more_validation.items()}}
 
-    def check_teacher(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
+    def check_teacher(
+        self,
+        teacher_config: PretrainedConfig,
+        teacher_tokenizer: PreTrainedTokenizerBase,
+        student_config: PretrainedConfig,
+    ) -> None:
         """Check that the teacher reads the student's tokens and that its logits mean the same.
 
         Raises:

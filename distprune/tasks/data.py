@@ -294,8 +294,8 @@ def _read_hub(task: TaskConfig, names: list[str], cache_dir: Path | None) -> lis
     for name in names:
         if name not in splits:
             raise unknown(f"split of the data set {title}", name, splits)
-    origins = {name: f"split {name!r} of {title}" for name in names}
-    return [Split(_number(splits[name], origin), origin) for name, origin in origins.items()]
+    found = [(splits[name], f"split {name!r} of {title}") for name in names]
+    return [Split(_number(rows, origin), origin) for rows, origin in found]
 
 
 def _read_file(task: TaskConfig, name: str, cache_dir: Path | None) -> Split:

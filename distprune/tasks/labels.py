@@ -68,13 +68,13 @@ def find_classes(split: Split, column: str, given: list[str]) -> Classes:
     feature, found = split.rows.features[column], set(_values(split, column))
     if len(set(given)) < len(given):
         raise UserError(f"task.labels names a class twice: {_show(given)}")
-    if _is_whole(split, column):
+    if all(isinstance(value, int) for value in found):
         if not given and found != set(range(len(found))):
             raise UserError(
                 f"the labels in column {column!r} of {split.origin} are {_show(found)}; they must be "
                 "0, 1, ... without gaps, or task.labels must name all classes"
             )
-        names = given or [f"LABEL_{number}" for number in sorted(found)]
+        names = given or [f"LABEL_{int(number)}" for number in sorted(found)]
         classes = Classes(names, {number: number for number in range(len(names))})
     else:
         names = given or (feature.names if isinstance(feature, ClassLabel) else sorted(map(str, found)))
@@ -125,6 +125,8 @@ def _values(split: Split, column: str) -> list[int | str]:
     if isinstance(feature, ClassLabel):
         names: dict[Any, str] = dict(enumerate(feature.names))
         return [names.get(value, value) for value in values]
+    if type_of(split, column).startswith("float") and all(float(value).is_integer() for value in values):
+        return [int(value) for value in values]  # numbers of a table in which one was missing
     if not (_is_whole(split, column) or is_text(split, column)):
         raise UserError(
             f"column {column!r} of {split.origin} holds {feature}; classes are whole numbers or names, and "

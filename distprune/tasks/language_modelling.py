@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedC
 
 from distprune.config import Config
 from distprune.errors import UserError
-from distprune.models.files import read_config, resolve
 from distprune.tasks.base import Batch, Example, Task
 from distprune.tasks.data import check_max_length, check_text, choose, load_splits, mapped, quiet
 from distprune.tasks.metrics import check_suited
@@ -54,7 +53,7 @@ class LanguageModelling(Task):
         check_max_length(tokenizer, 1, task.max_length)
         check_suited(task.metrics, self.allowed, task.name)
         self.metric_names = task.metrics or self.allowed[:2]
-        self._model, self._length = config.model, task.max_length
+        self._length = task.max_length
         with quiet():
             splits = load_splits(task, task.text, cache_dir, self.notes)
             for split in (splits.train, splits.validation, *splits.more.values()):
@@ -114,18 +113,22 @@ class LanguageModelling(Task):
     def check_labels(self, model_config: PretrainedConfig, who: str) -> None:
         """Check nothing: that a model has all tokens is seen from its vocabulary."""
 
-    def check_teacher(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
+    def check_teacher(
+        self,
+        teacher_config: PretrainedConfig,
+        teacher_tokenizer: PreTrainedTokenizerBase,
+        student_config: PretrainedConfig,
+    ) -> None:
         """Check that the teacher reads the student's tokens and puts out as many logits.
 
         Raises:
             UserError: another vocabulary, or another number of logits.
         """
-        super().check_teacher(teacher_config, teacher_tokenizer)
-        student = read_config(resolve(self._model.path, self._model.revision))
-        if student.vocab_size != teacher_config.vocab_size:
+        super().check_teacher(teacher_config, teacher_tokenizer, student_config)
+        if student_config.vocab_size != teacher_config.vocab_size:
             raise UserError(
-                f"the teacher's vocab_size is {teacher_config.vocab_size} and the student's {student.vocab_size}; "
-                "they must be equal"
+                f"the teacher's vocab_size is {teacher_config.vocab_size} and the student's "
+                f"{student_config.vocab_size}; they must be equal"
             )
 
     @classmethod

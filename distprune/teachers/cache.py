@@ -17,14 +17,13 @@ from typing import Any
 import psutil
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distprune import dist
 from distprune.checkpoints import files
 from distprune.checkpoints.files import Damaged, Entry, check, checksum, write_tensors
-from distprune.engines.batches import eval_batches
-from distprune.engines.evaluate import on_device
+from distprune.engines.evaluate import logits_of_rows
 from distprune.errors import UserError
 from distprune.tasks.base import Batch, Task
 from distprune.teachers.live import LiveTeacher, Taught
@@ -128,7 +127,7 @@ def build(folder: Path, teacher: LiveTeacher, task: Task, found: Fingerprints, b
     def write() -> list[Entry]:
         try:
             return [write_tensors(path, tensors)]
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{path} cannot be written: {error}; allowed: teacher.cache=null runs the teacher"
             ) from error
@@ -186,19 +185,13 @@ class CachedTeacher:
         return dict.fromkeys(("weights", "master", "moments"), 0)
 
 
-@torch.no_grad()
 def _logits_of_rank(teacher: LiveTeacher, task: Task, batch_size: int) -> Mapping[str, Tensor]:
     """Return this rank's share of the logits. Collective: every rank calls it."""
-    world = dist.detect()
     rows: list[int] = []
     parts: list[Tensor] = []
-    for share in eval_batches(task.train["length"], batch_size, world.rank, world.size):
-        batch = on_device(task.collate(task.train.__getitems__(share.indices)), teacher.engine)
-        logits = task.split(task.forward(teacher.engine, batch).float(), batch)
-        for row, is_valid, part in zip(share.indices, share.valid, logits, strict=True):
-            if is_valid:
-                rows.append(row)
-                parts.append(part.cpu())
+    for row, logits in logits_of_rows(teacher.engine, task, task.train, batch_size):
+        rows.append(row)
+        parts.append(logits.cpu())
     dimensions = parts[0].dim() if parts else 0
     return {
         "rows": torch.tensor(rows, dtype=torch.int64),

@@ -197,13 +197,18 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_teacher(directory: Path, task: Task) -> None:
+def check_teacher(directory: Path, task: Task, student: Path) -> None:
     """Refuse a teacher that reads other tokens, predicts other labels, or is too small for the task.
+
+    Args:
+        directory: the teacher's.
+        task: gives tokens and labels.
+        student: its model directory.
 
     Raises:
         UserError: as said.
     """
-    task.check_teacher(read_config(directory), load_tokenizer(str(directory)))
+    task.check_teacher(read_config(directory), load_tokenizer(str(directory)), read_config(student))
     check_limits(directory, task)
 
 
@@ -227,6 +232,6 @@ def _teacher(config: Config, task: Task, student: Path, micro_batch: int) -> Tea
     """Collective: every rank calls it."""
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
-    dist.agree(lambda: check_teacher(directory, task))
+    dist.agree(lambda: check_teacher(directory, task, student))
     dist.agree(lambda: check_features(config.distillation, read_config(student), read_config(directory)))
     return teacher_of(config, task, directory, micro_batch)

@@ -27,7 +27,7 @@ def test_prepare_leaves_nothing_to_fetch_or_compile(task: Path, tmp_path: Path) 
     assert [name for name, *_ in lines[:4]] == ["model", "teacher", "data", "code"]
     assert "96 training and 61 validation examples" in done.stdout
     assert list((tmp_path / "cache" / "distprune").glob("native-*.so"))
-    refused = start([BIN / "distprune", "prepare", task / "run.yaml", "model.path=./nowhere"])
+    refused = start([BIN / "distprune", "prepare", task / "run.yaml", "pruning.weights_of=./nowhere"])
     assert refused.returncode == 2
     assert "model path './nowhere' is not a directory" in refused.stderr
 

@@ -65,10 +65,20 @@ def test_checkpoint_compares_saves_with_a_plain_write(world: Worlds, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.json"], "nothing is left over"
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
-    done = start([BIN / "distprune", "bench", "select", "--repeat", "0"])
-    assert done.returncode == 2
-    assert "--repeat is 0" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ("select --repeat 0", "--repeat is 0 and --threads 1; allowed: at least 1"),
+        ("step --model tiny --length 513", "--length is 513; allowed: 1 to the models' 512 tokens"),
+        ("memory --model tiny --length 0", "--length is 0; allowed: 1 to"),
+        ("checkpoint --model tiny --folder no/such", "--folder is 'no/such'; allowed: a directory"),
+        ("select --sizes 1e4 --repeat 1 --json no/such/x.json", "'no/such/x.json' cannot be written"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_on_all_ranks(world: Worlds, arguments: str, part: str) -> None:
+    (status, said), (other, _) = world(2).run(run_command, "bench", *arguments.split())
+    assert (status, other) == (2, 2)
+    assert part in said
 
 
 def test_the_memory_of_a_gpu_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

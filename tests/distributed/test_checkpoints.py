@@ -114,6 +114,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     assert [line["loss"] for line in records(output, "train")] == [line["loss"] for line in before[:9]]
 
 
+def test_a_damaged_checkpoint_does_not_count_among_those_that_stay(
+    world: Worlds, task: Path, tmp_path: Path, interrupted: Callable[..., Path]
+) -> None:
+    output = tmp_path / "run"
+    copy(interrupted(2), output)
+    damage(output / "checkpoints" / "step-00000009", "a truncated manifest")
+    said = cut_off(world, 2, task, output, 2, "checkpoint.steps=1", "checkpoint.keep=1")
+    assert "cannot be written" not in said
+    whole = [read_manifest(path).step for path in (output / "checkpoints").glob("step-*")]
+    assert whole, "every one that is left can be read"
+    assert max(whole) >= 9
+
+
 def test_a_run_never_begins_anew_over_damaged_checkpoints(
     world: Worlds, task: Path, tmp_path: Path, interrupted: Callable[..., Path]
 ) -> None:

@@ -154,6 +154,15 @@ def test_oneshot_is_the_same_alone_and_under_a_launcher(tmp_path: Path) -> None:
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "several" / name).read_bytes()
 
 
+OF_A_WHOLE_RUN = """
+recipe: {name: gmp, epochs: 1}
+train: {select: best, patience: 2}
+checkpoint: {steps: 1}
+regrowth: {part: 0.5, every: 1 steps}
+distillation: {hidden: 1}
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["taylor", "movement", "obs"])
 def test_oneshot_takes_gradients_from_data(world: Worlds, task: Path, tmp_path: Path, score: str) -> None:
@@ -161,7 +170,9 @@ def test_oneshot_takes_gradients_from_data(world: Worlds, task: Path, tmp_path: 
     ((refused, said),) = world(1).run(run_command, *oneshot)
     assert refused == 2
     assert f"--score {score} needs gradients; allowed: with --config FILE" in said
-    ((status, said),) = world(1).run(run_command, *oneshot, "--config", task / "run.yaml")
+    run = tmp_path / "run.yaml"  # what only a whole run can do does not matter
+    run.write_text(f"base: {task / 'run.yaml'}\n{OF_A_WHOLE_RUN}")
+    ((status, said),) = world(1).run(run_command, *oneshot, "--config", run)
     assert status == 0, said
     dense = AutoModelForSequenceClassification.from_pretrained(task / "model").state_dict()
     pruned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned").state_dict()

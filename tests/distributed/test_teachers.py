@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distprune import dist
@@ -105,6 +106,19 @@ def test_a_damaged_cache_is_refused(world: Worlds, task: Path, tmp_path: Path) -
         (said,) = world(1).run(run, task, tmp_path / "second", *options)
         assert "which holds something else; allowed: a new folder, or a cache" in said
     assert (tmp_path / "other" / "manifest.json").exists()
+
+
+class FullDisk:
+    """Stands in for `save`: what safetensors raises is no OSError."""
+
+    def __call__(self, tensors: Any, path: Path) -> None:
+        raise SafetensorError("No space left on device")
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(world: Worlds, task: Path, tmp_path: Path) -> None:
+    target, options = "distprune.checkpoints.files.save", cached(task, tmp_path / "cache")
+    for said in world(2).run(run_patched, target, FullDisk(), task, tmp_path / "run", *options):
+        assert "cannot be written: No space left on device; allowed: teacher.cache=null runs the teacher" in said
 
 
 def with_cache_home(home: Path, *arguments: Any) -> Any:

@@ -210,8 +210,8 @@ def test_garbage_is_not_collected_while_a_command_is_imported_and_is_thereafter(
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--png", "no/such/folder/x.png"], "--png 'no/such/folder/x.png' cannot be written"),
-        (["--png", "x.nonsense"], "--png 'x.nonsense' cannot be written"),
+        (["--png", "no/such/folder/x.png"], "'no/such/folder/x.png' cannot be written"),
+        (["--png", "x.nonsense"], "'x.nonsense' cannot be written"),
         (["--examples", "-5"], "only -5 training examples"),
     ],
 )

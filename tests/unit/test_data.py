@@ -156,6 +156,12 @@ def test_classes_of_hub_data_have_names(build, hub):
     assert len(task.train) == 3
 
 
+def test_a_split_of_hub_data_may_be_measured_beside_its_training(build, hub):
+    task = build(hub=hub, subset="main", train="train", validation="dev", more_validation=["train"])
+    labels = {name: rows["label"][:] for name, rows in task.evaluations().items()}
+    assert labels == {"": [2, 1], "train/": [0, 1, 2]}
+
+
 def test_a_file_beside_a_hub_data_set_is_refused_before_the_network_is_asked(build):
     with pytest.raises(UserError, match=r"task\.hub is nobody/nothing, and mine\.jsonl is a file; .*task\.hub=null$"):
         build(hub="nobody/nothing", train="mine.jsonl", validation="dev")

@@ -19,7 +19,9 @@ def test_class_names_are_sorted_or_as_given(build):
 def test_numbered_classes_can_be_named(build):
     assert build().model_options()["id2label"] == {0: "LABEL_0", 1: "LABEL_1"}
     assert build(labels=["bad", "good", "?"]).model_options()["id2label"] == {0: "bad", 1: "good", 2: "?"}
-    assert build(labelled(False, True)).train["label"][:] == [0, 1]
+    booleans = build(labelled(False, True))
+    assert booleans.train["label"][:] == [0, 1]
+    assert booleans.model_options()["id2label"] == {0: "LABEL_0", 1: "LABEL_1"}
 
 
 def test_classes_do_not_depend_on_the_examples_drawn(build):
@@ -89,6 +91,8 @@ def test_rows_that_cannot_be_used_are_left_out_where_that_is_asked_for(build):
     task = build(holes, labelled(0, 5), bad_rows="skip")
     assert (task.train["label"][:], task.validation["label"][:]) == ([0, 1], [0])
     assert [note.split(": ")[1] for note in task.notes] == ["row 2; left out", "row 2; left out"]
+    task = build(labelled(1, None, 0, 1), labelled(0, 1), suffix=".csv", bad_rows="skip")
+    assert task.train["label"][:] == [1, 0, 1], "a table with a hole holds whole numbers as others"
     with pytest.raises(UserError, match=r"no row of train.jsonl can be used: 2 of 2 rows .* have no finite number in"):
         build(labelled("x", "y"), labelled("1"), regression=True, bad_rows="skip")
 

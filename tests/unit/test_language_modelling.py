@@ -193,16 +193,13 @@ def test_masked_tokens_have_an_accuracy(lm):
     assert list(lm().metrics(torch.ones(2, 3), task.validation)) == ["perplexity", "nll"]
 
 
-def test_a_teacher_has_the_students_vocabulary(lm, tmp_path, monkeypatch):
-    task = lm()
-    BertConfig(vocab_size=20, **SIZES).save_pretrained(tmp_path / "student")
-    task._model.path = str(tmp_path / "student")
-    (tmp_path / "student" / "model.safetensors").touch()
-    task.check_teacher(BertConfig(vocab_size=20), make_masked_tokenizer())
+def test_a_teacher_has_the_students_vocabulary(lm):
+    task, student = lm(), BertConfig(vocab_size=20)
+    task.check_teacher(BertConfig(vocab_size=20), make_masked_tokenizer(), student)
     with pytest.raises(UserError, match="the teacher's vocab_size is 24 and the student's 20; they must be equal"):
-        task.check_teacher(BertConfig(vocab_size=24), make_masked_tokenizer())
+        task.check_teacher(BertConfig(vocab_size=24), make_masked_tokenizer(), student)
     with pytest.raises(UserError, match="vocabulary"):
-        task.check_teacher(BertConfig(vocab_size=20), make_tokenizer())
+        task.check_teacher(BertConfig(vocab_size=20), make_tokenizer(), student)
 
 
 def test_logits_are_not_kept_from_epoch_to_epoch(lm):
