@@ -5,7 +5,13 @@ VENV=${VENV:-$REPOSITORY/.venv}
 # What this site needs before anything runs: module load, conda activate, NCCL_SOCKET_IFNAME, proxies ...
 SITE=${DISTPRUNE_SITE:-$REPOSITORY/site.sh}
 # shellcheck source=/dev/null
-if [ -f "$SITE" ]; then source "$SITE"; fi
+site() { source "$SITE"; }
+# Without the caller's arguments, and with unset variables as modules and environments expect them: empty.
+if [ -f "$SITE" ]; then
+    set +u
+    site
+    set -u
+fi
 
 # What every program is run by, e.g. DISTPRUNE_CONTAINER="apptainer exec --nv distprune.sif" in the site file; none: .venv
 read -ra CONTAINER <<<"${DISTPRUNE_CONTAINER:-}"

@@ -40,5 +40,6 @@ trap 'rm -rf "$settings"' EXIT
 env | grep -E '^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|DISTPRUNE_|WANDB_|HF_|NCCL_|FI_|CUDA_HOME|TORCH_|PYTORCH_|XDG_CACHE_HOME|.*_proxy)' \
     >"$settings/.deepspeed_env"
 if [ -n "$accelerator" ]; then echo "DS_ACCELERATOR=$accelerator" >>"$settings/.deepspeed_env"; fi
-DS_ENV_FILE=$settings/.deepspeed_env deepspeed --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}" \
+# --quiet, or it logs these settings, in which there are keys.
+DS_ENV_FILE=$settings/.deepspeed_env deepspeed --quiet --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}" \
     --no_local_rank --module distprune train "$@"

@@ -2,6 +2,7 @@
 # From nothing to a pruned model in minutes: install, make a task and a model, train dense, prune once, prune gradually.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ "${#CONTAINER[@]}" -eq 0 ] || die "DISTPRUNE_CONTAINER is ${DISTPRUNE_CONTAINER}; allowed here: none, as this installs into .venv"
 cd "$REPOSITORY"
 install
 activate

@@ -103,7 +103,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--account", metavar="A", help="SLURM's account")
     found.add_argument("--time", metavar="T", help="limit, as SLURM writes it: 8:00:00; the job goes on in another")
     found.add_argument("--warn", type=int, default=180, metavar="S", help="seconds before the limit to save [180]")
-    found.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other, e.g. --qos=long")
+    found.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="any other, as --sbatch=--qos=long"
+    )
     found.add_argument("--dry-run", action="store_true", help="print the script, and write and submit nothing")
     found.add_argument("--table", metavar="FOLDER", help="only make the table of a grid's runs")
     return found
@@ -170,7 +172,7 @@ def grid_work(given: argparse.Namespace) -> Work:
     output = Path(settings.load_valid(given.config, given.overrides).train.output).expanduser().absolute()
 
     def of(run: list[str]) -> Config:
-        places = [f"train.output={output / ','.join(run)}"] if run else []
+        places = [f"train.output={output / ','.join(run).replace('/', '_')}"] if run else []
         return settings.load_valid(given.config, [*given.overrides, *run, *places])
 
     table = shlex.join(["python", str(REPOSITORY / "launch" / "slurm.py"), "--table", str(output)])
@@ -286,7 +288,13 @@ def sbatch(arguments: list[str]) -> str:
 
 
 def make_table(output: Path) -> None:
-    """Write the table of all runs below a folder, as Markdown and CSV."""
+    """Write the table of all runs below a folder, as Markdown and CSV.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not output.is_dir():
+        raise UserError(f"{output} is no folder with runs; allowed: train.output of a grid whose jobs have begun")
     rows = []
     for run in sorted(path for path in output.iterdir() if path.is_dir()):
         summary = run / "summary.json"

@@ -3,6 +3,7 @@
 # With --cluster, jobs go to the cluster that sbatch reaches (tests/cluster).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ "${#CONTAINER[@]}" -eq 0 ] || die "DISTPRUNE_CONTAINER is ${DISTPRUNE_CONTAINER}; allowed here: none, as this installs into .venv"
 cd "$REPOSITORY"
 install
 activate

@@ -1,13 +1,14 @@
 """``distprune export``: a checkpoint as a model; a model packed, as it was, or without zero heads and neurons."""
 
 import copy
+import shutil
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForMultipleChoice, PreTrainedModel
 
 from distprune import dist
 from distprune.benchmarks.timing import seconds
@@ -68,17 +69,23 @@ def _shrink(directory: Path, target: Path) -> None:
     whole: PreTrainedModel = auto_class.from_pretrained(directory).eval()
     small = copy.deepcopy(whole)
     removed = shrink(small, number)
-    save_shrunk(small, load_tokenizer(str(directory)), target)
-    small = load_shrunk(target, auto_class)
-    _report(whole, small, removed, target)
+    partial_dir = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial_dir, ignore_errors=True)
+    save_shrunk(small, load_tokenizer(str(directory)), partial_dir)
+    small = load_shrunk(partial_dir, auto_class)
+    _report(whole, small, removed, chooses=auto_class is AutoModelForMultipleChoice)
+    partial_dir.rename(target)
+    print(f"-> {target}; distprune.models.shrunk.load_shrunk loads it")
 
 
 @torch.no_grad()
-def _report(whole: PreTrainedModel, small: PreTrainedModel, removed: Removed, target: Path) -> None:
+def _report(whole: PreTrainedModel, small: PreTrainedModel, removed: Removed, chooses: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     # RoBERTa's positions begin at 2.
     length = min(_LENGTH, getattr(whole.config, "max_position_embeddings", _LENGTH) - 2)
     ids = torch.randint(2, whole.config.vocab_size, (_BATCH, length), generator=generator)
+    if chooses:
+        ids = ids[:, None]  # [examples, choices, tokens]
 
     def output(model: PreTrainedModel) -> Tensor:
         first: Tensor = model(input_ids=ids)[0]
@@ -95,4 +102,3 @@ def _report(whole: PreTrainedModel, small: PreTrainedModel, removed: Removed, ta
     print(f"the same outputs, to {difference:.1g} of the largest")
     print(f"{first:,} bytes of weights before, {second:,} after ({second / first:.3f})")
     print(f"{before:.1f} ms for {_BATCH} x {length} tokens before, {after:.1f} ms after ({after / before:.3f})")
-    print(f"-> {target}; distprune.models.shrunk.load_shrunk loads it")

@@ -107,7 +107,7 @@ def _report(opened: Opened) -> None:
     if not means:
         raise UserError(f"{stored} has no result of this sweep yet; allowed: --table once it has")
     table = markdown(means, sweep.baseline)
-    differences = differences_of(runs, rows, sweep.compare, sweep.chance)
+    differences = differences_of(runs, known, sweep.compare, sweep.chance)
     if differences:
         table += "\n" + markdown_of_differences(differences)
     stored.with_suffix(".md").write_text(table)

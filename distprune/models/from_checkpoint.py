@@ -55,8 +55,7 @@ def export_checkpoint(checkpoint: Path, target: Path, packed: bool) -> dict[str,
     dist.agree(lambda: _write_files(pieces, plan, partial, packed, world.rank, world.size))
 
     def finish() -> None:
-        if not packed:
-            write_index(plan, partial)
+        write_index(plan, partial)  # a packed directory keeps it for what is unpacked
         if record := _record(manifest):
             write_json(partial / "pruning.json", record)
         partial.rename(target)

@@ -82,7 +82,7 @@ def load_shrunk(directory: Path, auto_class: Any) -> PreTrainedModel:
         auto_class: the transformers auto class that builds it.
 
     Raises:
-        UserError: where the directory is no such one.
+        UserError: where the directory is no such one, or lacks weights that are not tied to others.
     """
     if not (directory / _RECORD).exists():
         raise UserError(f"{str(directory)!r} holds no {_RECORD}; allowed: a directory of distprune export --shrink")
@@ -93,7 +93,12 @@ def load_shrunk(directory: Path, auto_class: Any) -> PreTrainedModel:
             out, into = sizes[name]
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, nn.Linear(into, out, bias=module.bias is not None))
-    model.load_state_dict(load_file(directory / "model.safetensors"))
+    missing, unexpected = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
+    model.tie_weights()
+    stored = {id(each) for name, each in model.state_dict(keep_vars=True).items() if name not in missing}
+    lost = [name for name in missing if id(model.state_dict(keep_vars=True)[name]) not in stored]
+    if lost or unexpected:
+        raise UserError(f"{str(directory)!r} lacks weights, or has others than the model: {[*lost, *unexpected]}")
     return model.eval()
 
 

@@ -213,5 +213,6 @@ def set_dropout(options: dict[str, Any], directory: Path, dropout: float | None)
     if dropout is None:
         return options
     known = read_config(directory).to_dict()
-    names = [name for name in known if "dropout" in name and type(known[name]) in (int, float)]
+    numbers = [name for name in known if type(known[name]) in (int, float)]
+    names = [name for name in numbers if "dropout" in name or name.endswith("pdrop")]  # GPT-2 has resid_pdrop
     return options | dict.fromkeys(names, dropout)

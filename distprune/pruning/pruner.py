@@ -120,6 +120,7 @@ class Pruner:
                 each.removed.copy_(torch.where(each.mask == PRUNED, torch.nan, 0.0))
         self._count()
         self._started_sparse = self.masked > 0
+        self.carried = not self.masked  # the copies may hold -0.0
 
     @torch.no_grad()
     def after_backward(self, sparsity: Fraction | None = None, regrown: float | None = None) -> None:

@@ -68,8 +68,10 @@ def weights(run: RunRecord) -> Figure:
     """Draw the pruned matrices' weights, before the run and after it, zeros left out, as histograms on a log scale.
 
     Raises:
-        UserError: where one of the two models cannot be read.
+        UserError: where the run has not ended, pruned nothing, or one of the two models cannot be read.
     """
+    if not run.summary:
+        raise UserError("the run has not ended")
     names = list(run.summary.get("layers", {}))
     before = _values(resolve(run.config["model.path"], run.config["model.revision"]), names)
     after = _values(run.directory / "final", names)

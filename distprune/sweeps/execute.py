@@ -169,7 +169,7 @@ def _begin(run: Run, output: Path, ranks: int, at_once: int, place: int) -> Job:
 
 def _share_of_the_machine(ranks: int, at_once: int, place: int) -> dict[str, str]:
     """Return the variables that give a run its part of the cores, and of the GPUs where there are any."""
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (ranks * at_once))))}
     if dist.on_gpu():
         given = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -23,7 +23,7 @@ from distprune.errors import UserError, unknown
 SEED = "train.seed"
 MODELS = ("model.path", "teacher.path", "pruning.weights_of")
 """Keys that may get the model of another run."""
-_FILES = (*MODELS, "model.tokenizer", "task.train", "task.validation")
+_FILES = (*MODELS, "model.tokenizer", "task.train", "task.validation", "task.more_validation")
 """Keys of which only the file's or folder's name counts, and not where it is."""
 _FREE = ("train.output", "teacher.cache", "teacher.rebuild_cache", "recipe.derived")
 _FREE_SECTIONS = ("checkpoint", "wandb")
@@ -105,7 +105,7 @@ class Run:
                 if value == default[section][name] or key in _FREE or section in _FREE_SECTIONS:
                     continue
                 is_file = key in _FILES and not (key.startswith("task.") and config.task.hub)
-                found[key] = self.models.get(key) or (_last_part(value) if is_file else value)
+                found[key] = self.models.get(key) or (_last_parts(value) if is_file else value)
         return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
@@ -242,7 +242,8 @@ def check_files(run: Run, config: Config) -> None:
     Raises:
         UserError: with the first file that is missing.
     """
-    for key, file in (("task.train", config.task.train), ("task.validation", config.task.validation)):
+    more = (("task.more_validation", file) for file in config.task.more_validation)
+    for key, file in (("task.train", config.task.train), ("task.validation", config.task.validation), *more):
         if config.task.hub is None and not Path(file).expanduser().exists():
             raise UserError(f"{run.name}: {key} is {file!r}, which is not there; allowed: a file, or task.hub")
 
@@ -256,6 +257,10 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
-def _last_part(place: str | None) -> str | None:
+def _last_parts(places: str | list[str] | None) -> str | list[str] | None:
+    return [_last_part(place) for place in places] if isinstance(places, list) else places and _last_part(places)
+
+
+def _last_part(place: str) -> str:
     """Return a hub id, or a path of two parts, as it is, and the last part of a longer path."""
-    return place if place is None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place) else Path(place).name
+    return place if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place) else Path(place).name

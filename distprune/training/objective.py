@@ -89,8 +89,8 @@ def check_features(config: DistillationConfig, student: PretrainedConfig, teache
         ("distillation.hidden", config.hidden, "hidden states of", "hidden_size"),
         ("distillation.attention", config.attention, "attention heads:", "num_attention_heads"),
     ):
-        ours, theirs = getattr(student, name), getattr(teacher, name)
-        if weight > 0 and ours != theirs:
+        ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
+        if weight > 0 and (ours is None or ours != theirs):
             raise UserError(
                 f"the student has {what} {ours} and the teacher {what} {theirs}; allowed with {key}: as many of both"
             )

@@ -67,14 +67,14 @@ def pruning_record(trainer: Trainer, summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _method(pruning: PruningConfig, regrowth: RegrowthConfig) -> str:
-    """Return in words how the weights were chosen."""
+def _method(pruning: PruningConfig, regrowth: RegrowthConfig, prunings: int) -> str:
+    """Return in words how the weights were chosen, in so many prunings."""
     if pruning.sparsity == 0:
         begun = f"; the zeros it began with {'move by regrowth' if regrowth.part else 'stay'}"
         return "no pruning" + begun * pruning.start_sparse
     what = {"unstructured": "single weights", "heads": "attention heads", "neurons": "feed-forward neurons"}
     where = {"global": "", "groups": " within groups"}.get(pruning.scope, f" within each {pruning.scope}")
-    how = "one-shot" if 0 < pruning.initial == pruning.sparsity else "gradual"
+    how = "one-shot" if prunings == 1 else "gradual"
     whose = " of another model's weights" if pruning.weights_of else ""
     moving = ", with regrowth" if regrowth.part else ""
     return f"{how} pruning of {what.get(pruning.structure, pruning.structure)}{where} by {pruning.score}{whose}{moving}"
@@ -89,7 +89,7 @@ def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:
     in_file = _total(zeros, layers)[0]
     assert in_file >= masked, f"{in_file} zeros were written, {masked} weights are masked"
     return {
-        "method": _method(trainer.config.pruning, trainer.config.regrowth),
+        "method": _method(trainer.config.pruning, trainer.config.regrowth, len(trainer.setup.plan.ladder)),
         "sparsity_target": trainer.config.pruning.sparsity,
         "sparsity_masked": masked / prunable if prunable else 0.0,
         "masked_weights": masked,

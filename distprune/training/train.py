@@ -274,8 +274,16 @@ class Trainer:
         return pruner.carried and pruner.sparsity_asked == max(self.setup.plan.ladder.values(), default=0)
 
     def write_final(self) -> None:
-        """Write ``final/``: the last state or the best one, at the target sparsity. Collective: every rank calls it."""
-        assert self.at_target, "the run ended before its target sparsity"
+        """Write ``final/``: the last state or the best one, at the target sparsity. Collective: every rank calls it.
+
+        Raises:
+            UserError: on every rank, where no step has carried the last pruning.
+        """
+        if not self.at_target:
+            raise UserError(
+                "the step of the last pruning was skipped, as fp16's gradients were not finite; allowed: a pruning.end "
+                "some steps ahead of the end of the run"
+            )
         final = self.run_dir / "final"
         if self.config.train.select == "last":
             self._keep(final)

@@ -87,6 +87,7 @@ def test_a_packed_checkpoint_is_the_same_model(world: Worlds, tmp_path: Path, tr
     assert sizes[0]["files"] == sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
     unpack_directory(tmp_path / "packed", tmp_path / "model")
     assert same(tensors(tmp_path / "model"), tensors(output / "final"))
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")  # by the index of its three files
 
 
 def test_a_damaged_checkpoint_is_not_exported(world: Worlds, tmp_path: Path, trained: Any) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, FNetConfig
 
 from distprune.config import DistillationConfig
 from distprune.errors import UserError
@@ -109,6 +109,13 @@ def test_what_cannot_be_compared_is_refused(config, sizes, message) -> None:
     with pytest.raises(UserError, match=message):
         check_features(config, student, BertConfig(**SIZES | sizes, num_hidden_layers=12))
     check_features(DistillationConfig(hardness=1.0), student, BertConfig(**SIZES | sizes, num_hidden_layers=12))
+
+
+def test_models_without_attention_are_compared_by_their_logits() -> None:
+    student = FNetConfig()
+    check_features(DistillationConfig(hardness=1.0), student, student)
+    with pytest.raises(UserError, match="the student has attention heads: None and the teacher attention heads: None"):
+        check_features(DistillationConfig(attention=1.0), student, student)
 
 
 def test_tokens_without_a_mask_all_count(batch_of) -> None:

@@ -136,6 +136,26 @@ def test_srun_is_asked_for_cores_only_where_the_job_was(tmp_path: Path, cores: s
     assert f"cores [{cores or ''}], threads {cores or 1}\n" in done.stderr
 
 
+def test_a_job_whose_ranks_could_not_start_is_queued_again(tmp_path: Path) -> None:
+    """Of a node that is down there is no rank's log."""
+    for name, does in (("srun", "exit 1"), ("scontrol", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    job = "export SLURM_SUBMIT_DIR=$PWD SLURM_JOB_NAME=a SLURM_JOB_ID=7 SLURM_JOB_NODELIST=b DISTPRUNE_RESTART_WAIT=0; "
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = bash(f"{job}bash slurm/train.sbatch run.yaml", path, VENV=sys.prefix, DISTPRUNE_LOGS=str(tmp_path))
+    assert "requeue 7" in done.stdout, done.stderr
+    assert done.returncode == 1
+
+
+def test_what_a_site_needs_may_use_variables_that_are_not_set_and_gets_no_arguments(tmp_path: Path) -> None:
+    (tmp_path / "site.sh").write_text('export LD_LIBRARY_PATH=/lib:$NOT_SET\necho "arguments [$*]"\n')
+    script = 'set -euo pipefail; set -- run.yaml; source launch/common.sh; echo "$LD_LIBRARY_PATH $1 $NOT_SET"'
+    done = bash(script, DISTPRUNE_SITE=str(tmp_path / "site.sh"))
+    assert done.stdout == "arguments []\n"
+    assert "NOT_SET: unbound variable" in done.stderr, "the script itself is as strict as before"
+
+
 @pytest.mark.parametrize(("variables", "devices"), [("", "0,1"), ("export CUDA_VISIBLE_DEVICES=2,3,5; ", "2,3")])
 def test_ranks_run_on_the_gpus_that_were_given(tmp_path: Path, variables: str, devices: str) -> None:
     done = on_three_gpus(tmp_path, variables)

@@ -1,11 +1,16 @@
 """Models without their zero heads and neurons give the same outputs, and are as small as they should be."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     MPNetConfig,
@@ -83,6 +88,35 @@ def test_other_architectures(kind: str) -> None:
     removed = shrink(model, 4)
     assert (removed.heads, removed.neurons) == (1 if kind == "distilbert" else 0, 1)
     torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AutoModelForMaskedLM, AutoModelForMultipleChoice])
+def test_other_tasks(tmp_path: Path, kind: Any) -> None:
+    """Tied weights are in the file once, and choices have an axis of their own."""
+    classifier = write_model(tmp_path / "classifier", **SHAPE)
+    model = kind.from_pretrained(classifier, ignore_mismatched_sizes=True)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[:, :5] = 0.0
+    model.save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(classifier).save_pretrained(tmp_path / "whole")
+    export.run(str(tmp_path / "whole"), str(tmp_path / "small"), True)
+    small = load_shrunk(tmp_path / "small", kind)
+    ids = IDS if kind is AutoModelForMaskedLM else IDS[:, None]
+    with torch.no_grad():
+        expected, found = (each.eval()(input_ids=ids).logits for each in (model, small))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert small.get_parameter("bert.encoder.layer.0.output.dense.weight").shape == (16, 19)
+    assert not (tmp_path / "small.partial").exists()
+
+
+def test_a_shrunk_model_without_a_weight_is_refused(tmp_path: Path) -> None:
+    export.run(str(write_model(tmp_path / "dense", **SHAPE)), str(tmp_path / "small"), True)
+    file = tmp_path / "small" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["bert.encoder.layer.0.output.dense.weight"]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"lacks weights, or has others .*encoder\.layer\.0\.output\.dense\.weight"):
+        load_shrunk(tmp_path / "small", AutoModelForSequenceClassification)
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:

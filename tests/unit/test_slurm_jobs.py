@@ -185,6 +185,7 @@ def test_the_table_tells_of_runs_that_did_not_finish(tmp_path: Path) -> None:
         (["sweep.yaml", "--sweep", "train.seed=1"], "--sweep is 'train.seed=1' and sweep.yaml a sweep"),
         (["run.yaml", "--sweep", "train.seed"], "--sweep 'train.seed'; allowed: KEY=V1,V2"),
         (["run.yaml", "--sweep", "train.sed=1,2"], "did you mean train.seed?"),
+        (["--table", "nowhere"], "nowhere is no folder with runs"),
         (["run.yaml", "--sweep", "pruning.sparsity=0.5,1.5"], "pruning.sparsity is 1.5; allowed: at least 0"),
     ],
 )

@@ -245,7 +245,7 @@ def test_a_value_of_the_wrong_kind_is_named_by_its_key(tmp_path: Path) -> None:
 def test_a_run_has_its_share_of_gpus_and_cores(monkeypatch: pytest.MonkeyPatch, given: str, devices: str) -> None:
     monkeypatch.setattr(dist, "on_gpu", lambda: True)
     monkeypatch.setattr(execute.torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(execute.os, "cpu_count", lambda: 32)
+    monkeypatch.setattr(execute.os, "sched_getaffinity", lambda process: set(range(32)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     share = execute._share_of_the_machine(ranks=2, at_once=2, place=1)

@@ -16,6 +16,7 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     EsmConfig,
+    GPT2Config,
 )
 
 from distprune.errors import UserError
@@ -230,6 +231,9 @@ def test_dropout_sets_every_rate_of_the_model_and_nothing_else(tmp_path: Path) -
     rates = ("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout")
     assert set_dropout(options, tmp_path, 0.25) == options | dict.fromkeys(rates, 0.25)
     assert options == {"num_labels": 3}, "the caller's options are not changed"
+    GPT2Config().save_pretrained(tmp_path)
+    rates = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout")
+    assert set_dropout({}, tmp_path, 0.0) == dict.fromkeys(rates, 0.0)
 
 
 def test_dropout_null_is_the_models_own(tmp_path: Path) -> None:

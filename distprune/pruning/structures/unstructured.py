@@ -44,7 +44,8 @@ class Unstructured(Structure):
         cuts = yield from together([select_smallest(*each) for each in zip(sources, wanted, strict=True)])
         cut_of = {name: cut for group, cut in zip(self.groups, cuts, strict=True) for name in group}
         highest = max(cut.highest for cut in cuts) - 1
-        return Choice(score.value(max(0, highest)), lambda each: mark_elements(each, score, cut_of[each.name]))
+        threshold = score.value(highest) if highest >= 0 else 0.0
+        return Choice(threshold, lambda each: mark_elements(each, score, cut_of[each.name]))
 
 
 class Elements(Source):
