@@ -262,5 +262,11 @@ def _last_parts(places: str | list[str] | None) -> str | list[str] | None:
 
 
 def _last_part(place: str) -> str:
-    """Return a hub id, or a path of two parts, as it is, and the last part of a longer path."""
-    return place if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place) else Path(place).name
+    """Return a hub id, or a path of two parts, as it is, and the last part of a longer path.
+
+    Every run calls its model ``final``: of such a path the run's name belongs to it.
+    """
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place):
+        return place
+    path = Path(place)
+    return f"{path.parent.name}/{path.name}" if path.name == "final" else path.name

@@ -65,6 +65,11 @@ def test_settings_are_what_is_not_as_it_is_by_default_and_not_where_files_are(fi
     }
     for more in ("train.batch_size=8", "lr.peak=1e-3", "task.train=/a/other.csv", "task.hub=x"):
         assert settings_of(runs(file, *local.split(), more)[-1]) != first
+    more = [settings_of(runs(file, *local.split(), f"task.more_validation=[{name}]")[-1]) for name in ("/a/c", "/b/c")]
+    assert more[0] == more[1] == first | {"task.more_validation": ["c"]}
+    models = [settings_of(runs(file, f"model.path={path}")[0]) for path in ("/a/x/final", "/b/x/final", "/a/y/final")]
+    assert models[0] == models[1]
+    assert models[1] != models[2], "every run's model is called final"
     on_hub = [settings_of(runs(file, f"task.train={split}")[0]) for split in ("a", "c")]
     assert on_hub[0] != on_hub[1], "splits are no files"
 
