@@ -37,6 +37,8 @@ def _teacher(
     path = config.teacher.path
     if path is None:
         raise UserError("teacher.path is not set; allowed: the model to analyse")
+    if config.task.regression:
+        raise UserError("the task is a regression, whose teacher has no temperature; allowed: another task")
     if rows < 1 or not all(0 < each < float("inf") for each in temperatures):
         raise UserError(
             f"--rows is {rows} and --temperatures {temperatures}; allowed: at least 1, and more than 0 each"
@@ -73,16 +75,11 @@ def soften(engine: Any, task: Task, temperatures: list[float], rows: int, batch_
         rows: how many are drawn; all where there are no more.
         batch_size: rows in a forward pass on one rank.
         seed: draws them.
-
-    Raises:
-        UserError: a regression, which has no distribution.
     """
     drawn = np.sort(np.random.default_rng(seed).permutation(len(task.train))[:rows])
     data = task.train.select(drawn)
     sums = {each: Softness(each) for each in temperatures}
     for _, logits in logits_of_rows(engine, task, data, batch_size):
-        if logits.shape[-1] == 1:
-            raise UserError("the task is a regression, whose teacher has no temperature; allowed: another task")
         for each in temperatures:
             sums[each] += softness(logits[None], each)
     return [Softness(each, *dist.all_sum(sums[each].sums())).mean() for each in temperatures]

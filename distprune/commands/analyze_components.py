@@ -18,7 +18,7 @@ from rich.table import Table
 
 from distprune import dist, settings
 from distprune.analysis.components import Part, measure_parts, pays, reason, record, setting
-from distprune.config import ENCODER, Config, DistillationConfig, PruningConfig
+from distprune.config import ENCODER, Config, DistillationConfig, PruningConfig, RegrowthConfig
 from distprune.engines.batches import eval_batches
 from distprune.engines.build import set_learning_rate
 from distprune.engines.evaluate import evaluate, on_device
@@ -75,7 +75,7 @@ def dense_setup(config: Config) -> Setup:
     config.task.more_validation = []
     config.model.dropout, config.model.freeze = 0.0, []
     config.train.batch_size, config.train.accumulation = dist.detect().size, 1
-    config.pruning, config.distillation = PruningConfig(), DistillationConfig()
+    config.pruning, config.regrowth, config.distillation = PruningConfig(), RegrowthConfig(), DistillationConfig()
     setup = prepare(config)
     set_learning_rate(setup.student, 0.0)
     return setup
