@@ -150,12 +150,7 @@ class Task(ABC):
         """Return all evaluation data by what their metrics' names begin with; the main one with nothing."""
         return {"": self.validation, **{f"{name}/": rows for name, rows in self.more_validation.items()}}
 
-    def check_teacher(
-        self,
-        teacher_config: PretrainedConfig,
-        teacher_tokenizer: PreTrainedTokenizerBase,
-        student_config: PretrainedConfig,
-    ) -> None:
+    def check_teacher(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the teacher reads the student's tokens and that its logits mean the same.
 
         Raises:
@@ -169,6 +164,13 @@ class Task(ABC):
                 f"{differing} entries differ, and distillation needs the same tokens with the same ids"
             )
         self.check_labels(teacher_config, "the teacher")
+
+    def check_outputs(self, student: PretrainedConfig, teacher: PretrainedConfig) -> None:  # noqa: B027
+        """Check what of the teacher's logits only the student's own configuration tells; most tasks have nothing.
+
+        Raises:
+            UserError: the teacher puts out others.
+        """
 
     def check_token_types(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that a teacher that tells the texts of a pair apart by token types is given them.

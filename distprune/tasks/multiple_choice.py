@@ -54,18 +54,13 @@ class MultipleChoice(ChoiceTask):
         """Return the mean cross entropy of scores [B, C]."""
         return F.cross_entropy(logits.float(), batch["labels"])
 
-    def check_teacher(
-        self,
-        teacher_config: PretrainedConfig,
-        teacher_tokenizer: PreTrainedTokenizerBase,
-        student_config: PretrainedConfig,
-    ) -> None:
+    def check_teacher(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the teacher reads the student's tokens, and can tell the texts of a pair apart.
 
         Raises:
             UserError: another vocabulary, or token types that the student's tokenizer does not give.
         """
-        super().check_teacher(teacher_config, teacher_tokenizer, student_config)
+        super().check_teacher(teacher_config, teacher_tokenizer)
         if len(self._templates) == 2:
             self.check_token_types(teacher_config, teacher_tokenizer)
 

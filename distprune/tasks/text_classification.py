@@ -79,19 +79,14 @@ class TextClassification(Task):
         """Return the number of training texts; None where some may be left out."""
         return count_train(config.task, [*config.task.text, config.task.label], config.train.seed)
 
-    def check_teacher(
-        self,
-        teacher_config: PretrainedConfig,
-        teacher_tokenizer: PreTrainedTokenizerBase,
-        student_config: PretrainedConfig,
-    ) -> None:
+    def check_teacher(self, teacher_config: PretrainedConfig, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the teacher reads the student's tokens and predicts the same labels in the same order.
 
         Raises:
             UserError: another vocabulary, number of labels, or order of labels; a teacher of pairs that tells the two
                 texts apart by token types, where the student's tokenizer gives none.
         """
-        super().check_teacher(teacher_config, teacher_tokenizer, student_config)
+        super().check_teacher(teacher_config, teacher_tokenizer)
         if self._pairs:
             self.check_token_types(teacher_config, teacher_tokenizer)
 

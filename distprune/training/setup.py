@@ -208,7 +208,9 @@ def check_teacher(directory: Path, task: Task, student: Path) -> None:
     Raises:
         UserError: as said.
     """
-    task.check_teacher(read_config(directory), load_tokenizer(str(directory)), read_config(student))
+    teacher = read_config(directory)
+    task.check_teacher(teacher, load_tokenizer(str(directory)))
+    task.check_outputs(read_config(student), teacher)
     check_limits(directory, task)
 
 

@@ -195,11 +195,12 @@ def test_masked_tokens_have_an_accuracy(lm):
 
 def test_a_teacher_has_the_students_vocabulary(lm):
     task, student = lm(), BertConfig(vocab_size=20)
-    task.check_teacher(BertConfig(vocab_size=20), make_masked_tokenizer(), student)
+    task.check_teacher(student, make_masked_tokenizer())
+    task.check_outputs(student, BertConfig(vocab_size=20))
     with pytest.raises(UserError, match="the teacher's vocab_size is 24 and the student's 20; they must be equal"):
-        task.check_teacher(BertConfig(vocab_size=24), make_masked_tokenizer(), student)
+        task.check_outputs(student, BertConfig(vocab_size=24))
     with pytest.raises(UserError, match="vocabulary"):
-        task.check_teacher(BertConfig(vocab_size=20), make_tokenizer(), student)
+        task.check_teacher(student, make_tokenizer())
 
 
 def test_logits_are_not_kept_from_epoch_to_epoch(lm):

@@ -201,11 +201,11 @@ def test_a_teacher_of_pairs_must_be_given_token_types(choices):
     task = choices(tokenizer=without)
     assert "token_type_ids" not in task.train.column_names
     with pytest.raises(UserError, match="by token_type_ids"):
-        task.check_teacher(BertConfig(), make_tokenizer(), BertConfig())
-    choices(tokenizer=without, form=["{question} {choice}"]).check_teacher(BertConfig(), make_tokenizer(), BertConfig())
-    choices().check_teacher(BertConfig(), make_tokenizer(), BertConfig())
+        task.check_teacher(BertConfig(), make_tokenizer())
+    choices(tokenizer=without, form=["{question} {choice}"]).check_teacher(BertConfig(), make_tokenizer())
+    choices().check_teacher(BertConfig(), make_tokenizer())
     with pytest.raises(UserError, match="vocabulary"):
-        choices().check_teacher(BertConfig(), make_tokenizer([*WORDS, "k"]), BertConfig())
+        choices().check_teacher(BertConfig(), make_tokenizer([*WORDS, "k"]))
 
 
 def test_separators_are_where_the_tokenizer_puts_them():

@@ -302,7 +302,7 @@ def test_an_empty_context_has_no_answer(build_qa):
 
 def test_a_model_of_other_labels_is_refused(build_qa):
     task = build_qa()
-    task.check_teacher(BertConfig(), task.tokenizer, BertConfig())
+    task.check_teacher(BertConfig(), task.tokenizer)
     with pytest.raises(UserError, match="the teacher has 3 labels; question answering allows 2, a start and an end"):
-        task.check_teacher(BertConfig(num_labels=3), task.tokenizer, BertConfig())
+        task.check_teacher(BertConfig(num_labels=3), task.tokenizer)
     assert task.count_train(None) is None

@@ -140,9 +140,9 @@ def test_a_fitting_teacher_passes(build):
         teacher("LABEL_0", "LABEL_1"),
         teacher("0", "1"),
     ]:
-        named.check_teacher(config, make_tokenizer(), BertConfig())
-    build().check_teacher(teacher("pos", "neg"), make_tokenizer(), BertConfig())
-    build(regression=True, metrics=["pearson"]).check_teacher(teacher("score"), make_tokenizer(), BertConfig())
+        named.check_teacher(config, make_tokenizer())
+    build().check_teacher(teacher("pos", "neg"), make_tokenizer())
+    build(regression=True, metrics=["pearson"]).check_teacher(teacher("score"), make_tokenizer())
 
 
 def test_a_teacher_that_does_not_fit_is_refused(build):
@@ -159,7 +159,7 @@ def test_a_teacher_that_does_not_fit_is_refused(build):
         (teacher("neg", "pos"), swapped, "4 entries differ"),
     ]:
         with pytest.raises(UserError, match=message):
-            task.check_teacher(config, make_tokenizer(words), BertConfig())
+            task.check_teacher(config, make_tokenizer(words))
 
 
 def test_a_model_whose_labels_are_not_the_tasks_is_refused(build):
@@ -177,13 +177,13 @@ def test_a_teacher_of_pairs_that_needs_token_types_is_refused_where_there_are_no
     options = {"text": ["first", "second"], "tokenizer": without}
     bert = teacher("neg", "pos")
     with pytest.raises(UserError, match="by token_type_ids, and the student's tokenizer gives none"):
-        build(pairs, pairs, **options).check_teacher(bert, make_tokenizer(), BertConfig())
-    build(pairs, pairs, **options).check_teacher(bert, without, BertConfig())  # it was trained without them
+        build(pairs, pairs, **options).check_teacher(bert, make_tokenizer())
+    build(pairs, pairs, **options).check_teacher(bert, without)  # it was trained without them
     bert.type_vocab_size = 1  # as RoBERTa's
-    build(pairs, pairs, **options).check_teacher(bert, make_tokenizer(), BertConfig())
-    build(pairs, pairs, text=["first", "second"]).check_teacher(teacher("neg", "pos"), make_tokenizer(), BertConfig())
+    build(pairs, pairs, **options).check_teacher(bert, make_tokenizer())
+    build(pairs, pairs, text=["first", "second"]).check_teacher(teacher("neg", "pos"), make_tokenizer())
     single = build(labelled("neg", "pos"), labelled("pos"), tokenizer=without)
-    single.check_teacher(teacher("neg", "pos"), make_tokenizer(), BertConfig())
+    single.check_teacher(teacher("neg", "pos"), make_tokenizer())
 
 
 def test_an_unknown_task_names_the_nearest():
