@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, LlamaConfig
 
 from distprune.errors import UserError
+from distprune.training.setup import check_teacher
 from tests.unit.task_files import CLS, SEP, WORDS, ids, make_masked_tokenizer, make_tokenizer
 
 MASK = len(WORDS)
@@ -201,6 +202,16 @@ def test_a_teacher_has_the_students_vocabulary(lm):
         task.check_outputs(student, BertConfig(vocab_size=24))
     with pytest.raises(UserError, match="vocabulary"):
         task.check_teacher(student, make_tokenizer())
+
+
+def test_a_run_refuses_a_teacher_that_puts_out_more_logits(lm, tmp_path):
+    for name, size in (("student", 20), ("teacher", 24)):
+        BertConfig(vocab_size=size, **SIZES).save_pretrained(tmp_path / name)
+        make_masked_tokenizer().save_pretrained(tmp_path / name)
+    task, student = lm(), tmp_path / "student"
+    check_teacher(student, task, student)
+    with pytest.raises(UserError, match="the teacher's vocab_size is 24"):
+        check_teacher(tmp_path / "teacher", task, student)
 
 
 def test_logits_are_not_kept_from_epoch_to_epoch(lm):
