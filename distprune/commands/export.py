@@ -18,6 +18,7 @@ from distprune.models.files import auto_class_of, read_config, resolve
 from distprune.models.from_checkpoint import export_checkpoint
 from distprune.models.packed import is_packed, pack_directory, unpack_directory
 from distprune.models.shrunk import Removed, load_shrunk, save_shrunk, shrink
+from distprune.models.weights import most_tokens
 from distprune.training.setup import load_tokenizer
 
 _BATCH, _LENGTH, _REPEAT = 8, 128, 7
@@ -81,8 +82,7 @@ def _shrink(directory: Path, target: Path) -> None:
 @torch.no_grad()
 def _report(whole: PreTrainedModel, small: PreTrainedModel, removed: Removed, chooses: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    # RoBERTa's positions begin at 2.
-    length = min(_LENGTH, getattr(whole.config, "max_position_embeddings", _LENGTH) - 2)
+    length = min(_LENGTH, most_tokens(whole) or _LENGTH)
     ids = torch.randint(2, whole.config.vocab_size, (_BATCH, length), generator=generator)
     if chooses:
         ids = ids[:, None]  # [examples, choices, tokens]

@@ -127,6 +127,19 @@ def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple
     return model, open_source(directory)
 
 
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """Return how many tokens an example may have; None where the model's configuration names no limit.
+
+    Embeddings of positions that have one for padding are counted on from behind it, as RoBERTa's 512 of 514 are.
+    """
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return None
+    tables = [each for name, each in model.named_modules() if name.endswith("position_embeddings")]
+    padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    return positions - max(padding) - 1 if padding else positions
+
+
 def _sources(model: PreTrainedModel, checkpoint: Source) -> dict[str, str]:
     """Return the stored name of each parameter and buffer; a tied one may be stored under any of its names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -15,6 +15,7 @@ from distprune.engines.batches import check_batch_size
 from distprune.engines.build import build_student
 from distprune.errors import UserError
 from distprune.models.files import open_source, read_config, resolve, stored_names
+from distprune.models.weights import most_tokens, skeleton
 from distprune.pruning.pruner import Pruner
 from distprune.pruning.scores import Random, build_score
 from distprune.pruning.structures import build_structure
@@ -220,12 +221,12 @@ def check_limits(directory: Path, task: Task) -> None:
     Raises:
         UserError: as said.
     """
-    model = read_config(directory)
+    model, _ = skeleton(directory, task.auto_class, task.model_options())
     longest = max(max(part["length"][:]) for part in (task.train, *task.evaluations().values()))
-    positions = getattr(model, "max_position_embeddings", None)
-    if positions is not None and 0 < positions < longest:
-        raise UserError(f"an example has {longest} tokens; allowed: task.max_length up to the model's {positions}")
-    tokens, embeddings = len(task.tokenizer), getattr(model, "vocab_size", None)
+    most = most_tokens(model)
+    if most is not None and most < longest:
+        raise UserError(f"an example has {longest} tokens; allowed: task.max_length up to the model's {most}")
+    tokens, embeddings = len(task.tokenizer), getattr(model.config, "vocab_size", None)
     if embeddings is not None and tokens > embeddings:
         raise UserError(f"the tokenizer has {tokens} tokens; allowed: up to the model's vocab_size, {embeddings}")
 

@@ -17,12 +17,14 @@ from transformers import (
     DistilBertConfig,
     EsmConfig,
     GPT2Config,
+    RobertaConfig,
+    T5Config,
 )
 
 from distprune.errors import UserError
 from distprune.models import files
 from distprune.models.files import ModelFiles, match_names, resolve
-from distprune.models.weights import set_dropout, skeleton
+from distprune.models.weights import most_tokens, set_dropout, skeleton
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
 
@@ -249,3 +251,22 @@ def test_dropout_leaves_switches_and_unset_rates_alone(tmp_path: Path, switch: b
     BertConfig().save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, **set_dropout({}, tmp_path, 0.0))
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout) == (0, 0, None)
+
+
+# ------------------------------------------------------------------------------------------------ most_tokens
+
+
+@pytest.mark.parametrize("config", [BertConfig, RobertaConfig, GPT2Config], ids=lambda each: each.model_type)
+def test_the_most_tokens_are_just_what_a_model_takes(config) -> None:
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 9} if config is GPT2Config else SIZES
+    model = AutoModel.from_config(config(max_position_embeddings=10, **sizes)).eval()
+    most = most_tokens(model)
+    assert most is not None
+    model(input_ids=torch.full((1, most), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, most + 1), 5))
+
+
+def test_relative_positions_have_no_most_tokens() -> None:
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
+    assert most_tokens(AutoModel.from_config(T5Config(**sizes))) is None
