@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -22,9 +23,9 @@ WARM_UP = 10
 def examples_per_s_apart(overrides: list[str], section: dict[str, Any]) -> float:
     """Train in new processes, without what distprune sets in its own. Collective: every rank calls it."""
     mine = {name: text for name, text in os.environ.items() if not name.startswith(("TORCHELASTIC", allocator.SWITCH))}
-    port = str(dist.on_main(dist.free_port))
+    mine |= {"MASTER_PORT": str(dist.on_main(dist.free_port)), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", __name__, json.dumps([overrides, section])]
-    done = subprocess.run(command, env=mine | {"MASTER_PORT": port}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=mine, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return float(done.stdout.split()[-1])
 

@@ -131,6 +131,7 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
         order = range(len(kinds)) if number % 2 == 0 else reversed(range(len(kinds)))  # a drift must not count
         row = {kind: kinds[kind]() for kind in order}
         times.append([row[kind] for kind in range(len(kinds))])
+    pruner.masked_of = masked_of
     weights = seconds(lambda: pruner._after_optimizer_step(student.basic_optimizer), student.device)
     gradients = median(masking[len(kinds) :][1::3])  # the masked student without a teacher is in the middle
     dense, masked, taught = ([row[column] for row in times] for column in range(3))

@@ -75,7 +75,7 @@ def lock(run_dir: Path) -> None:
     except BlockingIOError as error:
         holder = _holder(descriptor)
         os.close(descriptor)
-        raise UserError(f"train.output {str(run_dir)!r} is in use by {holder}; allowed: one run at a time") from error
+        raise UserError(f"{str(run_dir)!r} is in use by {holder}; allowed: one run or sweep at a time") from error
     except OSError as error:  # some network file systems know no locks
         logger.warning("%s cannot be locked (%s): make sure that no other run uses it", run_dir, error)
     os.ftruncate(descriptor, 0)

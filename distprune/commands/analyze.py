@@ -46,7 +46,7 @@ def _teacher(
     student = local_model(config.model.path, config.model.revision)
     task = load_task(config, student)
     directory = local_model(path, config.teacher.revision)
-    dist.agree(lambda: check_teacher(directory, task, student))
+    dist.agree(lambda: check_teacher(config, directory, task, student))
     size = config.train.eval_batch_size
     engine = build_frozen(config.deepspeed.teacher, directory, task.auto_class, task.model_options(), size)
     means = soften(engine, task, sorted(temperatures or TEMPERATURES), rows, size, config.train.seed)

@@ -61,8 +61,8 @@ def _section(stage: int, dtype: str) -> dict[str, Any]:
 
 def _check_batch_size(batch_size: int) -> dist.World:
     world = dist.detect()
-    if batch_size % world.size:
-        raise UserError(f"--batch-size is {batch_size}; allowed: a multiple of the {world.size} ranks")
+    if batch_size < 1 or batch_size % world.size:
+        raise UserError(f"--batch-size is {batch_size}; allowed: a multiple of the {world.size} ranks, at least 1")
     return world
 
 
@@ -72,6 +72,8 @@ def _check_length(length: int) -> None:
 
 
 def _select(repeat: int, sizes: Sequence[float], dtype: str, alone: bool) -> tuple[Table, list[dict[str, Any]]]:
+    if not all(1 <= size < float("inf") for size in sizes):
+        raise UserError(f"--sizes is {', '.join(f'{size:g}' for size in sizes)}; allowed: at least 1 weight each")
     device = dist.detect().device
     measured = [selection.measure(int(size), _DTYPES[dtype], device, repeat, not alone) for size in sizes]
     table = Table(title=f"a pruning to 80 %, and on to 85 %: times over one read ({dtype}, {device.type})")
@@ -106,7 +108,7 @@ def _step(
     )
     for name in ("", "median s", "ratio", "95 % interval"):
         table.add_column(name, justify="right")
-    middle = {name: sorted(times)[len(times) // 2] for name, times in vars(each).items() if isinstance(times, list)}
+    middle = {name: median(times) for name, times in vars(each).items() if isinstance(times, list)}
     table.add_row("without masks", f"{middle['dense']:.3f}")
     for name, label, ratio in (
         ("masked", "with masks, over without", each.masked_ratio),

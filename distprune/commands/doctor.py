@@ -7,12 +7,16 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import torch
 import torch.distributed as torch_dist
+from huggingface_hub.constants import ENDPOINT
 
 from distprune import dist, settings
 from distprune.config import Config
@@ -179,21 +183,24 @@ def _hub(config: Config) -> Finding:
         return Finding(True, "not needed: models and data are local")
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
         return Finding(True, "HF_HUB_OFFLINE is set; distprune prepare must have run before")
-    reached = _reaches("huggingface.co")
-    return Finding(reached, f"huggingface.co is {'' if reached else 'not '}reached", _OFFLINE)
+    reached = _reaches(ENDPOINT)
+    return Finding(reached, f"{ENDPOINT} is {'' if reached else 'not '}reached", _OFFLINE)
 
 
 def _wandb(config: Config) -> Finding:
     if config.wandb.mode != "online":
         return Finding(True, f"wandb.mode is {config.wandb.mode}")
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
-    reached = not dist.is_main() or _reaches(host)
-    return Finding(reached, f"{host} is {'' if reached else 'not '}reached", "set wandb.mode=offline, and sync later")
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    reached = not dist.is_main() or _reaches(server)
+    return Finding(reached, f"{server} is {'' if reached else 'not '}reached", "set wandb.mode=offline, and sync later")
 
 
-def _reaches(host: str) -> bool:
+def _reaches(url: str) -> bool:
+    """Return whether a server answers, over a proxy where the environment names one."""
     try:
-        with socket.create_connection((host, 443), timeout=_CONNECT_S):
-            return True
-    except OSError:
+        urlopen(url, timeout=_CONNECT_S).close()
+    except HTTPError:
+        return True  # which is an answer
+    except (OSError, HTTPException, ValueError):
         return False
+    return True

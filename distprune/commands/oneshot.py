@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from distprune import dist, settings
 from distprune.checkpoints.files import is_checkpoint, save
 from distprune.checks.sections import PRUNING
-from distprune.config import Config, DistillationConfig, PruningConfig, RegrowthConfig
+from distprune.config import Config, DistillationConfig, PruningConfig, RecipeConfig, RegrowthConfig
 from distprune.errors import UserError
 from distprune.models.files import Source, auto_class_of, stored_names
 from distprune.models.weights import skeleton
@@ -241,8 +241,11 @@ def _prune_by_gradients(model_dir: str, out: str, pruning: PruningConfig, seed: 
 
 def _for_one_step(path: str, model_dir: str, out: str, pruning: PruningConfig, seed: int) -> Config:
     """Return a run's configuration for one step that prunes, what else a run does taken out."""
-    config = settings.load(path, [])
-    config.model.path, config.model.dropout, config.task.more_validation = model_dir, 0.0, []
+    config, _ = settings.load_given(path, [])
+    config.recipe, config.task.more_validation = RecipeConfig(), []
+    config.model.path = model_dir
+    if not config.fisher.dropout:
+        config.model.dropout = 0.0
     config.train.output, config.train.seed = out, seed
     config.train.select, config.train.patience = "last", None
     config.checkpoint.epochs, config.checkpoint.steps, config.checkpoint.minutes = False, None, None

@@ -1,8 +1,15 @@
 """``distprune prepare``: everything that needs a network or a compiler, before a job that has neither."""
 
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
 from distprune import settings
+from distprune.config import Config
+from distprune.models.weights import skeleton
 from distprune.pruning import native
-from distprune.training.setup import check_limits, check_teacher, load_task, local_model
+from distprune.pruning.targets import find_targets
+from distprune.training.setup import check_limits, check_teacher, load_task, local_model, weights_of
 
 
 def run(config_path: str, overrides: list[str]) -> None:
@@ -18,12 +25,20 @@ def run(config_path: str, overrides: list[str]) -> None:
     check_limits(directory, task)
     if config.distillation.teaches and config.teacher.path is not None:
         teacher = local_model(config.teacher.path, config.teacher.revision)
-        check_teacher(teacher, task, directory)
+        check_teacher(config, teacher, task, directory)
         print(f"teacher  {config.teacher.path}: {teacher}")
     if config.pruning.weights_of is not None:
         scored = local_model(config.pruning.weights_of, None)
+        _check_scored(config, scored, skeleton(directory, task.auto_class, task.model_options())[0])
         print(f"scored   {config.pruning.weights_of}: {scored}")
     print(f"data     {len(task.train):,} training and {len(task.validation):,} validation examples, tokenised")
     compiled = "compiled" if native.library() else "no C compiler: pruning will take NumPy, in more than twice the time"
     print(f"code     {compiled}")
     print("A job on nodes without a network: set HF_HUB_OFFLINE=1, and the same HF_HOME where it is not the default.")
+
+
+def _check_scored(config: Config, scored: Path, student: PreTrainedModel) -> None:
+    pruning = config.pruning
+    names = find_targets(student, pruning.include, pruning.exclude, pruning.structure, pruning.components)
+    shapes = {name: tuple(parameter.shape) for name, parameter in student.named_parameters() if name in names}
+    weights_of(scored, shapes, student.base_model_prefix)

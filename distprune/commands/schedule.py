@@ -14,6 +14,7 @@ from rich.table import Table
 from distprune import recipes, settings
 from distprune.checks import value_of
 from distprune.config import Config
+from distprune.errors import UserError
 from distprune.monitor.plots import save_png
 from distprune.tasks import task_kind
 from distprune.training.plan import Plan, make_plan
@@ -37,6 +38,8 @@ def run(config_path: str, overrides: list[str], examples: int | None, png: str) 
     config, given = settings.load_given(config_path, overrides)
     values = recipes.apply(config, given)
     settings.validate(config)
+    if examples is not None and examples < 1:
+        raise UserError(f"--examples is {examples}; allowed: at least 1")
     if examples is None:
         examples = task_kind(config.task.name).count_train(config)
     if examples is None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from distprune.checkpoints import run_directory
-from distprune.errors import UserError
+from distprune.errors import UserError, written
 from distprune.sweeps import results
 from distprune.sweeps.execute import Outcome, carry_out, check_room
 from distprune.sweeps.means import differences_of, means_of
@@ -32,8 +32,12 @@ def run(sweep_path: str, overrides: list[str], only: list[str], dry_run: bool, o
     sweep, runs, rows = opened.sweep, opened.runs, opened.rows
     if not (only_table or dry_run):
         check_room(sweep.ranks, sweep.at_once)
-        opened.output.mkdir(parents=True, exist_ok=True)
-        run_directory.lock(opened.output)  # until this process ends
+        with written(opened.output):
+            opened.output.mkdir(parents=True, exist_ok=True)
+            run_directory.lock(opened.output)  # until this process ends
+        with written(opened.stored):  # now, not when the first run has ended
+            opened.stored.parent.mkdir(parents=True, exist_ok=True)
+            opened.stored.open("a").close()
         opened.read()
     if only_table:
         _take_up_what_has_ended(opened)
@@ -64,9 +68,13 @@ def run(sweep_path: str, overrides: list[str], only: list[str], dry_run: bool, o
 
 def _chosen(names: list[str], patterns: list[str]) -> list[str]:
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(_fits(name, pattern) for name in names):
             raise UserError(f"--only {pattern!r} fits no run; there are e.g. {', '.join(names[:3])}")
-    return [name for name in names if not patterns or any(fnmatchcase(name, each) for each in patterns)]
+    return [name for name in names if not patterns or any(_fits(name, each) for each in patterns)]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)  # a list in a name looks like a pattern
 
 
 def _take_up_what_has_ended(opened: Opened) -> None:
@@ -110,7 +118,8 @@ def _report(opened: Opened) -> None:
     differences = differences_of(runs, known, sweep.compare, sweep.chance)
     if differences:
         table += "\n" + markdown_of_differences(differences)
-    stored.with_suffix(".md").write_text(table)
-    stored.with_suffix(".csv").write_text(as_csv(means))
-    draw(means, sweep.baseline, opened.path.stem).savefig(stored.with_suffix(".png"))
+    with written(stored.with_suffix(".md")):
+        stored.with_suffix(".md").write_text(table)
+        stored.with_suffix(".csv").write_text(as_csv(means))
+        draw(means, sweep.baseline, opened.path.stem).savefig(stored.with_suffix(".png"))
     print(f"{table}table and plot: {stored.with_suffix('')}.md, .csv and .png")

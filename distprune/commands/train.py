@@ -144,9 +144,9 @@ def _write_reports(trainer: Trainer, summary: dict[str, Any]) -> None:
     if layers := summary["layers"]:
         sparsities = {name: layer["masked"] / layer["weights"] for name, layer in layers.items()}
         plot_layers(sparsities, run_dir / "layers.png")
-    shutil.rmtree(run_dir / "best", ignore_errors=True)
     plot_run(read_metrics(run_dir / "metrics.jsonl"), run_dir / "plot.png", summary["dense_metric"], run_dir.name)
-    write_json(run_dir / "summary.json", summary)  # the last: with it the run is finished
+    write_json(run_dir / "summary.json", summary)  # with it the run is finished; until then it may need what follows
+    shutil.rmtree(run_dir / "best", ignore_errors=True)
     print(
         f"{summary['metric_name']} {summary['final_metric']:.4f} at sparsity {summary['sparsity_masked']:.4f} "
         f"-> {run_dir / 'final'}, {run_dir / 'summary.json'}, {run_dir / 'plot.png'}"

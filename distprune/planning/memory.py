@@ -77,9 +77,10 @@ def _lasting(need: Need) -> Bytes:
     (host if layout.offload_optimizer else device).update(states)
     (host if layout.offload_weights else device).update(weights)
     if need.teacher is not None:
-        device["teacher"] = weight_bytes(*need.teacher)
+        (host if need.teacher[1].offload_weights else device)["teacher"] = weight_bytes(*need.teacher)
     if layout.stage == 3:
-        (host if layout.offload_optimizer else device)["gradients"] += sum(stepped(student, layout)) * layout.width
+        kept = sum(stepped(student, layout)) * layout.gradient_width
+        (host if layout.offload_optimizer else device)["gradients"] += kept
         device["buckets"] = _bucket(need)
     if layout.offload_optimizer:
         host["gradients"] += sum(stepped(student, layout)) * _FP32
@@ -106,13 +107,15 @@ def _placed(need: Need, device: Counter[str], host: Counter[str]) -> Bytes:
 
 
 def gathered(shapes: Shapes, layout: Layout) -> int:
-    """Return the weights that ZeRO-3 has gathered at once in a pass forward and backward; none on one rank.
+    """Return the weights that ZeRO-3 has gathered at once in a pass forward and backward.
+
+    One rank has them all, and gathers only what ``offload_param`` keeps in the host's memory.
 
     One is kept whose next use is nearer than ``layout.reuse``: the last ones of the forward pass come first in the
     backward pass, so half of that distance stays. Every module that begins has ``layout.prefetch`` more weights
     fetched, which is more than most modules let go, so that up to ``layout.live`` are there.
     """
-    if layout.stage < 3 or layout.world == 1:
+    if layout.stage < 3 or (layout.world == 1 and not layout.offload_weights):
         return 0
     ahead = layout.live if layout.prefetch else 0
     return min(sum(shapes.sizes), max(shapes.sizes) + max(ahead, layout.reuse // 2))
@@ -169,7 +172,7 @@ def _reduction(need: Need) -> Bytes:
     if layout.stage == 3:
         device["copies"] = in_bucket * (1 if need.on_gpu else 2)  # gloo makes its own
         return Bytes(device + _gathered(need), Counter())
-    own = 0 if layout.offload_optimizer else reduced(student, layout) * layout.width
+    own = 0 if layout.offload_optimizer else reduced(student, layout) * layout.gradient_width
     device["buckets"] = _bucket(need)
     if layout.stage == 1 and (need.on_gpu or layout.bucket < trained):
         device["gradients"] = trained * layout.width  # they wait for the last backward pass of a step
@@ -195,7 +198,7 @@ def _update(need: Need) -> Bytes:
         return Bytes(device, Counter())
     largest = max(stepped(student, layout))
     copies = largest * (_FP32 + layout.width * is_low)
-    own = reduced(student, layout) * layout.width if layout.stage < 3 else 0
+    own = reduced(student, layout) * layout.gradient_width if layout.stage < 3 else 0
     if layout.stage < 3 and layout.world > 1 and not need.on_gpu:
         whole = max(sum(group.values()) for group in student.groups) * layout.width  # gloo gathers into a copy
         if whole > own + copies:

@@ -15,6 +15,7 @@ from distprune.errors import UserError
 
 _ALIGNMENT = 2
 """Elements to which ZeRO 1 and 2 align each rank's partition."""
+_ACCUMULATES = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Layout:
         live: up to how many gathered weights it does so.
         reuse: within which distance of its next use ZeRO-3 keeps a gathered weight.
         sub_group: weights that ZeRO-3 updates at once.
+        accumulates: type of the gradients that a rank keeps at stages 2 and 3; None: as the weights.
     """
 
     stage: int
@@ -84,11 +86,17 @@ class Layout:
     live: int = 1_000_000_000
     reuse: int = 1_000_000_000
     sub_group: int = 1_000_000_000
+    accumulates: torch.dtype | None = None
 
     @property
     def width(self) -> int:
         """Bytes of a weight in the forward pass."""
         return self.dtype.itemsize
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of a gradient that a rank keeps."""
+        return (self.accumulates or self.dtype).itemsize
 
     def piece(self, size: int) -> int:
         """Return what a rank holds of a parameter whose weights are cut up, its padding included."""
@@ -126,4 +134,5 @@ def layout_of(key: str, section: dict[str, Any], world: int) -> Layout:
         zero.max_live_parameters,
         zero.max_reuse_distance,
         zero.sub_group_size,
+        _ACCUMULATES[section.get("data_types", {}).get("grad_accum_dtype")],
     )

@@ -127,7 +127,7 @@ def _live_teacher(config: Config, task: Task, student: Path) -> PreTrainedModel 
         return None
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
-    check_teacher(directory, task, student)
+    check_teacher(config, directory, task, student)
     teacher, _ = skeleton(directory, task.auto_class, task.model_options())
     put_out_features(config.distillation, teacher)
     return teacher.requires_grad_(False)

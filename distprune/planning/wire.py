@@ -7,7 +7,8 @@ in an all-reduce.
 from distprune.planning.shapes import Layout, Shapes
 
 STATISTICS = 64 << 10
-"""The most that a rank hands to collectives in a pruning, in bytes."""
+"""The most that a rank hands to collectives where all weights are pruned as one, in bytes; more with a scope of each
+matrix, and little beside the gradients."""
 
 
 def bytes_per_step(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from distprune.checkpoints.run_directory import CONFIG, SUMMARY
 from distprune.errors import UserError
@@ -59,8 +61,10 @@ def _read(path: Path, name: str) -> RunRecord:
     try:
         keys = _flat(OmegaConf.to_container(OmegaConf.load(config)))
         told = json.loads(summary.read_text()) if summary.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if lacking := {"train.batch_size", "model.path"} - keys.keys():
+        raise UserError(f"{config} has no {min(lacking)}; allowed: the configuration that a run has written")
     return RunRecord(name, path, read_metrics(path / "metrics.jsonl"), keys, told)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from distprune import dist
 from distprune.checkpoints.files import FOLDER
-from distprune.errors import UserError
+from distprune.errors import LOST, STOPPED, UserError
 from distprune.sweeps.spec import Run
 
 _POLL = 0.2  # seconds
@@ -34,6 +34,8 @@ class Job:
     told: bool = False
     """Whether it was asked to stop."""
     broken_since: float | None = None
+    status: int = 0
+    """The exit status of the rank that was seen first to end with another one than 0."""
 
     def kill(self) -> None:
         """End all ranks at once."""
@@ -48,16 +50,16 @@ class Job:
 
     def has_ended(self) -> bool:
         """Return whether all ranks have; those that one has left behind by an error are killed after a while."""
-        if self.status and self.broken_since is None:
-            self.broken_since = time.monotonic()
+        if self.broken_since is None and (broken := [each.returncode for each in self.ranks if each.poll()]):
+            self.broken_since, self.status = time.monotonic(), broken[0]
         if self.broken_since is not None and time.monotonic() - self.broken_since > _GRACE:
             self.kill()
         return None not in [each.poll() for each in self.ranks]
 
     @property
-    def status(self) -> int:
-        """The first exit status that is not 0, where there is one."""
-        return next((each.returncode for each in self.ranks if each.poll()), 0)
+    def has_stopped(self) -> bool:
+        """Whether it ended as it was told to, and not by an error of its own."""
+        return self.told and (self.status in (STOPPED, LOST) or self.status < 0)
 
 
 @dataclass
@@ -114,7 +116,7 @@ def carry_out(
                 jobs.remove(job)
                 if job.status == 0:
                     done(job.run)
-                elif job.told:
+                elif job.has_stopped:
                     say(f"{job.run.name} has stopped with status {job.status}, and can go on")
                 else:
                     outcome.failed[job.run.name] = job.log

@@ -128,9 +128,13 @@ def _half_interval(values: Sequence[float]) -> float | None:
 
 
 def _steps_before(row: Row, rows: dict[str, Row]) -> int:
-    """Return the steps of the models that a run started from, or whose weights said what goes."""
-    before = {name for key, name in row["models"].items() if key != "teacher.path"}
-    return sum(rows[name]["steps"] + _steps_before(rows[name], rows) for name in before if name in rows)
+    """Return the steps of the models that a run started from, or whose weights said what goes, each once."""
+    return sum(rows[name]["steps"] for name in _before(row, rows))
+
+
+def _before(row: Row, rows: dict[str, Row]) -> set[str]:
+    names = {name for key, name in row["models"].items() if key != "teacher.path" and name in rows}
+    return names.union(*(_before(rows[name], rows) for name in names))
 
 
 @dataclass(frozen=True)

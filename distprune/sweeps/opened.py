@@ -77,7 +77,7 @@ def open_sweep(sweep_path: str, overrides: Sequence[str]) -> Opened:
     """
     path = Path(sweep_path)
     sweep = read_sweep(path)
-    runs = runs_of(sweep, path, [*overrides, f'wandb.group="{path.stem}"'])
+    runs = runs_of(sweep, path, overrides)
     output = Path(sweep.output).expanduser()
     configs = {each.name: each.load(output) for each in runs}
     opened = Opened(path, sweep, runs, configs, {each.name: each.settings(configs[each.name]) for each in runs})

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from distprune.checkpoints.run_directory import CONFIG, SUMMARY
-from distprune.errors import UserError
+from distprune.errors import UserError, written
 from distprune.monitor.jsonl import finite
 from distprune.monitor.records import read_metrics
 from distprune.sweeps.spec import Run
@@ -135,14 +135,19 @@ def row_of(run: Run, settings: Settings, output: Path) -> Row:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a line to a results file, on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        if path.read_bytes()[-1:] not in (b"", b"\n"):
-            file.write("\n")
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add a line to a results file, on the disk when this returns.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            if path.read_bytes()[-1:] not in (b"", b"\n"):
+                file.write("\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def still_to_run(runs: Sequence[Run], rows: dict[str, Row], output: Path, names: Collection[str]) -> list[Run]:

@@ -6,6 +6,7 @@ gets the ``final/`` of another method's run: of the one that has the same values
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -174,7 +175,11 @@ def runs_of(sweep: Sweep, path: Path, overrides: Sequence[str] = ()) -> list[Run
     runs: dict[str, list[Run]] = {}
     for name in _in_order(sweep, path):
         runs[name] = [_run(sweep, path, name, point, overrides, runs) for point in _points(sweep, path, name)]
-    return [run for each in runs.values() for run in each]
+    found = [run for each in runs.values() for run in each]
+    twice = next((name for name, number in Counter(run.name for run in found).items() if number > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: two runs have the name {twice!r}; allowed: values that differ in more than / and _")
+    return found
 
 
 def _in_order(sweep: Sweep, path: Path) -> list[str]:
@@ -213,7 +218,7 @@ def _run(
         if key in given or key in sweep.set or key in method.set or key in method.models:
             raise UserError(f"{path}: {key} is in the grid of {name}, and set beside it; allowed: one of the two")
     common = {key: value for key, value in sweep.set.items() if key not in method.models}
-    values = common | method.set | point
+    values = {"wandb.group": path.stem} | common | method.set | point
     texts = [_override(key, value) for key, value in values.items()]
     models = {key: _source(path, name, other, point, runs[other]) for key, other in method.models.items()}
     config = path.parent / (method.config or sweep.config)
@@ -242,8 +247,9 @@ def check_files(run: Run, config: Config) -> None:
     Raises:
         UserError: with the first file that is missing.
     """
-    more = (("task.more_validation", file) for file in config.task.more_validation)
-    for key, file in (("task.train", config.task.train), ("task.validation", config.task.validation), *more):
+    more = [("task.more_validation", file) for file in config.task.more_validation]
+    held = [] if config.task.holdout else [("task.validation", config.task.validation)]
+    for key, file in (("task.train", config.task.train), *held, *more):
         if config.task.hub is None and not Path(file).expanduser().exists():
             raise UserError(f"{run.name}: {key} is {file!r}, which is not there; allowed: a file, or task.hub")
 

@@ -57,7 +57,8 @@ def markdown_of_differences(differences: Sequence[Difference]) -> str:
 
 
 def _rows(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in (titles, ["---"] * len(titles), *lines))
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (titles, ["---"] * len(titles), *escaped))
 
 
 def _words(point: Mapping[str, Any]) -> str:

@@ -198,10 +198,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_teacher(directory: Path, task: Task, student: Path) -> None:
-    """Refuse a teacher that reads other tokens, predicts other labels, or is too small for the task.
+def check_teacher(config: Config, directory: Path, task: Task, student: Path) -> None:
+    """Refuse a teacher that reads other tokens, predicts other labels, is too small, or whose layers do not fit.
 
     Args:
+        config: of the run; says what of the layers is distilled.
         directory: the teacher's.
         task: gives tokens and labels.
         student: its model directory.
@@ -212,6 +213,7 @@ def check_teacher(directory: Path, task: Task, student: Path) -> None:
     teacher = read_config(directory)
     task.check_teacher(teacher, load_tokenizer(str(directory)))
     task.check_outputs(read_config(student), teacher)
+    check_features(config.distillation, read_config(student), teacher)
     check_limits(directory, task)
 
 
@@ -235,6 +237,5 @@ def _teacher(config: Config, task: Task, student: Path, micro_batch: int) -> Tea
     """Collective: every rank calls it."""
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
-    dist.agree(lambda: check_teacher(directory, task, student))
-    dist.agree(lambda: check_features(config.distillation, read_config(student), read_config(directory)))
+    dist.agree(lambda: check_teacher(config, directory, task, student))
     return teacher_of(config, task, directory, micro_batch)

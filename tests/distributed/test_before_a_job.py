@@ -1,7 +1,9 @@
 """What is done on a login node, and what is checked on the nodes, before a job is paid for."""
 
 import re
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +13,7 @@ import pytest
 from distprune import dist
 from distprune.commands import doctor
 from distprune.config import Config
+from tests.distributed.engines import write_model
 from tests.distributed.test_launch import BIN, start
 from tests.world import Worlds
 
@@ -30,6 +33,13 @@ def test_prepare_leaves_nothing_to_fetch_or_compile(task: Path, tmp_path: Path) 
     refused = start([BIN / "distprune", "prepare", task / "run.yaml", "pruning.weights_of=./nowhere"])
     assert refused.returncode == 2
     assert "model path './nowhere' is not a directory" in refused.stderr
+    other = write_model(tmp_path / "other", intermediate_size=12)
+    for override, part in (
+        (f"pruning.weights_of={other}", "has shape"),
+        (f"teacher.path={other} distillation.hidden=1", "the student has hidden states of 16 and the teacher"),
+    ):
+        refused = start([BIN / "distprune", "prepare", task / "run.yaml", *override.split()])
+        assert (refused.returncode, part in refused.stderr) == (2, True), refused.stderr
 
 
 @pytest.mark.slow
@@ -54,7 +64,10 @@ def test_doctor_says_what_to_do(tmp_path: Path) -> None:
         [BIN / "distprune", "doctor", *options], WANDB_BASE_URL="http://no.such.host.invalid", HF_HUB_OFFLINE="1"
     )
     assert done.returncode == 2
-    assert "FAIL  wandb: rank 0 (1 of 1): no.such.host.invalid is not reached; set wandb.mode=offline" in done.stdout
+    assert (
+        "FAIL  wandb: rank 0 (1 of 1): http://no.such.host.invalid is not reached; set wandb.mode=offline"
+        in done.stdout
+    )
     assert re.search(r"distprune: error: \d of 9 checks failed: .*wandb; see the lines above", done.stderr)
 
 
@@ -90,6 +103,27 @@ def test_a_job_of_local_files_needs_no_hub(
     config = Config()
     config.model.path, config.teacher.path, config.task.hub = path, str(tmp_path), hub
     assert doctor._hub(config).good == (not needed)
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A server that answers, if only with an error."""
+
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_server_of_ones_own_is_reached_at_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config()
+    config.wandb.mode = "online"
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        assert doctor._wandb(config).good
+        server.shutdown()
+    assert not doctor._wandb(config).good
 
 
 @pytest.mark.parametrize(("cores", "good"), [(1, False), (8, True)])

@@ -252,7 +252,7 @@ def test_a_run_in_use_and_a_finished_one_are_refused(
     finally:
         unlock(output)
     name = f"process {os.getpid()} on {socket.gethostname()}"
-    assert said == [f"train.output {str(output)!r} is in use by {name}; allowed: one run at a time"] * 2
+    assert said == [f"{str(output)!r} is in use by {name}; allowed: one run or sweep at a time"] * 2
     world(2).run(run, task, output, *EVERY_STEP)
     said = world(2).run(run, task, output, *EVERY_STEP)
     assert said[0].startswith(f"train.output {str(output)!r} holds a finished run; allowed: ")

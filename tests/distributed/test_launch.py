@@ -156,6 +156,7 @@ def test_oneshot_is_the_same_alone_and_under_a_launcher(tmp_path: Path) -> None:
 
 OF_A_WHOLE_RUN = """
 recipe: {name: gmp, epochs: 1}
+pruning: {sparsity: 0}
 train: {select: best, patience: 2}
 checkpoint: {steps: 1}
 regrowth: {part: 0.5, every: 1 steps}

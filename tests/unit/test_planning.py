@@ -119,6 +119,18 @@ def test_offloaded_weights_are_on_the_host() -> None:
     assert (gpu.device["weights"], gpu.host["weights"]) == (0, 23 * 4)
 
 
+def test_one_rank_gathers_what_is_offloaded() -> None:
+    assert gathered(SHAPES, Layout(3, 1, offload_weights=True)) == 43
+
+
+@pytest.mark.parametrize(("stage", "moment", "kept"), [(2, "update", 38), (3, "forward pass", 20)])
+def test_gradients_are_kept_in_the_type_in_which_they_add_up(stage: int, moment: str, kept: int) -> None:
+    section = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    single = section | {"data_types": {"grad_accum_dtype": "fp32"}}
+    found = [memory.moments(need(layout_of("student", each, 2)))[moment].device for each in (section, single)]
+    assert [each["gradients"] for each in found] == [kept * 2, kept * 4]
+
+
 def test_a_teacher_is_replicated_or_sharded() -> None:
     frozen = Shapes((), (10, 21), frozenset())
     whole = memory.peak(need(Layout(0, 2), teacher=(frozen, Layout(0, 2))))
@@ -126,6 +138,8 @@ def test_a_teacher_is_replicated_or_sharded() -> None:
     assert whole.device["teacher"] == 31 * 4
     assert cut.device["teacher"] == 16 * 4
     assert cut.device["teacher's gathered weights"] == 31 * 4
+    away = memory.peak(need(Layout(0, 2), teacher=(frozen, Layout(3, 2, offload_weights=True))))
+    assert (away.device["teacher"], away.host["teacher"]) == (0, 16 * 4)
 
 
 def test_stage_3_gathers_no_more_than_its_options_let_it() -> None:

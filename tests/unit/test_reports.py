@@ -87,6 +87,17 @@ def html(runs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("train: [", "cannot be read: while parsing"), ("train: {batch_size: 8}", "has no model.path; allowed")],
+)
+def test_a_configuration_that_no_run_has_written_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        read_runs([str(tmp_path)])
+    assert "\n" not in str(caught.value)
+
+
 def test_runs_are_read_and_named_apart(runs: list[str]) -> None:
     first, second, third = read_runs(runs)
     assert [run.name for run in (first, second)] == ["a/run", "b/run"]

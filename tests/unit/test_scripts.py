@@ -146,6 +146,13 @@ def test_a_job_whose_ranks_could_not_start_is_queued_again(tmp_path: Path) -> No
     done = bash(f"{job}bash slurm/train.sbatch run.yaml", path, VENV=sys.prefix, DISTPRUNE_LOGS=str(tmp_path))
     assert "requeue 7" in done.stdout, done.stderr
     assert done.returncode == 1
+    often = "export SLURM_RESTART_COUNT=30 DISTPRUNE_MAX_RESTARTS=2; "  # which counts time limits too
+    starts = [
+        bash(f"{job}{often}bash slurm/train.sbatch run.yaml", path, VENV=sys.prefix, DISTPRUNE_LOGS=str(tmp_path))
+        for _ in range(2)
+    ]
+    assert ["requeue 7" in each.stdout for each in starts] == [True, False]
+    assert "started again after 2 failures, which is the limit" in starts[1].stderr
 
 
 def test_what_a_site_needs_may_use_variables_that_are_not_set_and_gets_no_arguments(tmp_path: Path) -> None:

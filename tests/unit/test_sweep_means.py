@@ -94,3 +94,14 @@ def test_a_table_without_a_baseline_compares_with_none(rows: dict[str, Row]) -> 
     title, _, first, *_ = markdown(means_of(rows, None, chance=0.5), None).splitlines()
     assert title.startswith("| method | at | accuracy | seeds | diverged | steps |")
     assert title.count("|") == first.count("|")
+
+
+def test_steps_of_a_model_that_several_before_started_from_count_once(rows: dict[str, Row]) -> None:
+    dense, ticket = rows["dense/train.seed=1"], rows["after/train.seed=1,pruning.sparsity=0.9"]
+    early = dense | {"run": "early", "method": "early", "steps": 7}
+    dense["models"] = {"model.path": "early"}
+    ticket["models"] = {"model.path": "early", "pruning.weights_of": dense["run"], "teacher.path": "dense/train.seed=2"}
+    found = {
+        mean.method: mean for mean in means_of({"early": early, dense["run"]: dense, ticket["run"]: ticket}, None, None)
+    }
+    assert found["after"].total_steps == 100 + 100 + 7

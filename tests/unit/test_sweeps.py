@@ -12,7 +12,7 @@ from distprune.checkpoints import run_directory
 from distprune.commands.sweep import run as sweep
 from distprune.errors import UserError
 from distprune.sweeps import execute, results
-from distprune.sweeps.spec import read_sweep
+from distprune.sweeps.spec import check_files, read_sweep
 from tests.unit.sweep_files import row, runs, settings_of, write_sweep
 
 
@@ -33,6 +33,7 @@ def test_every_method_has_a_run_for_each_combination_behind_the_models_that_it_g
     )
     out = Path("out")
     assert found[-1].arguments(out) == [
+        'wandb.group="sweep"',
         "train.epochs=4",
         'recipe.name="one_shot"',
         "train.seed=2",
@@ -103,6 +104,8 @@ def test_values_come_through_the_command_line_as_they_are(file: Path) -> None:
         ("  after:", "  ../after:", "a method is called '../after'; allowed: letters"),
         ("train.epochs: 4", "task.hub: null", "dense/train.seed=1: task.train is 'train', which is not there"),
         ("[0.5, 0.9]", "[0.5, 5.0e-1]", "twice"),
+        ("{pruning.sparsity: [0.5, 0.9]}", "{task.validation: [a/m, a_m]}", "two runs have the name 'after/.*a_m'"),
+        ("baseline: dense", "results: /sys/no.jsonl", "'/sys/no.jsonl' cannot be written"),
         ("baseline: dense", "compare: {after: [dens]}", r"method of compare 'dens' is unknown \(did you mean 'dense'"),
         (
             "baseline: dense",
@@ -237,6 +240,60 @@ def test_a_run_that_goes_on_without_its_sweep_is_not_begun_again(file: Path) -> 
         sweep(str(file), [], [], dry_run=False, only_table=False)
     run_directory.unlock(folder)
     assert run_directory.holder_of(folder) is None
+
+
+def test_a_run_whose_name_looks_like_a_pattern_is_found_by_it(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = file.read_text().replace("pruning.sparsity: [0.5, 0.9]", "pruning.components: [[attention]]")
+    file.write_text(text.replace("set: {recipe.name: one_shot}\n    grid", "grid"))
+    name = 'after/train.seed=1,pruning.components=["attention"]'
+    sweep(str(file), [], [name], dry_run=True, only_table=False)
+    assert capsys.readouterr().out.splitlines()[1:] == ["dense/train.seed=1", name]
+
+
+def test_a_sweeps_runs_are_a_group_in_wandb_unless_another_is_given(file: Path) -> None:
+    groups = [runs(file, *given)[0].load(Path("out")).wandb.group for given in ((), ("wandb.group=mine",))]
+    assert groups == ["sweep", "mine"]
+
+
+def test_validation_data_that_a_holdout_replaces_need_not_be_there(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").touch()
+    data = (f"task.hub=null task.train={tmp_path}/train.jsonl").split()
+    (run, *_) = runs(file, *data, "task.validation=gone.jsonl")
+    with pytest.raises(UserError, match=r"task.validation is 'gone.jsonl', which is not there"):
+        check_files(run, run.load(tmp_path))
+    (run, *_) = runs(file, *data, "task.validation=gone.jsonl", "task.holdout=0.1")
+    check_files(run, run.load(tmp_path))
+
+
+class Process:
+    """A rank that has ended, once it has been asked ``after`` times."""
+
+    def __init__(self, returncode: int, after: int = 0):
+        self.ends_with, self.after, self.returncode = returncode, after, None
+
+    def poll(self) -> int | None:
+        self.after -= 1
+        self.returncode = self.ends_with if self.after < 0 else None
+        return self.returncode
+
+
+@pytest.mark.parametrize(
+    ("told", "ranks", "status", "stopped"),
+    [
+        (False, [Process(-9, after=2), Process(1)], 1, False),  # rank 0 waited for rank 1, and was killed
+        (True, [Process(75), Process(75)], 75, True),
+        (True, [Process(-9), Process(-9)], -9, True),
+        (True, [Process(2), Process(2)], 2, False),  # a mistake, found after it was told to stop
+        (True, [Process(0), Process(0)], 0, False),
+    ],
+)
+def test_a_run_has_the_status_of_the_rank_that_failed_first(
+    file: Path, told: bool, ranks: list[Any], status: int, stopped: bool
+) -> None:
+    job = execute.Job(runs(file)[0], 0, file, ranks, told)
+    while not job.has_ended():
+        pass
+    assert (job.status, job.has_stopped) == (status, stopped)
 
 
 def test_a_value_of_the_wrong_kind_is_named_by_its_key(tmp_path: Path) -> None:
