@@ -101,7 +101,6 @@ def _restore_moments(optimizer: Any, shards: list[Shard], pieces: Pieces, steps:
             if kind in (*WEIGHTS, "mask", "score", "removed"):
                 continue
             state = optimizer.state[shard.base]
-            # At stage 0 in bf16 and fp16 DeepSpeed has taken an empty step already.
             state["step"] = torch.tensor(float(steps), device=shard.base.device)
             if kind not in state:
                 state[kind] = torch.zeros_like(shard.base)

@@ -41,6 +41,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         **_sparsity(trainer, layers),
         "steps": trainer.step,
         "final_step": trainer.final_step,
+        "skipped_steps": trainer.skipped_steps,
         "wall_time_s": round(trainer.seconds, 1),
         "world_size": setup.world.size,
         "launcher": setup.world.launcher,

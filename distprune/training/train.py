@@ -62,6 +62,8 @@ class Trainer:
     dense_metrics: dict[str, float] | None = None
     """Of the teacher, or without one of the student before its first pruning."""
     losses: list[list[float]] = field(default_factory=list)
+    skipped_steps: int = 0
+    """Of ``step``, those that DeepSpeed left out because fp16's gradients were not finite."""
     seconds_before: float = 0.0
     """What the run took before this process went on with it."""
     _measured_at: int = -1
@@ -128,8 +130,21 @@ class Trainer:
                     self._prune(pruner)
                 asked = self._agree(sums, suspect)
             student.step()
+        self._check_taken()
         self.step += 1
         return asked
+
+    def _check_taken(self) -> None:
+        """Count a step that DeepSpeed has left out: fp16 finds its loss's scale so, and no other type should."""
+        student = self.setup.student
+        if student.was_step_applied():
+            return
+        if not student.fp16_enabled():
+            raise UserError(
+                f"the loss is finite at step {self.step} and its gradients are not, so that no step can be taken; "
+                "allowed: finite gradients (a lower lr.peak, or fp32 for the other types, may help)"
+            )
+        self.skipped_steps += 1
 
     def _prune(self, pruner: Pruner) -> None:
         plan = self.setup.plan
@@ -170,6 +185,7 @@ class Trainer:
             "sparsity": pruner.sparsity if pruner else 0.0,
             "threshold": pruner.threshold if pruner else 0.0,
             "grad_norm": None if norm is None else float(norm),
+            "skipped_steps": self.skipped_steps,
             "examples_per_s": steps * self.config.train.batch_size / (now - self._logged_at),
             "memory_mib": memory_mib(),
         }
@@ -238,6 +254,7 @@ class Trainer:
             "metrics": self.metrics,
             "dense_metrics": self.dense_metrics,
             "losses": self.losses,
+            "skipped_steps": self.skipped_steps,
             "seconds": self.seconds,
         }
 
@@ -247,7 +264,7 @@ class Trainer:
         state = manifest.state["trainer"]
         self.step, self.best = manifest.step, Best(**state["best"])
         self.metrics, self.dense_metrics, self.losses = state["metrics"], state["dense_metrics"], state["losses"]
-        self.seconds_before = state["seconds"]
+        self.skipped_steps, self.seconds_before = state["skipped_steps"], state["seconds"]
         self.setup.new_weights = manifest.state["new_weights"]
         self.saver.last_step = manifest.step
 

@@ -39,6 +39,25 @@ from tests.distributed.engines import (
 )
 from tests.world import World, Worlds, by_world
 
+# ------------------------------------------------------------------------------ in
+
+
+def steps_taken(directory: Path, layout: Layout) -> tuple[bool, set[float]]:
+    """Return whether the fp32 weights begin as those of the forward pass, and AdamW's count after one step."""
+    student = Student(directory, layout, weight_decay=0.5)
+    used = student.forward_weights()
+    same = all(torch.equal(master, used[name].float()) for name, master in student.masters().items())
+    student.step(0)
+    counts = {float(state["step"]) for state in student.engine.basic_optimizer.state.values()}
+    student.close()
+    return same, counts
+
+
+@pytest.mark.parametrize("layout", [Layout(0), Layout(0, "bf16"), Layout(0, "fp16"), Layout(2, "bf16"), Layout(3)])
+def test_no_step_is_taken_before_the_first(world: Worlds, directory: Path, layout: Layout) -> None:
+    assert world(2).run(steps_taken, directory, layout) == [(True, {1.0})] * 2
+
+
 # ------------------------------------------------------------------------------ out
 
 

@@ -1,6 +1,5 @@
 """Mistakes and accidents: one sentence on every rank, before any step where it can be known, and nothing saved."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MPNetConfig, MPNetForSequenceClassification
 
 from distprune import dist
-from distprune.engines.build import set_learning_rate
 from distprune.errors import UserError
 from distprune.monitor import Monitor
 from distprune.pruning.pruner import Pruner
-from distprune.shards import shards_of
 from distprune.training.setup import prepare
 from tests.distributed.engines import write_model
 from tests.distributed.runs import DENSE, run, run_patched, stage
+from tests.distributed.test_not_finite import PoisonWeights
 from tests.world import Worlds
 
 LAYER = "bert.encoder.layer.1.output.dense"
@@ -291,54 +289,3 @@ def test_a_type_that_the_device_cannot_do_is_refused(world: Worlds, task: Path, 
     said = world(2).run(run_patched, target, unsupported, task, tmp_path / "run", option, *stage(0, 0))
     assert len(set(said)) == 1
     assert "deepspeed.student.fp16.enabled is True, which this cpu does not support; allowed: float32, " in said[0]
-
-
-class PoisonWeights:
-    """Stands in for `set_learning_rate`: on the last rank, makes a weight NaN in the sixth step."""
-
-    calls = 0
-
-    def __call__(self, engine: Any, rate: float) -> None:
-        set_learning_rate(engine, rate)
-        self.calls += 1
-        if self.calls == 6 and dist.detect().rank == dist.detect().size - 1:
-            for shard in shards_of(engine, [f"{LAYER}.weight"]).shards:
-                shard.master[shard.owned][-1] = math.nan
-
-
-class PoisonOutputs:
-    """Stands in for a task's `run`: on the last rank, a module puts out infinity from the sixth step on."""
-
-    calls = 0
-
-    def __call__(self, engine: Any, batch: Any) -> Any:
-        self.calls += engine.module.training
-        if self.calls == 6 and dist.detect().rank == dist.detect().size - 1:
-            module = engine.module.get_submodule(LAYER)
-            module.register_forward_hook(lambda _, __, output: output + math.inf)
-        return engine(**{name: tensor for name, tensor in batch.items() if name != "labels"})
-
-
-@pytest.mark.parametrize("number", range(4))
-def test_a_nan_stops_every_rank_with_the_step_and_the_layer(
-    world: Worlds, task: Path, tmp_path: Path, number: int
-) -> None:
-    options = (*DENSE, *stage(number))
-    target, poison = "distprune.training.train.set_learning_rate", PoisonWeights()
-    said = world(2).run(run_patched, target, poison, task, tmp_path / "weights", *options)
-    assert len(set(said)) == 1
-    step = 6 if number else 5  # at stage 0 the optimizer's weights are those of the forward pass
-    assert f"the loss is not finite at step {step}: the weights of {LAYER}.weight are not finite" in said[0]
-    target, poison = "distprune.tasks.base.Task.run", PoisonOutputs()
-    said = world(2).run(run_patched, target, poison, task, tmp_path / "outputs", *options)
-    assert len(set(said)) == 1
-    assert f"the loss is not finite at step 5: the output of {LAYER} is not finite" in said[0]
-
-
-def test_a_nan_weight_is_not_pruned(world: Worlds, task: Path, tmp_path: Path) -> None:
-    options = ("pruning.start=6 steps", "distillation.hardness=0")
-    said = world(2).run(
-        run_patched, "distprune.training.train.set_learning_rate", PoisonWeights(), task, tmp_path / "run", *options
-    )
-    assert len(set(said)) == 1
-    assert said[0].startswith(f"at step 6 {LAYER}.weight has scores that are NaN")
