@@ -17,8 +17,11 @@ CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
 
 _FIXED = ("model.", "teacher.", "task.", "pruning.", "regrowth.", "fisher.")
 _FIXED_KEYS = ("train.batch_size", "train.seed", "train.select")
-_FREE = ("model.path", "model.revision", "model.tokenizer", "model.activation_checkpointing")
-"""The checkpoint holds the model itself, so where it came from does not matter any more."""
+_FREE = (
+    *("model.path", "model.revision", "model.tokenizer", "model.activation_checkpointing"),
+    *("task.train", "task.validation", "task.more_validation", "teacher.cache", "teacher.rebuild_cache"),
+)
+"""The checkpoint holds the model itself and fingerprints of the data: where they came from matters no more."""
 
 logger = logging.getLogger(__name__)
 _locks: dict[Path, int] = {}

@@ -104,6 +104,5 @@ def _record(manifest: Manifest) -> dict[str, object] | None:
         "masked_weights": sum(masked_of.values()),
         "prunable_weights": sum(weights.values()),
         "layers": {name: {"masked": masked, "weights": weights[name]} for name, masked in masked_of.items()},
-        "pruning": manifest.state["config"]["pruning"],
-        "distillation": manifest.state["config"]["distillation"],
+        **{section: manifest.state["config"][section] for section in ("pruning", "regrowth", "distillation")},
     }

@@ -204,6 +204,10 @@ class CausalLM(LanguageModelling):
         ids = torch.tensor([row["input_ids"] for row in rows])
         return {"input_ids": ids, "labels": F.pad(ids[:, 1:], (0, 1), value=IGNORED)}
 
+    def run(self, engine: Any, batch: Batch, **options: bool) -> Any:
+        """Return a model's outputs, without the keys and values that only generation reads. Collective at ZeRO-3."""
+        return super().run(engine, batch, use_cache=False, **options)
+
 
 def mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of the mask token.

@@ -11,7 +11,7 @@ from distprune.tasks.base import Batch, Task
 
 
 class Taught(NamedTuple):
-    """A teacher's logits for a batch, and, of a live one, all that its model put out."""
+    """A teacher's logits for a batch, and, where more was asked for, all that its model put out."""
 
     logits: Tensor
     outputs: Any = None
@@ -33,7 +33,7 @@ class LiveTeacher:
         """
         with torch.no_grad():
             outputs = self._task.run(self.engine, batch, **options)
-            return Taught(self._task.logits(outputs, batch), outputs)
+            return Taught(self._task.logits(outputs, batch), outputs if options else None)
 
     def measure(self, batch_size: int) -> dict[str, float]:
         """Return its metrics on the evaluation data. Collective: every rank calls it."""

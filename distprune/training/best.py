@@ -1,5 +1,6 @@
 """The best state of a run, and the directory that each such state is kept in."""
 
+import math
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from distprune.tasks.metrics import LOWER_IS_BETTER
 
 
 def merit_of(metrics: dict[str, float]) -> float:
-    """Return what states are compared by, the higher the better: the first metric, or its negative."""
+    """Return what states are compared by, the higher the better: the first metric, or its negative; NaN is worst."""
     name, value = next(iter(metrics.items()))
+    if math.isnan(value):
+        return -math.inf
     return -value if name in LOWER_IS_BETTER else value
 
 

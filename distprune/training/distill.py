@@ -60,7 +60,7 @@ def layer_pairs(layers: list[int], student: int, teacher: int) -> list[tuple[int
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean squared error of hidden states over the tokens that count, a scalar, fp32.
+    """Return the mean squared error of hidden states over each row's tokens that count, then rows; a scalar, fp32.
 
     Args:
         student: shape [B, T, H].
@@ -68,11 +68,11 @@ def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         mask: 1 where a token counts, shape [B, T].
     """
     errors = (student.float() - teacher.float()).square().mean(-1)
-    return (errors * mask).sum() / mask.sum()
+    return _mean_over_rows(errors, mask)
 
 
 def attention_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Return ``KL(teacher || student)`` of attention, the mean over heads and the tokens that attend; a scalar, fp32.
+    """Return ``KL(teacher || student)`` of attention, a mean over heads, a row's tokens that attend, and rows; fp32.
 
     Args:
         student: probabilities, shape [B, heads, T, T]; those who attend in the third dimension.
@@ -81,7 +81,12 @@ def attention_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """
     ours, theirs = student.float().clamp_min(SMALLEST).log(), teacher.float().clamp_min(SMALLEST).log()
     divergences = (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
-    return (divergences * mask).sum() / mask.sum()
+    return _mean_over_rows(divergences, mask)
+
+
+def _mean_over_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over rows of their means over tokens: the same for any way to cut a batch into equal parts."""
+    return ((values * mask).sum(-1) / mask.sum(-1)).mean()
 
 
 def mix(task_loss: Tensor, distillation: Tensor | None, hardness: float) -> Tensor:

@@ -96,6 +96,8 @@ class Trainer:
             if asked.stop and self.step < plan.total_steps:
                 self.saver.finish()
                 raise Interrupted(self.step, asked.requeue)
+        if self._measured_at != self.step:
+            self._evaluate()  # the run has become shorter than it was when it began
         self.saver.finish()
 
     def _batches(self) -> Iterator[list[int]]:
@@ -252,6 +254,7 @@ class Trainer:
         return {
             "best": asdict(self.best),
             "metrics": self.metrics,
+            "measured_at": self._measured_at,
             "dense_metrics": self.dense_metrics,
             "losses": self.losses,
             "skipped_steps": self.skipped_steps,
@@ -264,7 +267,8 @@ class Trainer:
         state = manifest.state["trainer"]
         self.step, self.best = manifest.step, Best(**state["best"])
         self.metrics, self.dense_metrics, self.losses = state["metrics"], state["dense_metrics"], state["losses"]
-        self.skipped_steps, self.seconds_before = state["skipped_steps"], state["seconds"]
+        self._measured_at, self.skipped_steps = state["measured_at"], state["skipped_steps"]
+        self.seconds_before = state["seconds"]
         self.setup.new_weights = manifest.state["new_weights"]
         self.saver.last_step = manifest.step
 

@@ -218,13 +218,27 @@ def test_other_changes_are_said_and_taken(
     output, moved = tmp_path / "run", tmp_path / "moved"
     copy(interrupted(2), output)
     shutil.copytree(task / "model", moved)
-    changed = (f"model.path={moved}", "lr.peak=0.002", "train.accumulation=2")
+    shutil.copy(task / "train.jsonl", tmp_path / "sentences.jsonl")
+    changed = (f"model.path={moved}", "lr.peak=0.002", "train.accumulation=2", "teacher.rebuild_cache=true")
+    changed += (f"task.train={tmp_path}/sentences.jsonl",)
     (_, said), _ = world(2).run(heard, run, task, output, *EVERY_STEP, *changed)
     assert "changed since: lr.peak 0.001 -> 0.002" in said
     assert "changed since: train.accumulation 1 -> 2" in said
     assert f"changed since: model.path {str(task / 'model')!r} -> {str(moved)!r}" in said
     assert max(line["lr"] for line in records(output, "train")) == pytest.approx(0.002)
     assert "peak: 0.002" in (output / "config.yaml").read_text()
+
+
+def test_a_run_that_becomes_shorter_reports_the_state_that_it_ends_with(
+    world: Worlds, task: Path, tmp_path: Path
+) -> None:
+    """The newest checkpoint is that of step 9, and the newest evaluation of step 8."""
+    output, options = tmp_path / "run", ("pruning.end=8 steps", "train.epochs=1.125")
+    cut_off(world, 1, task, output, 10, *EVERY_STEP, "pruning.end=8 steps")
+    summary = world(1).run(run, task, output, *EVERY_STEP, *options)[0]
+    assert (summary["steps"], summary["final_step"]) == (9, 9)
+    assert records(output, "validation")[-1]["step"] == 9
+    assert summary["final_metric"] == records(output, "validation")[-1]["accuracy"]
 
 
 def test_other_data_are_refused(world: Worlds, task: Path, tmp_path: Path, interrupted: Callable[..., Path]) -> None:

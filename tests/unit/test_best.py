@@ -1,3 +1,5 @@
+from math import nan
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +18,14 @@ def test_a_first_evaluation_is_the_best_however_bad() -> None:
     best = Best()
     assert best.update({"matthews": -1.0}, 5)
     assert (best.step, best.evaluations_since) == (5, 0)
+
+
+def test_a_metric_that_is_not_a_number_is_the_worst() -> None:
+    best = Best()
+    assert best.update({"nll": nan}, 5)
+    assert best.update({"nll": 9.0}, 10)
+    assert not best.update({"nll": nan}, 15)
+    assert best.step == 10
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=12))

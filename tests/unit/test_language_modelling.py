@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, LlamaConfig
 
 from distprune.errors import UserError
+from distprune.teachers.live import LiveTeacher
 from distprune.training.setup import check_teacher
 from tests.unit.task_files import CLS, SEP, WORDS, ids, make_masked_tokenizer, make_tokenizer
 
@@ -180,6 +181,15 @@ def test_perplexity_is_that_of_a_plain_loop(lm):
     assert list(measured) == ["perplexity", "nll"]
     assert measured["nll"] == pytest.approx(nats / tokens, rel=1e-5)
     assert measured["perplexity"] == pytest.approx(np.exp(nats / tokens), rel=1e-4)
+
+
+def test_keys_and_values_of_tokens_are_not_kept(lm):
+    task = lm("causal_lm")
+    model, batch = model_of(task), task.collate(all_rows(task.validation))
+    assert model(**task.inputs(batch)).past_key_values is not None, "it is what the model would do"
+    assert task.run(model, batch).past_key_values is None
+    assert LiveTeacher(model, task).outputs(batch, []).outputs is None
+    assert LiveTeacher(model, task).outputs(batch, [], output_hidden_states=True).outputs.hidden_states
 
 
 def test_masked_tokens_have_an_accuracy(lm):

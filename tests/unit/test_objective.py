@@ -42,15 +42,20 @@ def test_all_parts_add_up(batch_of) -> None:
     options = {"output_hidden_states": True, "output_attentions": True}
     ours, theirs = student(**inputs, **options), teacher(**inputs, **options)
     real = batch["attention_mask"].bool()
-    hidden = sum(F.mse_loss(ours.hidden_states[a][real], theirs.hidden_states[b][real]) for a, b in ((1, 2), (2, 4)))
+
+    def by_row(values: torch.Tensor) -> float:
+        return sum(row[mask].mean().item() for row, mask in zip(values, real, strict=True)) / len(rows)
+
+    squares = [(ours.hidden_states[a] - theirs.hidden_states[b]).square() for a, b in ((1, 2), (2, 4))]
+    hidden = sum(map(by_row, squares))
     attention = 0.0
     for a, b in ((0, 1), (1, 3)):
         kl = F.kl_div(ours.attentions[a].clamp_min(1e-6).log(), theirs.attentions[b].clamp_min(1e-6), reduction="none")
-        attention += kl.sum(-1).mean(1)[real].mean().item()
+        attention += by_row(kl.sum(-1).mean(1))
     soft = F.kl_div(F.log_softmax(ours.logits / 3, -1), F.softmax(theirs.logits / 3, -1), reduction="batchmean")
     assert losses.task.item() == pytest.approx(F.cross_entropy(ours.logits, batch["labels"]).item())
     assert losses.distillation.item() == pytest.approx(9 * soft.item(), rel=1e-4)
-    assert losses.hidden.item() == pytest.approx(hidden.item() / 2, rel=1e-5)
+    assert losses.hidden.item() == pytest.approx(hidden / 2, rel=1e-5)
     assert losses.attention.item() == pytest.approx(attention / 2, rel=1e-4)
     total = 0.25 * losses.task + 0.75 * losses.distillation + 0.5 * losses.hidden + 2 * losses.attention
     assert losses.total.item() == pytest.approx(total.item(), rel=1e-6)
@@ -84,6 +89,16 @@ def test_padding_does_not_count() -> None:
     ours[:, :, 2] = torch.tensor([1.0, 0.0, 0.0])
     assert torch.allclose(attention_loss(ours, theirs, mask), before)
     assert torch.isfinite(attention_loss(torch.eye(3).expand(2, 2, 3, 3), theirs, mask))
+
+
+def test_parts_of_a_batch_weigh_alike_however_long_their_rows_are() -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    hidden = torch.randn(2, 2, 3, 4)
+    attention = torch.rand(2, 2, 2, 3, 3).softmax(-1)
+    for loss, (ours, theirs) in ((hidden_loss, hidden), (attention_loss, attention)):
+        parts = [loss(ours[[row]], theirs[[row]], mask[[row]]) for row in (0, 1)]
+        assert loss(ours, theirs, mask) == pytest.approx(sum(parts) / 2)
 
 
 def test_layers_are_spread_or_as_given() -> None:
