@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, LlamaConfig
 
+from distprune.config import Config
 from distprune.errors import UserError
 from distprune.teachers.live import LiveTeacher
 from distprune.training.setup import check_teacher
@@ -219,9 +220,9 @@ def test_a_run_refuses_a_teacher_that_puts_out_more_logits(lm, tmp_path):
         BertConfig(vocab_size=size, **SIZES).save_pretrained(tmp_path / name)
         make_masked_tokenizer().save_pretrained(tmp_path / name)
     task, student = lm(), tmp_path / "student"
-    check_teacher(student, task, student)
+    check_teacher(Config(), student, task, student)
     with pytest.raises(UserError, match="the teacher's vocab_size is 24"):
-        check_teacher(tmp_path / "teacher", task, student)
+        check_teacher(Config(), tmp_path / "teacher", task, student)
 
 
 def test_logits_are_not_kept_from_epoch_to_epoch(lm):
