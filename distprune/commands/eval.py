@@ -1,6 +1,7 @@
 """``distprune eval``: measure a model directory on a configuration's task, under any launcher or alone."""
 
 import json
+import sys
 
 from distprune import dist, settings
 from distprune.checkpoints.files import is_checkpoint
@@ -28,6 +29,8 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
     task = load_task(config, directory)
     dist.agree(lambda: task.check_labels(read_config(directory), "the model"))
     dist.agree(lambda: check_limits(directory, task))
+    for note in task.notes if dist.is_main() else ():
+        print(f"data: {note}", file=sys.stderr)  # beside the line of JSON
     engine = build_frozen(
         config.deepspeed.teacher,
         directory,

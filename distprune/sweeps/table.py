@@ -81,6 +81,7 @@ def draw(means: Sequence[Mean], baseline: str | None, title: str) -> Figure:
     """
     figure = Figure(figsize=(8, 14 / 3), dpi=150, layout="constrained")
     axes = figure.subplots()
+    crosses = 0
     methods = [name for name in dict.fromkeys(each.method for each in means) if name != baseline]
     for number, method in enumerate(methods):
         colour, marker = COLORS[number % len(COLORS)], "osD^v"[number // len(COLORS) % 5]
@@ -96,8 +97,9 @@ def draw(means: Sequence[Mean], baseline: str | None, title: str) -> Figure:
         diverged = [each.sparsity for each in points if each.metric is None]
         if diverged:
             bottom = axes.get_xaxis_transform()
-            name = f"{method}: no seed converged"
-            axes.plot(diverged, [0.03] * len(diverged), "x", color=colour, transform=bottom, label=name)
+            name = f"{method}: all diverged"
+            crosses += 1
+            axes.plot(diverged, [0.03 * crosses] * len(diverged), "x", color=colour, transform=bottom, label=name)
     dense = [each.metric for each in means if each.method == baseline and each.metric is not None]
     for value in dense:
         axes.axhline(value, color=GREY, linestyle="--", label=f"{baseline} {value:.3f}")
@@ -105,5 +107,5 @@ def draw(means: Sequence[Mean], baseline: str | None, title: str) -> Figure:
     axes.set(xlabel="sparsity of the prunable weights", ylabel=means[0].metric_name if means else "", title=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return figure

@@ -54,7 +54,8 @@ def find_classes(split: Split, column: str, given: list[str]) -> Classes:
     """Find the classes of a task in its training data.
 
     Class names (strings, or the named classes of a hub data set) are numbered by ``given``, else in the data
-    set's own order, else sorted. Whole numbers are the numbers already, and ``given`` names them.
+    set's own order, else sorted. Whole numbers are the numbers already, and ``given`` names them; where it lists
+    them, they are numbered by it.
 
     Args:
         split: all training data.
@@ -72,10 +73,11 @@ def find_classes(split: Split, column: str, given: list[str]) -> Classes:
         if not given and found != set(range(len(found))):
             raise UserError(
                 f"the labels in column {column!r} of {split.origin} are {_show(found)}; they must be "
-                "0, 1, ... without gaps, or task.labels must name all classes"
+                "0, 1, ... without gaps, or task.labels must list them in the order of their classes"
             )
         names = given or [f"LABEL_{int(number)}" for number in sorted(found)]
-        classes = Classes(names, {number: number for number in range(len(names))})
+        lists = all(map(str.isdecimal, names)) and found <= set(map(int, names))
+        classes = Classes(names, {int(name) if lists else number: number for number, name in enumerate(names)})
     else:
         names = given or (feature.names if isinstance(feature, ClassLabel) else sorted(map(str, found)))
         classes = Classes(names, {name: number for number, name in enumerate(names)})

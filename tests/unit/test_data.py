@@ -163,7 +163,7 @@ def test_a_split_of_hub_data_may_be_measured_beside_its_training(build, hub):
 
 
 def test_a_file_beside_a_hub_data_set_is_refused_before_the_network_is_asked(build):
-    with pytest.raises(UserError, match=r"task\.hub is nobody/nothing, and mine\.jsonl is a file; .*task\.hub=null$"):
+    with pytest.raises(UserError, match=r"task\.hub is nobody/nothing, and mine\.jsonl is a file; .*task\.hub and task\.subset null$"):
         build(hub="nobody/nothing", train="mine.jsonl", validation="dev")
 
 
@@ -296,3 +296,9 @@ def test_the_cache_does_not_mix_tokenizers_and_lengths(build):
     swapped = make_tokenizer([*WORDS[:4], *reversed(WORDS[4:])])
     assert build(tokenizer=swapped).train[0]["input_ids"] != build().train[0]["input_ids"]
     assert max(build(max_length=3).train["length"]) == 3
+
+
+def test_a_csv_columns_type_is_that_of_all_its_rows(build):
+    rows = [{"sentence": "a", "label": 1}] * 10_000 + [{"sentence": "b", "label": 0.5}]
+    task = build(rows, rows[:2], suffix=".csv", regression=True, metrics=["pearson"])
+    assert task.train["label"][-1] == 0.5

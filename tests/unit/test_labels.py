@@ -30,6 +30,13 @@ def test_classes_do_not_depend_on_the_examples_drawn(build):
         assert build(rows, labelled(0), seed=seed, limit=2).model_options()["num_labels"] == 3
 
 
+def test_whole_numbers_that_are_listed_are_classes_in_that_order(build):
+    task = build(labelled(1, 2, 3), labelled(3, 1), labels=["3", "1", "2"])
+    assert task.train["label"][:] == [1, 2, 0]
+    assert task.validation["label"][:] == [0, 1]
+    assert task.model_options()["id2label"] == {0: "3", 1: "1", 2: "2"}
+
+
 def test_labels_that_cannot_be_used(build):
     for rows, held, options, message in [
         (

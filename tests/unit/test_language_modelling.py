@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig
 
 from distprune.config import Config
 from distprune.errors import UserError
@@ -217,7 +217,7 @@ def test_a_teacher_has_the_students_vocabulary(lm):
 
 def test_a_run_refuses_a_teacher_that_puts_out_more_logits(lm, tmp_path):
     for name, size in (("student", 20), ("teacher", 24)):
-        BertConfig(vocab_size=size, **SIZES).save_pretrained(tmp_path / name)
+        BertForMaskedLM(BertConfig(vocab_size=size, **SIZES)).save_pretrained(tmp_path / name)
         make_masked_tokenizer().save_pretrained(tmp_path / name)
     task, student = lm(), tmp_path / "student"
     check_teacher(Config(), student, task, student)

@@ -80,8 +80,20 @@ def test_where_no_seed_converged_the_plot_has_a_cross(rows: dict[str, Row]) -> N
     means = means_of(rows, "dense", chance=0.87)
     (axes,) = draw(means, "dense", "sweep").axes
     (line,) = [line for line in axes.get_lines() if line.get_marker() == "x"]
-    assert line.get_label() == "after: no seed converged"
+    assert line.get_label() == "after: all diverged"
     assert list(line.get_xdata()) == [means[1].sparsity]
+
+
+def test_what_a_plot_says_lies_within_it(rows: dict[str, Row]) -> None:
+    _, after = means_of(rows, None, chance=0.99)
+    names = ("smc_gmp_own_rate", "obert_diagonal_after", "movement", "magnitude_before_rigl")
+    figure = draw([replace(after, method=name) for name in names], None, "sweep")
+    figure.draw_without_rendering()
+    (legend,), whole = figure.legends, figure.bbox
+    box = legend.get_window_extent()
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+    heights = [float(line.get_ydata()[0]) for line in figure.axes[0].get_lines()]
+    assert len(set(heights)) == len(names), "no cross lies on another"
 
 
 def test_methods_of_one_colour_have_different_marks(rows: dict[str, Row]) -> None:
