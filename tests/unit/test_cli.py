@@ -212,7 +212,7 @@ def test_garbage_is_not_collected_while_a_command_is_imported_and_is_thereafter(
     [
         (["--png", "no/such/folder/x.png"], "'no/such/folder/x.png' cannot be written"),
         (["--png", "x.nonsense"], "'x.nonsense' cannot be written"),
-        (["--examples", "-5"], "only -5 training examples"),
+        (["--examples", "-5"], "--examples is -5; allowed: at least 1"),
     ],
 )
 def test_a_schedule_that_cannot_be_drawn_is_one_sentence(workplace, capsys, arguments: list[str], part: str) -> None:
