@@ -33,6 +33,10 @@ if [ -n "$head" ]; then
 fi
 [ "${#CONTAINER[@]}" -eq 0 ] || die "DISTPRUNE_CONTAINER is ${DISTPRUNE_CONTAINER}; allowed with -H: none (-t takes one)"
 [ -r "$hostfile" ] || die "the hostfile ${hostfile:-(none given)} cannot be read; $usage"
+for argument in "$@"; do
+    [[ $argument != *[\|\&\;\<\>\(\)\$\`\\\'\"]* ]] \
+        || die "$argument has characters of the shell that pdsh starts; allowed with -H: such values within CONFIG"
+done
 command -v pdsh >/dev/null || die "pdsh is missing; install it with: apt-get install -y pdsh"
 # pdsh hands over little of the environment; the deepspeed CLI reads the rest from a file of this name in $HOME or here.
 settings=$(mktemp -d)

@@ -16,6 +16,7 @@ import csv
 import itertools
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -33,6 +34,9 @@ from distprune.sweeps.spec import check_files
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COLUMNS = ("run", "sparsity_masked", "metric_name", "final_metric", "dense_metric", "steps", "wall_time_s")
+
+OF_RUNS = ("--gres", "--gpus", "--exclusive", "--mem", "--output", "--error", "--constraint", "--cpus", "--nodes")
+"""How options of sbatch begin that are for runs, and not for the table behind them."""
 
 SCRIPT = """#!/usr/bin/env bash
 # Written by launch/slurm.py; submitted with: {how}
@@ -141,16 +145,18 @@ def submit(given: argparse.Namespace, work: Work) -> None:
     folder.mkdir(parents=True)
     write(work, text)
     if work.table is None:
-        print(f"job {sbatch([str(folder / 'job.sbatch')])}: 1 run, {folder}")
+        print(f"job {first_sbatch([str(folder / 'job.sbatch')], folder)}: 1 run, {folder}")
         return
     before = list[str]()
     for array, wave in work.arrays:
-        job = sbatch([array, *before, str(folder / "job.sbatch")])
+        arguments = [array, *before, str(folder / "job.sbatch")]
+        job = sbatch(arguments) if before else first_sbatch(arguments, folder)
         print(f"job {job}: {len(wave)} run{'s' * (len(wave) > 1)}, {folder}", flush=True)
         before = [f"--dependency=afterany:{job}"]
     wanted = [f"--partition={given.partition}"] if given.partition else []
     wanted += [f"--account={given.account}"] if given.account else []
-    table = sbatch([*before, *wanted, *given.sbatch, str(folder / "table.sbatch")])
+    wanted += [word for option in given.sbatch for word in shlex.split(option) if not word.startswith(OF_RUNS)]
+    table = sbatch([*before, *wanted, str(folder / "table.sbatch")])
     print(f"job {table}: their table, {work.table_path}")
 
 
@@ -274,6 +280,15 @@ def write(work: Work, text: str) -> None:
     revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     (folder / "revision.txt").write_text(revision or "no git repository\n")
     (folder / "changes.diff").write_text(subprocess.run([*git, "diff", "HEAD"], capture_output=True, text=True).stdout)
+
+
+def first_sbatch(arguments: list[str], folder: Path) -> str:
+    """Submit as `sbatch` does; where it is refused, nothing is left to be in the way of the next try."""
+    try:
+        return sbatch(arguments)
+    except UserError:
+        shutil.rmtree(folder)
+        raise
 
 
 def sbatch(arguments: list[str]) -> str:

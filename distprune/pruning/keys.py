@@ -76,6 +76,10 @@ def ranked(keys: Tensor, mask: Tensor) -> Tensor:
     return (keys + 1).bitwise_and_(mask)
 
 
+BLOCK = 32
+"""How many keys an interval takes in at once: it wants room for so many more than it may come to hold."""
+
+
 class Interval:
     """Collects keys that lie in an interval, and counts those below it. The keys are int32; sign bits do not count."""
 

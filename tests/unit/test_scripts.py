@@ -123,6 +123,11 @@ def test_other_machines_find_out_their_devices_unless_told(tmp_path: Path, given
     lines = bash(script, VENV=str(tmp_path)).stdout.splitlines()
     assert [line for line in lines if line.startswith("DS_ACCELERATOR")] == [f"DS_ACCELERATOR={given}"] * bool(given)
     assert "LD_LIBRARY_PATH=/a" in lines
+    assert bash(f"{script} pruning.components=[attention]", VENV=str(tmp_path)).returncode == 0
+    for override in ("pruning.include=[query|key]", "train.output=a&b", "model.freeze=a\\.b", "wandb.name=$HOME"):
+        refused = bash(f"{script} '{override}'", VENV=str(tmp_path))
+        assert f"{override} has characters of the shell" in refused.stderr
+        assert (refused.returncode, refused.stdout) == (2, "")
 
 
 @pytest.mark.parametrize("cores", [None, "8"])

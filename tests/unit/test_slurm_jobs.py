@@ -14,12 +14,13 @@ REPOSITORY = Path(__file__).parents[2]
 RUN = "model: {path: student}\ntask: {train: a.jsonl, validation: b.jsonl}\nwandb: {mode: disabled}\n"
 
 
-def slurm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def slurm(folder: Path, *arguments: str, answers: str = "") -> subprocess.CompletedProcess[str]:
     """Run the script in a folder whose sbatch writes down its arguments."""
     (folder / "run.yaml").write_text(RUN)
     (folder / "bin").mkdir(exist_ok=True)
     fake = folder / "bin" / "sbatch"
-    fake.write_text(f'#!/bin/sh\necho "$@" >>{folder}/submitted\necho "$(wc -l <{folder}/submitted);cluster"\n')
+    number = f'echo "$@" >>{folder}/submitted\necho "$(wc -l <{folder}/submitted);cluster"'
+    fake.write_text(f"#!/bin/sh\n{answers or number}\n")
     fake.chmod(0o755)
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "launch" / "slurm.py"), *arguments],
@@ -112,6 +113,24 @@ def write_sweep(folder: Path) -> None:
     (folder / "sweep.yaml").write_text(SWEEP)
     for name in ("a", "b"):
         (folder / f"{name}.jsonl").write_text("")
+
+
+def test_a_job_that_is_refused_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    options = ["run.yaml", "train.output=runs/grid", "--sweep", "train.seed=1,2"]
+    done = slurm(tmp_path, *options, answers="exit 1")
+    assert (done.returncode, "sbatch refuses" in done.stderr) == (2, True)
+    assert not (tmp_path / "runs" / "grid.job").exists()
+    assert slurm(tmp_path, *options).returncode == 0
+
+
+def test_a_table_has_the_options_that_are_not_for_runs(tmp_path: Path) -> None:
+    options = [f"--sbatch={option}" for option in ("--qos long", "--gres=gpu:4", "--exclusive", "--comment='a b'")]
+    done = slurm(tmp_path, "run.yaml", "train.output=runs/grid", "--sweep", "train.seed=1,2", *options)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "submitted").read_text().splitlines()[-1]
+    assert "--dependency=afterany:1 --qos long --comment=a b " in table
+    assert "gpu" not in table
+    assert "exclusive" not in table
 
 
 def test_a_sweep_is_an_array_for_each_wave_of_models(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distprune.pruning.exchange import Exchange, together
-from distprune.pruning.keys import Interval, ranked
+from distprune.pruning.keys import BLOCK, Interval, ranked
 from distprune.pruning.masks import MAGNITUDE, apply_mask, prune_below
 from distprune.pruning.scores import Score
 from distprune.pruning.select import Cut, Source, select_smallest
@@ -64,7 +64,8 @@ class Elements(Source):
 
     def split(self, low: int, high: int, room: int) -> Interval:  # noqa: D102
         device = self.slices[0].mask.device if self.slices else torch.device("cpu")
-        interval = Interval(low - 1, high - 1, room, device)
+        owned = sum(each.own_end - each.own_start for each in self.slices)
+        interval = Interval(low - 1, high - 1, min(room, owned + BLOCK), device)
         for part in self._owned():
             interval.add(self.score.keys(part), part.first_index)
         interval.keys.add_(1)

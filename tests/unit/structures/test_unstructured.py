@@ -15,6 +15,9 @@ from torch import Tensor
 from distprune.errors import UserError
 from distprune.pruning import select
 from distprune.pruning.masks import KEPT, PRUNED
+from distprune.pruning.scores import Magnitude
+from distprune.pruning.slices import Slice
+from distprune.pruning.structures.unstructured import Elements
 from tests.unit.structures.harness import LAYOUTS, SPLITS, Parameters, Pruned, Shapes, changed, drawn, prune, whole
 
 SHAPES: Shapes = {
@@ -189,3 +192,14 @@ def test_groups_that_cannot_be_meant_are_refused(regexes: list[str], message: st
 def test_an_unknown_structure_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"pruning\.structure is '{name}'; allowed: unstructured, N:M .*neurons"):
         prune(drawn(SHAPES, 0), SHAPES, Fraction("0.5"), structure=name)
+
+
+def test_a_rank_makes_no_more_room_than_it_has_weights() -> None:
+    """Groups are cut at the same time, each with its own interval."""
+    weights = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    mask = torch.full((100,), KEPT, dtype=torch.int8)
+    piece = Slice("a", (100,), 0, 100, 20, 60, 0, mask, lambda: weights)
+    low, high = 1, 1 << 31
+    interval = Elements([piece], Magnitude(), 1 << 24, 1 << 24).split(low, high, 1 << 20)
+    assert (interval.held, interval.overfull) == (40, False)
+    assert interval.room < 100
