@@ -1,16 +1,21 @@
 """Real processes that are told to stop, or killed: what they say, how they end, and that nothing is lost."""
 
+import os
 import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tests.distributed.runs import run, same_weights, told
+from distprune import dist
+from distprune.engines.build import set_learning_rate
+from distprune.training.interrupts import Interrupted
+from tests.distributed.runs import run, run_patched, same_weights, told
 from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
 from tests.world import Worlds
 
@@ -114,6 +119,31 @@ def test_a_signal_saves_and_stops_all_ranks_and_the_same_command_goes_on(
     assert world(2).run(run, task, output, *LONG)[0]["steps"] == told(whole)[-1]["step"]
     assert same_weights(whole, output)
     assert told(output) == told(whole)
+
+
+class OneIsAsked:
+    """Stands in for `set_learning_rate`: in the sixth step the last rank, and no other, is told to stop."""
+
+    calls = 0
+
+    def __call__(self, engine: Any, rate: float) -> None:
+        set_learning_rate(engine, rate)
+        self.calls += 1
+        if self.calls == 6 and dist.detect().rank == dist.detect().size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped(task: Path, output: Path) -> str:
+    try:
+        return str(run_patched("distprune.training.train.set_learning_rate", OneIsAsked(), task, output))
+    except Interrupted as error:
+        return str(error)
+
+
+def test_all_ranks_stop_after_the_step_in_which_one_is_asked(world: Worlds, task: Path, tmp_path: Path) -> None:
+    said = world(2).run(stopped, task, tmp_path / "run")
+    assert said == ["stopped after step 6, as asked; the same command goes on from there"] * 2
+    assert checkpoints(tmp_path / "run") == ["step-00000006"]
 
 
 @pytest.mark.slow

@@ -224,7 +224,7 @@ def movement_of(directory: Path, layout: Layout) -> dict[str, Tensor]:
 
 
 @by_world
-def test_gradients_are_read_whole_and_before_they_are_masked(world: Worlds, model: Path, size: int) -> None:
+def test_gradients_are_read_whole(world: Worlds, model: Path, size: int) -> None:
     expected = world(1).run(movement_of, model, Layout(0))[0]
     assert all(each.any() for each in expected.values())
     size_of_all = float(torch.cat(list(expected.values())).norm())

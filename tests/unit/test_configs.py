@@ -52,6 +52,39 @@ def test_part_has_no_unknown_key(path: Path) -> None:
     load(path)
 
 
+# As the data sets' cards on the hub name them: the columns that are read, in the order in which a model reads them.
+PAIR = ["sentence1", "sentence2"]
+OF_THE_HUB = {
+    "cola": ("nyu-mll/glue", "cola", ["sentence"], [], "label"),
+    "commonsense_qa": ("tau/commonsense_qa", None, ["question"], ["choices.text"], "answerKey"),
+    "mnli": ("nyu-mll/glue", "mnli", ["premise", "hypothesis"], [], "label"),
+    "mrpc": ("nyu-mll/glue", "mrpc", PAIR, [], "label"),
+    "qnli": ("nyu-mll/glue", "qnli", ["question", "sentence"], [], "label"),
+    "qqp": ("nyu-mll/glue", "qqp", ["question1", "question2"], [], "label"),
+    "race": ("ehovy/race", "all", ["article", "question"], ["options"], "answer"),
+    "rte": ("nyu-mll/glue", "rte", PAIR, [], "label"),
+    "squad": ("rajpurkar/squad", None, ["question", "context"], [], "answers"),
+    "squad_v2": ("rajpurkar/squad_v2", None, ["question", "context"], [], "answers"),
+    "sst2": ("nyu-mll/glue", "sst2", ["sentence"], [], "label"),
+    "stsb": ("nyu-mll/glue", "stsb", PAIR, [], "label"),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", ["sentence"], ["option1", "option2"], "answer"),
+    "winogrande_mlm": ("allenai/winogrande", "winogrande_xl", ["sentence"], ["option1", "option2"], "answer"),
+    "wnli": ("nyu-mll/glue", "wnli", PAIR, [], "label"),
+}
+
+
+def test_tasks_read_the_columns_that_the_hub_has() -> None:
+    tasks = {path.stem: load(path).task for path in TASK_PARTS}
+    assert {
+        stem: (task.hub, task.subset, task.text, task.choices, task.label) for stem, task in tasks.items()
+    } == OF_THE_HUB
+    splits = {stem: (task.train, task.validation, task.more_validation) for stem, task in tasks.items()}
+    assert splits.pop("mnli") == ("train", "validation_matched", ["validation_mismatched"])
+    assert set(map(str, splits.values())) == {"('train', 'validation', [])"}
+    assert [stem for stem, task in tasks.items() if task.regression] == ["stsb"]
+    assert tasks["winogrande"].labels == tasks["winogrande_mlm"].labels == ["1", "2"]
+
+
 @pytest.mark.parametrize("path", TASK_PARTS, ids=name)
 def test_a_task_and_a_target_make_a_run(path: Path) -> None:
     config = settings.load_valid(
