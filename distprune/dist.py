@@ -289,7 +289,13 @@ def _rendezvous(world: World) -> dict[str, str]:
         return {}
     if world.launcher == "srun":
         names = ["scontrol", "show", "hostnames", env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])]
-        hosts = subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()
+        try:
+            hosts = subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()
+        except FileNotFoundError as error:
+            raise UserError(
+                "there is no scontrol here, as in a container; allowed: slurm/train.sbatch, or MASTER_ADDR and "
+                "MASTER_PORT set"
+            ) from error
         port = 20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000
         return {"MASTER_ADDR": hosts[0], "MASTER_PORT": str(port)} | set_already
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | set_already

@@ -7,6 +7,7 @@ it and has the job queued again. A second Ctrl-C ends the process at once.
 import os
 import signal
 import subprocess
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -59,7 +60,7 @@ class StopRequests:
 
 
 def requeue_job() -> str:
-    """Queue this SLURM job again; return in words what was done. SLURM ends the job's processes.
+    """Queue this SLURM job again, or leave word for slurm/train.sbatch to do so; return in words what was done.
 
     Raises:
         UserError: where SLURM refuses.
@@ -67,7 +68,13 @@ def requeue_job() -> str:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return "there is no SLURM job to queue again"
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if "DISTPRUNE_REQUEUE" in os.environ:
+        Path(os.environ["DISTPRUNE_REQUEUE"]).touch()
+        return f"job {job} will be queued again"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise UserError(f"job {job} is not queued again: there is no scontrol; allowed: slurm/train.sbatch") from error
     if done.returncode != 0:
         raise UserError(f"SLURM does not queue job {job} again: {done.stderr.strip()}; allowed: submit it again")
     return f"job {job} is queued again"

@@ -144,7 +144,7 @@ class Trainer:
         if not student.fp16_enabled():
             raise UserError(
                 f"the loss is finite at step {self.step} and its gradients are not, so that no step can be taken; "
-                "allowed: finite gradients (a lower lr.peak, or fp32 for the other types, may help)"
+                "allowed: finite gradients (a lower lr.peak, or fp32 in place of bf16, may help)"
             )
         self.skipped_steps += 1
 

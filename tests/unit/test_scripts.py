@@ -160,6 +160,36 @@ def test_a_job_whose_ranks_could_not_start_is_queued_again(tmp_path: Path) -> No
     assert "started again after 2 failures, which is the limit" in starts[1].stderr
 
 
+@pytest.mark.parametrize(
+    ("srun", "status", "queued"),
+    [
+        ("echo 2 >$DISTPRUNE_ENDED; exit 2", 2, False),  # a mistake of the user's
+        ("echo 75 >$DISTPRUNE_ENDED; exit 143", 75, False),  # scancel
+        ("echo 75 >$DISTPRUNE_ENDED; touch $DISTPRUNE_REQUEUE; exit 75", 75, True),  # ahead of its time limit
+        ("exit 137", 137, True),  # ranks that died without a word
+        ("", 0, False),
+    ],
+)
+def test_a_job_is_queued_again_where_that_helps(tmp_path: Path, srun: str, status: int, queued: bool) -> None:
+    programs = {
+        "srun": f'echo "meet at $MASTER_ADDR:$MASTER_PORT" "$@"\n{srun}',
+        "scontrol": 'case "$1" in show) echo node3; echo node4;; *) echo "$@";; esac',
+    }
+    for name, does in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "a-10007.ranks").mkdir()
+    for left in ("ended", "requeue"):
+        (tmp_path / "a-10007.ranks" / left).write_text("0\n")  # of the start before
+    job = "export SLURM_SUBMIT_DIR=$PWD SLURM_JOB_NAME=a SLURM_JOB_ID=10007 SLURM_JOB_NODELIST=b; "
+    job += "unset MASTER_ADDR MASTER_PORT; export DISTPRUNE_RESTART_WAIT=0; "
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = bash(f"{job}bash slurm/train.sbatch run.yaml", path, VENV=sys.prefix, DISTPRUNE_LOGS=str(tmp_path))
+    assert "meet at node3:20007 --kill-on-bad-exit=1 " in done.stdout, done.stderr
+    assert ("requeue 10007\n" in done.stdout) == queued
+    assert done.returncode == status
+
+
 def test_what_a_site_needs_may_use_variables_that_are_not_set_and_gets_no_arguments(tmp_path: Path) -> None:
     (tmp_path / "site.sh").write_text('export LD_LIBRARY_PATH=/lib:$NOT_SET\necho "arguments [$*]"\n')
     script = 'set -euo pipefail; set -- run.yaml; source launch/common.sh; echo "$LD_LIBRARY_PATH $1 $NOT_SET"'
