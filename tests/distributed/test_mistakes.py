@@ -231,6 +231,24 @@ def test_the_best_state_stays_until_the_next_one_is_complete(world: Worlds, task
     assert (output / "best" / "step-00000018.partial").exists()
 
 
+def full_disk(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_run_that_failed_in_its_last_second_ends_with_its_best_state(
+    world: Worlds, task: Path, tmp_path: Path
+) -> None:
+    output, options = tmp_path / "run", ("train.select=best", "distillation.hardness=0")
+    said = world(1).run(run_patched, "distprune.commands.train.plot_run", full_disk, task, output, *options)
+    assert "No space left" in said[0]
+    best = load_file(output / "final" / "model.safetensors")
+    summary = world(1).run(run, task, output, *options)[0]
+    again = load_file(output / "final" / "model.safetensors")
+    assert all((again[name] == best[name]).all() for name in best)
+    assert summary["steps"] == 24
+    assert not (output / "best").exists()
+
+
 class SlowMonitor(Monitor):
     """A monitor that takes its time to close, as wandb may."""
 
