@@ -137,7 +137,7 @@ def test_masks_depend_on_the_block_and_the_draw_only(lm):
 
 def test_masked_tokens_are_hidden_replaced_or_left(lm):
     task = lm(mask=0.5)
-    rows, counts = all_rows(task.train), Counter()
+    rows, counts, others = all_rows(task.train), Counter(), Counter()
     for draw in range(200):
         batch = task.collate(rows, draw)
         chosen = batch["labels"] != -100
@@ -145,7 +145,10 @@ def test_masked_tokens_are_hidden_replaced_or_left(lm):
         counts["hidden"] += int((given == MASK).sum())
         counts["same"] += int((given == wanted).sum())
         counts["all"] += len(given)
+        others.update(given[(given != MASK) & (given != wanted)].tolist())
     words = MASK + 1
+    assert set(others) == set(range(words)) - {MASK}, "any token may come in its place"
+    assert max(others.values()) < 2 * min(others.values())
     assert counts["hidden"] / counts["all"] == pytest.approx(0.8 + 0.1 / words, abs=0.01)
     assert counts["same"] / counts["all"] == pytest.approx(0.1 + 0.1 / words, abs=0.01)
 
