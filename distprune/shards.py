@@ -243,6 +243,14 @@ def trained_shards(engine: Any) -> ShardedParameters:
     return shards_of(engine, [name for name, each in engine.module.named_parameters() if each.requires_grad])
 
 
+@torch.no_grad()
+def take_back_empty_step(engine: Any) -> None:
+    """Undo the step without gradients by which stage 0 makes AdamW's state in bf16 and fp16: it decays, and counts."""
+    engine.basic_optimizer.state.clear()
+    for shard in trained_shards(engine).shards:
+        shard.master.copy_(shard.low_precision)
+
+
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """Return a parameter's shape, also where ZeRO-3 holds only a piece of it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -31,7 +31,7 @@ from distprune.pruning.masks import KEPT, PRUNED, count_pruned
 from distprune.pruning.scores import Score, build_score
 from distprune.pruning.slices import Slice
 from distprune.pruning.structures import Choice, build_structure
-from distprune.pruning.targets import find_targets
+from distprune.pruning.targets import targets_of
 from distprune.training.lr import LrSchedule
 from distprune.training.setup import local_model, prepare
 from distprune.training.train import Trainer
@@ -164,7 +164,7 @@ def _open(source: Path, pruning: PruningConfig) -> Files:
     if is_checkpoint(source):
         raise UserError(f"{str(source)!r} is a checkpoint; allowed: a model directory, as distprune export makes")
     model, checkpoint = skeleton(source, auto_class_of(source), {})
-    names = find_targets(model, pruning.include, pruning.exclude, pruning.structure)
+    names = targets_of(pruning, model)
     shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
     stored = stored_names(checkpoint, shapes, model.base_model_prefix)
     world = dist.detect()

@@ -8,7 +8,7 @@ from distprune import settings
 from distprune.config import Config
 from distprune.models.weights import skeleton
 from distprune.pruning import native
-from distprune.pruning.targets import find_targets
+from distprune.pruning.targets import targets_of
 from distprune.training.setup import check_limits, check_teacher, load_task, local_model, weights_of
 
 
@@ -38,7 +38,5 @@ def run(config_path: str, overrides: list[str]) -> None:
 
 
 def _check_scored(config: Config, scored: Path, student: PreTrainedModel) -> None:
-    pruning = config.pruning
-    names = find_targets(student, pruning.include, pruning.exclude, pruning.structure, pruning.components)
-    shapes = {name: tuple(parameter.shape) for name, parameter in student.named_parameters() if name in names}
+    shapes = {name: tuple(student.get_parameter(name).shape) for name in targets_of(config.pruning, student)}
     weights_of(scored, shapes, student.base_model_prefix)

@@ -21,6 +21,7 @@ from distprune.config import Config
 from distprune.errors import UserError, unknown
 from distprune.models.weights import load_model, set_dropout
 from distprune.pruning.targets import freeze
+from distprune.shards import take_back_empty_step
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -148,18 +149,8 @@ def build_student(
     )
     engine = _initialize("deepspeed.student", model, section, optimizer)
     if stage_of(section) == 0 and dtype_of(section) != torch.float32:
-        _take_back_empty_step(engine)
+        take_back_empty_step(engine)
     return engine, fresh
-
-
-@torch.no_grad()
-def _take_back_empty_step(engine: Any) -> None:
-    """Undo the step without gradients by which DeepSpeed's wrapper makes AdamW's state: it decays and is counted."""
-    wrapper = engine.optimizer
-    wrapper.optimizer.state.clear()
-    for low_group, full_group in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-        for low, full in zip(low_group, full_group, strict=True):
-            full.copy_(low)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ from math import ceil
 from typing import Any
 
 import torch
+from deepspeed.runtime.config import DtypeEnum
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
@@ -15,7 +16,6 @@ from distprune.errors import UserError
 
 _ALIGNMENT = 2
 """Elements to which ZeRO 1 and 2 align each rank's partition."""
-_ACCUMULATES = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def layout_of(key: str, section: dict[str, Any], world: int) -> Layout:
     for name, offload in (("optimizer", zero.offload_optimizer), ("param", zero.offload_param)):
         if offload is not None and offload.device not in ("cpu", "none"):
             raise UserError(f"{key} has offload_{name}.device {str(offload.device)!r}; allowed: cpu")
+    accumulates = section.get("data_types", {}).get("grad_accum_dtype")
     return Layout(
         int(zero.stage),
         world,
@@ -134,5 +135,5 @@ def layout_of(key: str, section: dict[str, Any], world: int) -> Layout:
         zero.max_live_parameters,
         zero.max_reuse_distance,
         zero.sub_group_size,
-        _ACCUMULATES[section.get("data_types", {}).get("grad_accum_dtype")],
+        DtypeEnum(accumulates).value if accumulates else None,
     )

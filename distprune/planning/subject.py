@@ -18,7 +18,7 @@ from distprune.planning.hours import measure
 from distprune.planning.memory import Need
 from distprune.planning.shapes import Layout, Shapes, layout_of, shapes_of
 from distprune.pruning.scores import build_score
-from distprune.pruning.targets import find_targets, freeze
+from distprune.pruning.targets import freeze, targets_of
 from distprune.tasks.base import Batch, Task
 from distprune.teachers.choose import is_cached
 from distprune.teachers.live import LiveTeacher
@@ -116,10 +116,9 @@ def subject_of(config: Config, world: int) -> Subject:
 
 
 def _prunable(config: Config, plan: Plan, student: PreTrainedModel) -> list[str]:
-    pruning = config.pruning
-    if not plan.ladder and not pruning.start_sparse:
+    if not plan.ladder and not config.pruning.start_sparse:
         return []
-    return find_targets(student, pruning.include, pruning.exclude, pruning.structure, pruning.components)
+    return targets_of(config.pruning, student)
 
 
 def _live_teacher(config: Config, task: Task, student: Path) -> PreTrainedModel | None:

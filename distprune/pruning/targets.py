@@ -12,10 +12,15 @@ from collections.abc import Collection
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from distprune.config import ENCODER
+from distprune.config import ENCODER, PruningConfig
 from distprune.errors import UserError
 from distprune.pruning.components import component_matrices
 from distprune.pruning.structures.attention import members
+
+
+def targets_of(pruning: PruningConfig, model: nn.Module) -> list[str]:
+    """Return what `find_targets` finds for a configuration."""
+    return find_targets(model, pruning.include, pruning.exclude, pruning.structure, pruning.components)
 
 
 def find_targets(

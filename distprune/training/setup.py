@@ -19,7 +19,7 @@ from distprune.models.weights import most_tokens, skeleton
 from distprune.pruning.pruner import Pruner
 from distprune.pruning.scores import Random, build_score
 from distprune.pruning.structures import build_structure
-from distprune.pruning.targets import find_targets
+from distprune.pruning.targets import targets_of
 from distprune.shards import ShardedParameters, shards_of, trained_shards
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
@@ -101,9 +101,7 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
         UserError: on every rank, where what is to be pruned, the structure or the score do not fit the model.
     """
     pruning = config.pruning
-    names = dist.agree(
-        lambda: find_targets(student.module, pruning.include, pruning.exclude, pruning.structure, pruning.components)
-    )
+    names = dist.agree(lambda: targets_of(pruning, student.module))
     parameters = dist.agree(lambda: shards_of(student, names))
     heads = getattr(student.module.config, "num_attention_heads", None)
     shapes = {name: tuple(parameters.shape(name)) for name in names}

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import load_file
 
-from distprune import settings
+from distprune import dist, settings
 from distprune.__main__ import main
 from distprune.commands.train import train
 from distprune.engines.build import set_learning_rate
@@ -103,6 +103,23 @@ EVERY_STEP = ("checkpoint.steps=1", "checkpoint.keep=30")
 """Overrides that save after each step, and keep all."""
 
 
+RATE = "distprune.training.train.set_learning_rate"
+"""The first act of a step, for `run_patched`."""
+
+
+class OnLastRank:
+    """Stands in for `set_learning_rate`: in the sixth step the last rank, and no other, acts on its engine."""
+
+    def __init__(self, act: Callable[[Any], None]):
+        self.act, self.calls = act, 0
+
+    def __call__(self, engine: Any, rate: float) -> None:
+        set_learning_rate(engine, rate)
+        self.calls += 1
+        if self.calls == 6 and dist.detect().rank == dist.detect().size - 1:
+            self.act(engine)
+
+
 class CutOff:
     """Stands in for `set_learning_rate`, the first act of a step: the run ends before a step."""
 
@@ -118,7 +135,7 @@ class CutOff:
 
 def cut_off(world: Worlds, size: int, task: Path, output: Path, step: int, *overrides: str) -> str:
     """Begin a run and end it before its step of that number; return what was said."""
-    patched = ("distprune.training.train.set_learning_rate", CutOff(step))
+    patched = (RATE, CutOff(step))
     answers = world(size).run(heard, run_patched, *patched, task, output, *overrides)
     assert [answer for answer, _ in answers] == ["cut off"] * size
     return str(answers[0][1])

@@ -12,10 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from distprune import dist
-from distprune.engines.build import set_learning_rate
 from distprune.training.interrupts import Interrupted
-from tests.distributed.runs import run, run_patched, same_weights, told
+from tests.distributed.runs import RATE, OnLastRank, run, run_patched, same_weights, told
 from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
 from tests.world import Worlds
 
@@ -121,21 +119,13 @@ def test_a_signal_saves_and_stops_all_ranks_and_the_same_command_goes_on(
     assert told(output) == told(whole)
 
 
-class OneIsAsked:
-    """Stands in for `set_learning_rate`: in the sixth step the last rank, and no other, is told to stop."""
-
-    calls = 0
-
-    def __call__(self, engine: Any, rate: float) -> None:
-        set_learning_rate(engine, rate)
-        self.calls += 1
-        if self.calls == 6 and dist.detect().rank == dist.detect().size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+def ask_to_stop(_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stopped(task: Path, output: Path) -> str:
     try:
-        return str(run_patched("distprune.training.train.set_learning_rate", OneIsAsked(), task, output))
+        return str(run_patched(RATE, OnLastRank(ask_to_stop), task, output))
     except Interrupted as error:
         return str(error)
 

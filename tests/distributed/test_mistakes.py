@@ -15,8 +15,8 @@ from distprune.monitor import Monitor
 from distprune.pruning.pruner import Pruner
 from distprune.training.setup import prepare
 from tests.distributed.engines import write_model
-from tests.distributed.runs import DENSE, run, run_patched, stage
-from tests.distributed.test_not_finite import PoisonWeights
+from tests.distributed.runs import DENSE, RATE, OnLastRank, run, run_patched, stage
+from tests.distributed.test_not_finite import poison_weights
 from tests.world import Worlds
 
 LAYER = "bert.encoder.layer.1.output.dense"
@@ -259,7 +259,7 @@ class SlowMonitor(Monitor):
 
 
 def refused_at(task: Path, output: Path) -> tuple[str, float]:
-    with patch("distprune.training.train.set_learning_rate", PoisonWeights()):
+    with patch(RATE, OnLastRank(poison_weights)):
         said = run_patched("distprune.commands.train.Monitor", SlowMonitor, task, output, *DENSE)
     return said, time.monotonic()
 

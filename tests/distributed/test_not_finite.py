@@ -1,46 +1,36 @@
 """Numbers that are not finite: in weights, outputs and gradients of real runs."""
 
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from distprune import dist
-from distprune.engines.build import set_learning_rate
 from distprune.shards import shards_of
 from tests.distributed.engines import Layout
-from tests.distributed.runs import DENSE, run_patched, stage
+from tests.distributed.runs import DENSE, RATE, OnLastRank, run_patched, stage
 from tests.world import Worlds
 
 LAYER = "bert.encoder.layer.1.output.dense"
 
 
-class PoisonWeights:
-    """Stands in for `set_learning_rate`: on the last rank, makes a weight NaN in the sixth step."""
-
-    calls = 0
-
-    def __call__(self, engine: Any, rate: float) -> None:
-        set_learning_rate(engine, rate)
-        self.calls += 1
-        if self.calls == 6 and dist.detect().rank == dist.detect().size - 1:
-            for shard in shards_of(engine, [f"{LAYER}.weight"]).shards:
-                shard.master[shard.owned][-1] = math.nan
+def poison_weights(engine: Any) -> None:
+    for shard in shards_of(engine, [f"{LAYER}.weight"]).shards:
+        shard.master[shard.owned][-1] = math.nan
 
 
-class PoisonOutputs:
-    """Stands in for a task's `run`: on the last rank, a module puts out infinity from the sixth step on."""
+def poison_outputs(engine: Any) -> None:
+    engine.module.get_submodule(LAYER).register_forward_hook(lambda _, __, output: output + math.inf)
 
-    calls = 0
 
-    def __call__(self, engine: Any, batch: Any) -> Any:
-        self.calls += engine.module.training
-        if self.calls == 6 and dist.detect().rank == dist.detect().size - 1:
-            module = engine.module.get_submodule(LAYER)
-            module.register_forward_hook(lambda _, __, output: output + math.inf)
-        return engine(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+def poison_gradients(engine: Any) -> None:
+    def hook(_: Any, __: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * math.nan)
+
+    engine.module.get_submodule(LAYER).register_forward_hook(hook)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -48,43 +38,22 @@ def test_a_nan_stops_every_rank_with_the_step_and_the_layer(
     world: Worlds, task: Path, tmp_path: Path, number: int
 ) -> None:
     options = (*DENSE, *stage(number))
-    target, poison = "distprune.training.train.set_learning_rate", PoisonWeights()
-    said = world(2).run(run_patched, target, poison, task, tmp_path / "weights", *options)
+    said = world(2).run(run_patched, RATE, OnLastRank(poison_weights), task, tmp_path / "weights", *options)
     assert len(set(said)) == 1
     step = 6 if number else 5  # at stage 0 the optimizer's weights are those of the forward pass
     assert f"the loss is not finite at step {step}: the weights of {LAYER}.weight are not finite" in said[0]
-    target, poison = "distprune.tasks.base.Task.run", PoisonOutputs()
-    said = world(2).run(run_patched, target, poison, task, tmp_path / "outputs", *options)
+    said = world(2).run(run_patched, RATE, OnLastRank(poison_outputs), task, tmp_path / "outputs", *options)
     assert len(set(said)) == 1
     assert f"the loss is not finite at step 5: the output of {LAYER} is not finite" in said[0]
 
 
-def _poison_gradient(_: Any, __: Any, output: torch.Tensor) -> None:
-    if output.requires_grad:
-        output.register_hook(lambda gradient: gradient * math.nan)
-
-
-class PoisonGradients:
-    """Stands in for a task's `run`: on the last rank, a module's gradients are NaN from the sixth step on."""
-
-    calls = 0
-
-    def __call__(self, engine: Any, batch: Any) -> Any:
-        self.calls += engine.module.training
-        if self.calls == 6 and dist.detect().rank == dist.detect().size - 1:
-            engine.module.get_submodule(LAYER).register_forward_hook(_poison_gradient)
-        return engine(**{name: tensor for name, tensor in batch.items() if name != "labels"})
-
-
-@pytest.mark.parametrize("layout", [Layout(0), Layout(0, "bf16"), Layout(2), Layout(2, "bf16"), Layout(3)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(*each) for each in product(range(4), ("fp32", "bf16"))], ids=str)
 def test_gradients_that_are_not_finite_stop_every_rank(
     world: Worlds, task: Path, tmp_path: Path, layout: Layout
 ) -> None:
     """DeepSpeed leaves such steps out, without a word, to the end of the run."""
     options = (*DENSE, *stage(layout.stage), f"deepspeed.student.bf16.enabled={layout.dtype == 'bf16'}".lower())
-    said = world(2).run(
-        run_patched, "distprune.tasks.base.Task.run", PoisonGradients(), task, tmp_path / "run", *options
-    )
+    said = world(2).run(run_patched, RATE, OnLastRank(poison_gradients), task, tmp_path / "run", *options)
     assert len(set(said)) == 1
     if layout == Layout(0):  # DeepSpeed takes the step
         assert "the loss is not finite at step 6: the weights of " in said[0]
@@ -95,8 +64,6 @@ def test_gradients_that_are_not_finite_stop_every_rank(
 
 def test_a_nan_weight_is_not_pruned(world: Worlds, task: Path, tmp_path: Path) -> None:
     options = ("pruning.start=6 steps", "distillation.hardness=0")
-    said = world(2).run(
-        run_patched, "distprune.training.train.set_learning_rate", PoisonWeights(), task, tmp_path / "run", *options
-    )
+    said = world(2).run(run_patched, RATE, OnLastRank(poison_weights), task, tmp_path / "run", *options)
     assert len(set(said)) == 1
     assert said[0].startswith(f"at step 6 {LAYER}.weight has scores that are NaN")
