@@ -14,8 +14,11 @@ import pytest
 TIMEOUT_S = 240
 
 _context = multiprocessing.get_context("forkserver")
-# The ranks are forked from a process that has imported these: a world starts in a second, not in ten.
-_context.set_forkserver_preload(["deepspeed", "transformers", "distprune.commands.train"])
+# The ranks are forked from a process that has imported these: a world starts in a second, not in ten. The last is what
+# DeepSpeed imports when it builds an engine: torch's compiler, three seconds for each rank.
+_context.set_forkserver_preload(
+    ["deepspeed", "transformers", "distprune.commands.train", "deepspeed.runtime.zero.muon.muon_optimizer"]
+)
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:

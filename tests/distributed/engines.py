@@ -7,6 +7,7 @@ from math import floor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as F
@@ -243,14 +244,14 @@ class Student:
 
 def whole(names: Iterable[str], pieces: list[tuple[Shard, Tensor]]) -> dict[str, Tensor]:
     """Put every rank's owned slices together; each element must come from exactly one rank. Collective."""
-    mine = [(shard.name, shard.own_start, piece.clone()) for shard, piece in pieces]
+    mine = [(shard.name, shard.own_start, piece.numpy()) for shard, piece in pieces]  # arrays: tensors pickle slowly
     every: list[Any] = [None] * torch_dist.get_world_size()
     torch_dist.all_gather_object(every, mine)
     found: dict[str, Tensor] = {}
     for name in names:
         parts = sorted(((start, piece) for rank in every for n, start, piece in rank if n == name), key=lambda p: p[0])
-        ends = list(accumulate((piece.numel() for _, piece in parts), initial=0))
+        ends = list(accumulate((piece.size for _, piece in parts), initial=0))
         # Empty pieces may start anywhere.
-        assert all(start == end for (start, piece), end in zip(parts, ends, strict=False) if piece.numel()), name
-        found[name] = torch.cat([piece for _, piece in parts])
+        assert all(start == end for (start, piece), end in zip(parts, ends, strict=False) if piece.size), name
+        found[name] = torch.from_numpy(np.concatenate([piece for _, piece in parts]))
     return found

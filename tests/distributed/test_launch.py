@@ -127,26 +127,26 @@ def test_debug_shows_where_a_mistake_was_found(task: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_eval_gives_the_same_number_alone_and_under_a_launcher(task: Path) -> None:
+def test_eval_gives_the_same_number_alone_and_under_a_launcher(world: Worlds, task: Path) -> None:
     arguments: Command = ["eval", task / "model", task / "run.yaml"]
-    alone = start([BIN / "distprune", *arguments])
+    ((_, alone),) = world(1).run(run_command, *arguments)
     several = start([BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "distprune", *arguments])
-    first, second = (json.loads(done.stdout.strip().splitlines()[-1]) for done in (alone, several))
+    first, second = (json.loads(said.strip().splitlines()[-1]) for said in (alone, several.stdout))
     assert first == second
     assert first["encoder_zeros"] == 0
 
 
 @pytest.mark.slow
-def test_oneshot_is_the_same_alone_and_under_a_launcher(tmp_path: Path) -> None:
+def test_oneshot_is_the_same_alone_and_under_a_launcher(world: Worlds, tmp_path: Path) -> None:
     """The files of a sharded model are dealt out to the ranks; heads lie in several of them."""
     model = write_model(tmp_path / "model", hidden_size=16, intermediate_size=24, num_attention_heads=4)
     sharded = AutoModelForSequenceClassification.from_pretrained(model)
     sharded.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
     arguments: Command = ["oneshot", tmp_path / "sharded", "--sparsity", "0.4", "--structure", "heads"]
-    alone = start([BIN / "distprune", *arguments, tmp_path / "alone"])
+    ((status, said),) = world(1).run(run_command, *arguments, tmp_path / "alone")
     two = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "distprune"]
     several = start([*two, *arguments, tmp_path / "several"])
-    assert (alone.returncode, several.returncode) == (0, 0), alone.stderr + several.stderr
+    assert (status, several.returncode) == (0, 0), said + several.stderr
     files = sorted(path.name for path in (tmp_path / "alone").glob("*.safetensors"))
     assert len(files) > 3
     assert files == sorted(path.name for path in (tmp_path / "several").glob("*.safetensors"))

@@ -14,8 +14,8 @@ from distprune.planning.shapes import layout_of, shapes_of
 from distprune.pruning.targets import find_targets
 from distprune.shards import held_bytes
 from tests.distributed.engines import ALL_LAYOUTS, Layout, Student
-from tests.distributed.test_launch import BIN, start
-from tests.world import Worlds
+from tests.distributed.runs import run_command
+from tests.world import Worlds, by_world
 
 
 def student_as_planned(directory: Path, layout: Layout) -> tuple[dict[str, int], list[int], dict[str, int], int]:
@@ -31,7 +31,7 @@ def student_as_planned(directory: Path, layout: Layout) -> tuple[dict[str, int],
     return found, masks, states, mask_bytes(shapes, planned)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@by_world
 @pytest.mark.parametrize("layout", [*ALL_LAYOUTS, Layout(3, variant="sub-groups")], ids=str)
 def test_a_student_holds_what_is_planned(world: Worlds, directory: Path, layout: Layout, size: int) -> None:
     for found, masks, planned, planned_masks in world(size).run(student_as_planned, directory, layout):
@@ -49,17 +49,23 @@ def teacher_as_planned(directory: Path, stage: int) -> tuple[int, int]:
     return found, weight_bytes(shapes_of(model.requires_grad_(False), [], ()), layout)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@by_world
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_teacher_holds_what_is_planned(world: Worlds, directory: Path, stage: int, size: int) -> None:
     for found, planned in world(size).run(teacher_as_planned, directory, stage):
         assert found == planned
 
 
-def test_a_plan_is_printed(task: Path) -> None:
+def planned(world: Worlds, task: Path, *arguments: str) -> tuple[int, str]:
+    """Run the command on a process that is there already; return its status and what it says."""
+    ((status, said),) = world(1).run(run_command, "plan", task / "run.yaml", *arguments)
+    return status, said
+
+
+def test_a_plan_is_printed(world: Worlds, task: Path) -> None:
     overrides = ["deepspeed.student.zero_optimization.offload_optimizer.device=cpu", "train.accumulation=2"]
-    done = start([BIN / "distprune", "plan", task / "run.yaml", "--world", "3", "--examples-per-s", "2", *overrides])
-    assert done.returncode == 0, done.stderr
+    status, said = planned(world, task, "--world", "3", "--examples-per-s", "2", *overrides)
+    assert status == 0, said
     for part in (
         "GPUs: ZeRO-2, float32, 3 ranks, micro batches of 2",
         "on CPUs",
@@ -70,30 +76,26 @@ def test_a_plan_is_printed(task: Path) -> None:
         "24 steps",
         "as given",
     ):
-        assert part in done.stdout
-    assert f"{24 * 12 / 2 / 3600:.2f} hours" in done.stdout
+        assert part in said
+    assert f"{24 * 12 / 2 / 3600:.2f} hours" in said
 
 
 @pytest.mark.slow
-def test_speed_is_measured_where_none_is_given(task: Path) -> None:
-    done = start([BIN / "distprune", "plan", task / "run.yaml", "--world", "2", "model.activation_checkpointing=true"])
-    assert done.returncode == 0, done.stderr
-    assert "2 times what one process on this machine's CPU does with its 6 longest examples" in done.stdout
+def test_speed_is_measured_where_none_is_given(world: Worlds, task: Path) -> None:
+    status, said = planned(world, task, "--world", "2", "model.activation_checkpointing=true")
+    assert status == 0, said
+    assert "2 times what one process on this machine's CPU does with its 6 longest examples" in said
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--world", "5"], "or start 1, 2, 3, 4, 6, 12 ranks"),
-        pytest.param(["--world", "0"], "--world is 0; allowed: at least 1", marks=pytest.mark.slow),
-        pytest.param(
-            ["--world", "2", "--examples-per-s", "0"],
-            "--examples-per-s is 0.0; allowed: more than 0",
-            marks=pytest.mark.slow,
-        ),
+        (["--world", "0"], "--world is 0; allowed: at least 1"),
+        (["--world", "2", "--examples-per-s", "0"], "--examples-per-s is 0.0; allowed: more than 0"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(task: Path, arguments: list[str], message: str) -> None:
-    done = start([BIN / "distprune", "plan", task / "run.yaml", *arguments])
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_what_cannot_be_planned_is_refused(world: Worlds, task: Path, arguments: list[str], message: str) -> None:
+    status, said = planned(world, task, *arguments)
+    assert status == 2
+    assert message in said

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.runs import run_command
 from tests.distributed.test_interruptions import Started, begin  # noqa: F401 - a fixture
 from tests.distributed.test_launch import BIN, start
+from tests.world import Worlds
 
 
 def write_sweep(task: Path, folder: Path, more: str = "") -> Path:
@@ -35,6 +37,7 @@ methods:
 @pytest.mark.slow
 def test_a_sweep_stops_goes_on_and_then_needs_its_lines_alone(
     begin: Callable[..., Started],  # noqa: F811
+    world: Worlds,
     task: Path,
     tmp_path: Path,
 ) -> None:
@@ -62,14 +65,13 @@ def test_a_sweep_stops_goes_on_and_then_needs_its_lines_alone(
     assert kept.with_suffix(".png").exists()
     whole = kept.read_text()
     kept.write_text("".join(whole.splitlines(keepends=True)[:-1]))
-    unwritten = start([*command])
-    assert "4 runs, 3 with a result, 1 to run" in unwritten.stdout
-    assert "begins" not in unwritten.stdout, "the run had ended; only its line was missing"
+    ((status, said),) = world(1).run(run_command, "sweep", path)
+    assert (status, "4 runs, 3 with a result, 1 to run" in said) == (0, True), said
+    assert "begins" not in said, "the run had ended; only its line was missing"
     assert kept.read_text() == whole
     shutil.rmtree(tmp_path / "runs")
-    again = start([*command])
-    assert again.returncode == 0
-    assert "4 runs, 4 with a result, 0 to run" in again.stdout
+    ((status, said),) = world(1).run(run_command, "sweep", path)
+    assert (status, "4 runs, 4 with a result, 0 to run" in said) == (0, True), said
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".lock"]
 
 

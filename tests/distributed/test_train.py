@@ -102,15 +102,21 @@ def test_accumulation_and_activation_checkpointing_change_nothing(
 ) -> None:
     for number, student in enumerate((1, 2, 3)):
         plain, other = tmp_path / f"plain{number}", tmp_path / f"other{number}"
-        options = (*stage(student), "train.batch_size=24", "train.epochs=6")
+        options = (*stage(student), "train.batch_size=24", "pruning.end=8 steps")
         world(size).run(run, task, plain, *options)
         world(size).run(run, task, other, *options, "train.accumulation=2", "model.activation_checkpointing=true")
         assert losses(other) == pytest.approx(losses(plain), rel=1e-4)
 
 
-def test_the_learning_rate_and_the_sparsity_are_those_of_the_plan(world: Worlds, task: Path, tmp_path: Path) -> None:
-    world(2).run(run, task, tmp_path / "run")
-    lines = records(tmp_path / "run", "train")
+@pytest.fixture(scope="module")
+def as_configured(world: Worlds, task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Return the directory of a run on two ranks without any override, and what it returned on each."""
+    output = tmp_path_factory.mktemp("as-configured") / "run"
+    return output, world(2).run(run, task, output)
+
+
+def test_the_learning_rate_and_the_sparsity_are_those_of_the_plan(as_configured: tuple[Path, list[Any]]) -> None:
+    lines = records(as_configured[0], "train")
     assert [line["step"] for line in lines] == list(range(1, 25))
     cycle = [1e-3 * (1 - n / 8) + 1e-6 * n / 8 for n in range(8)]
     assert [line["lr"] for line in lines] == pytest.approx(cycle * 3)
@@ -209,9 +215,8 @@ def test_patience_starts_at_the_target(world: Worlds, task: Path, tmp_path: Path
 # ------------------------------------------------------------------------------ what is written
 
 
-def test_a_run_directory_holds_what_was_promised(world: Worlds, task: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    summary, other = world(2).run(run, task, output)
+def test_a_run_directory_holds_what_was_promised(task: Path, as_configured: tuple[Path, list[Any]]) -> None:
+    output, (summary, other) = as_configured
     assert other == {}
     assert json.loads((output / "summary.json").read_text()) == summary
     names = {"config.yaml", "metrics.jsonl", "summary.json", "final", "plot.png", "layers.png", "checkpoints", ".lock"}
@@ -264,15 +269,15 @@ def test_no_rank_returns_before_everything_is_written(world: Worlds, task: Path,
 
 
 @pytest.mark.slow
-def test_transformers_alone_loads_the_result(world: Worlds, task: Path, tmp_path: Path) -> None:
-    world(2).run(run, task, tmp_path / "run")
+def test_transformers_alone_loads_the_result(as_configured: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    final = as_configured[0] / "final"
     code = f"""
 import sys
 import time
 sys.modules["distprune"] = None  # an import of it would fail
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "run" / "final")!r})
-tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "run" / "final")!r})
+model = AutoModelForSequenceClassification.from_pretrained({str(final)!r})
+tokenizer = AutoTokenizer.from_pretrained({str(final)!r})
 print(model(**tokenizer("the film was superb .", return_tensors="pt")).logits.shape)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
