@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser("sweep", help="the runs of a grid of methods, seeds and keys, and their table and plot")
     sweep.add_argument("sweep_path", metavar="SWEEP", help="YAML file (docs/sweeps.md)")
     sweep.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="for all runs")
+    sweep.add_argument("--results", dest="results_file", metavar="FILE", help="JSON lines; default: as the sweep says")
     sweep.add_argument("--only", action="append", default=[], metavar="PATTERN", help="runs' names, e.g. 'gmp/*=0.9'")
     sweep.add_argument("--dry-run", action="store_true", help="only say what would run")
     sweep.add_argument("--table", action="store_true", dest="only_table", help="only table and plot of what has ended")

@@ -155,7 +155,7 @@ def submit(given: argparse.Namespace, work: Work) -> None:
         before = [f"--dependency=afterany:{job}"]
     wanted = [f"--partition={given.partition}"] if given.partition else []
     wanted += [f"--account={given.account}"] if given.account else []
-    wanted += [word for option in given.sbatch for word in shlex.split(option) if not word.startswith(OF_RUNS)]
+    wanted += [word for option in given.sbatch if not option.startswith(OF_RUNS) for word in shlex.split(option)]
     table = sbatch([*before, *wanted, str(folder / "table.sbatch")])
     print(f"job {table}: their table, {work.table_path}")
 

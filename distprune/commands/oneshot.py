@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distprune import dist, settings
+from distprune import dist, recipes, settings
 from distprune.checkpoints.files import is_checkpoint, save
 from distprune.checks.sections import PRUNING
 from distprune.config import Config, DistillationConfig, PruningConfig, RecipeConfig, RegrowthConfig
@@ -241,7 +241,9 @@ def _prune_by_gradients(model_dir: str, out: str, pruning: PruningConfig, seed: 
 
 def _for_one_step(path: str, model_dir: str, out: str, pruning: PruningConfig, seed: int) -> Config:
     """Return a run's configuration for one step that prunes, what else a run does taken out."""
-    config, _ = settings.load_given(path, [])
+    config, given = settings.load_given(path, [])
+    config.pruning.sparsity = pruning.sparsity
+    recipes.apply(config, given)
     config.recipe, config.task.more_validation = RecipeConfig(), []
     config.model.path = model_dir
     if not config.fisher.dropout:

@@ -14,7 +14,14 @@ from distprune.sweeps.table import as_csv, draw, markdown, markdown_of_differenc
 from distprune.training.interrupts import Interrupted
 
 
-def run(sweep_path: str, overrides: list[str], only: list[str], dry_run: bool, only_table: bool) -> None:
+def run(
+    sweep_path: str,
+    overrides: list[str],
+    only: list[str],
+    dry_run: bool,
+    only_table: bool,
+    results_file: str | None = None,
+) -> None:
     """Carry out what is missing of a sweep, then write its table and plot.
 
     Args:
@@ -23,12 +30,13 @@ def run(sweep_path: str, overrides: list[str], only: list[str], dry_run: bool, o
         only: patterns (``*``, ``?``, ``[...]``) of the names of runs to carry out, beside what they need; none: all.
         dry_run: print what would run, and run nothing.
         only_table: make table and plot of the results that there are, and of the runs that have ended since.
+        results_file: where the results are; None: where the file says.
 
     Raises:
         UserError: before anything runs, where the file, the results or a run directory do not fit; in the end, where
             runs failed.
     """
-    opened = open_sweep(sweep_path, overrides)
+    opened = open_sweep(sweep_path, overrides, results_file)
     sweep, runs, rows = opened.sweep, opened.runs, opened.rows
     if not (only_table or dry_run):
         check_room(sweep.ranks, sweep.at_once)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from distprune import dist
 from distprune.config import Config
 from distprune.errors import UserError, unknown
+from distprune.models.files import read_config
 from distprune.models.weights import load_model, set_dropout
 from distprune.pruning.targets import freeze
 from distprune.shards import take_back_empty_step
@@ -137,6 +138,7 @@ def build_student(
         seed=config.train.seed,
         new_weights_allowed=True,
     )
+    model.written_config = read_config(directory, options)  # dropout is the run's, and not the model's
     freeze(model, config.model.freeze)
     if config.model.activation_checkpointing:
         checkpoint_activations(model)

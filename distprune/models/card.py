@@ -36,10 +36,11 @@ def model_card(
     metric, sparsity = summary["metric_name"].replace("_", " "), summary["sparsity_masked"]
     dense = "" if summary["dense_metric"] is None else f" (dense: {summary['dense_metric']:.4f})"
     teacher = "" if summary["teacher"] is None else f" and distilled from `{_short(summary['teacher'])}`"
-    title, text, rows, stored = f"{base}, fine-tuned", f"`{base}` trained on `{data}`{teacher} with distprune.", "", ""
+    title, rows, stored = f"{base}, fine-tuned", "", ""
+    text = f"`{base}` trained on `{data}`{teacher} with distprune."
     if summary["masked_weights"]:
-        title = f"{base}, {sparsity:.0%} pruned"
-        text = f"""`{base}` trained on `{data}`{teacher}, while weights were removed step by step:
+        title = f"{base}, {100 * sparsity:.4g} % pruned"
+        text = f"""`{base}` trained on `{data}`{teacher} and pruned:
 {summary["method"]}, with distprune after [arXiv 2312.13547](https://arxiv.org/abs/2312.13547)."""
         rows = f"""
 | pruned weights | {summary["masked_weights"]:,} of {summary["prunable_weights"]:,} ({sparsity:.2%}) |

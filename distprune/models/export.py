@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import Tensor
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from distprune import dist
 from distprune.checkpoints.files import save
@@ -73,10 +74,18 @@ def write_index(plan: StateDictSplit, directory: Path) -> None:
 
 
 def describe(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Write what makes a directory of fp32 weights a model's: its configuration and the tokenizer."""
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = "float32"
-    model.config.save_pretrained(directory)
+    """Write what makes a directory of fp32 weights a model's: its configurations and the tokenizer.
+
+    Args:
+        model: a student, as `distprune.engines.build.build_student` loads it.
+        tokenizer: its own.
+        directory: that is there.
+    """
+    config = model.written_config
+    config.architectures, config.dtype = [type(model).__name__], "float32"
+    config.save_pretrained(directory)
+    if model.can_generate():  # as it was read: transformers saves none that it finds fault with
+        model.generation_config.to_json_file(directory / GENERATION_CONFIG_NAME)
     tokenizer.save_pretrained(directory)
 
 

@@ -24,7 +24,7 @@ from distprune.checkpoints.files import is_checkpoint
 from distprune.checkpoints.pieces import Pieces
 from distprune.errors import UserError
 
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _LEGACY = {"gamma": "weight", "beta": "bias"}
 
 AUTO_CLASSES = {

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as torch_dist
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from distprune import dist
 from distprune.errors import UserError
@@ -124,6 +125,8 @@ def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple
     except Exception as error:  # transformers raises many kinds, some over several lines
         reason = " ".join(str(error).split())
         raise UserError(f"{directory} does not describe a model for {auto_class.__name__}: {reason}") from error
+    if model.can_generate() and (directory / GENERATION_CONFIG_NAME).exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     return model, open_source(directory)
 
 

@@ -105,4 +105,4 @@ def times(run: RunRecord) -> dict[str, float]:
             training += (record["step"] - before) * size / record["examples_per_s"]
             before = record["step"]
     rest = run.summary.get("wall_time_s", training) - training
-    return {"training steps": training, "evaluations, checkpoints, export, the start": max(0.0, rest)}
+    return {"training steps": training, "evaluations, checkpoints, export": max(0.0, rest)}

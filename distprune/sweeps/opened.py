@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distprune.config import Config
+from distprune.errors import UserError
 from distprune.sweeps import results
 from distprune.sweeps.results import Row, Settings
 from distprune.sweeps.spec import Run, Sweep, read_sweep, runs_of
@@ -65,18 +66,22 @@ class Opened:
         return row
 
 
-def open_sweep(sweep_path: str, overrides: Sequence[str]) -> Opened:
+def open_sweep(sweep_path: str, overrides: Sequence[str], results_file: str | None = None) -> Opened:
     """Return a sweep that fits its results.
 
     Args:
         sweep_path: the file.
         overrides: ``key=value`` for all runs.
+        results_file: in place of the one that the file names.
 
     Raises:
         UserError: where file or results do not fit.
     """
     path = Path(sweep_path)
     sweep = read_sweep(path)
+    sweep.results = results_file or sweep.results
+    if sweep.results is not None and not sweep.results.endswith(".jsonl"):
+        raise UserError(f"{path}: results is {sweep.results!r}; allowed: a name that ends in .jsonl")
     runs = runs_of(sweep, path, overrides)
     output = Path(sweep.output).expanduser()
     configs = {each.name: each.load(output) for each in runs}

@@ -131,8 +131,6 @@ def read_sweep(path: Path) -> Sweep:
             raise UserError(f"{path}: {key} is {value}; allowed: at least 1")
     if not sweep.methods:
         raise UserError(f"{path} has no methods; allowed: at least one")
-    if sweep.results is not None and not sweep.results.endswith(".jsonl"):
-        raise UserError(f"{path}: results is {sweep.results!r}; allowed: a name that ends in .jsonl")
     for name, method in sweep.methods.items():
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"{path}: a method is called {name!r}; allowed: letters, digits, '_', '-' and '.'")

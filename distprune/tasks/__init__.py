@@ -2,7 +2,6 @@
 
 from importlib import import_module
 from inspect import isabstract
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -47,7 +46,7 @@ def task_kind(name: str) -> type[Task]:
     return kind
 
 
-def build_task(config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> Task:
+def build_task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
     """Load, check and tokenise the data of ``config.task``.
 
     No collective: every rank calls it for itself, and finds what the first one tokenised in the cache.
@@ -55,9 +54,8 @@ def build_task(config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Pa
     Args:
         config: the run's configuration; ``task`` and ``train.seed`` are read.
         tokenizer: the student's.
-        cache_dir: where loaded and tokenised data are kept; null: the cache of the datasets library.
 
     Raises:
         UserError: an unknown task, or input that it cannot use.
     """
-    return task_kind(config.task.name)(config, tokenizer, cache_dir)
+    return task_kind(config.task.name)(config, tokenizer)

@@ -3,7 +3,6 @@
 import json
 from abc import ABC, abstractmethod
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -46,7 +45,7 @@ class Task(ABC):
     more_validation: dict[str, Dataset]
     notes: list[str]
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         """Keep the tokenizer. Kinds of task load, check and tokenise the data of ``config.task``.
 
         Raises:

@@ -1,6 +1,5 @@
 """Which of two texts fills a blank, by a masked language model and no new head: WinoGrande as in SMC-Bench."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from distprune.config import Config, TaskConfig
 from distprune.errors import UserError
 from distprune.tasks.base import Batch, Example
 from distprune.tasks.choices import ChoiceTask, by_choice, flattened, grouped
-from distprune.tasks.data import Split, check_max_length, mapped
+from distprune.tasks.data import Split
 from distprune.tasks.language_modelling import IGNORED, mask_token
 from distprune.tasks.rows import screen
+from distprune.tasks.tokens import check_max_length, mapped
 
 BLANK = "_"
 WEIGHT, MARGIN = 5.0, 0.4
@@ -33,7 +33,7 @@ class ChoiceByMaskedLM(ChoiceTask):
     auto_class = AutoModelForMaskedLM
     hub_task = "fill-mask"
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load, check and tokenise the data.
 
         Raises:
@@ -48,7 +48,7 @@ class ChoiceByMaskedLM(ChoiceTask):
         if len(config.task.text) != 1:
             raise UserError(f"task.text is {config.task.text}; allowed for choice_by_masked_lm: one column")
         check_max_length(tokenizer, 1, config.task.max_length)
-        super().__init__(config, tokenizer, cache_dir)
+        super().__init__(config, tokenizer)
 
     def usable(self, split: Split, task: TaskConfig) -> Dataset:
         """Return the rows with one blank and two choices.

@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from statistics import mode
 from string import ascii_uppercase
 from typing import Any
@@ -98,17 +97,17 @@ class ChoiceTask(Task):
         choices: what each row offers.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load, check and tokenise the data.
 
         Raises:
             UserError: input that cannot be used.
         """
-        super().__init__(config, tokenizer, cache_dir)
+        super().__init__(config, tokenizer)
         task = config.task
         check_suited(task.metrics, ["accuracy"], task.name)
         with quiet():
-            splits = load_splits(task, _columns(task), cache_dir, self.notes)
+            splits = load_splits(task, _columns(task), self.notes)
             for split in (splits.train, splits.validation, *splits.more.values()):
                 check_text(split, task.text)
             self.choices = find_choices(splits.train, task)

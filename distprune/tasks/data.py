@@ -1,4 +1,4 @@
-"""From the hub or from files to tokenised training and evaluation data, the same on every rank."""
+"""From the hub or from files to training and evaluation rows, the same on every rank."""
 
 import csv
 import glob
@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import numpy as np
 import xxhash
 from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from transformers import PreTrainedTokenizerBase
 
 from distprune.config import Config, TaskConfig
 from distprune.errors import UserError, unknown
@@ -62,21 +61,20 @@ def quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
-def load_splits(task: TaskConfig, columns: Sequence[str], cache_dir: Path | None, notes: list[str]) -> Splits:
+def load_splits(task: TaskConfig, columns: Sequence[str], notes: list[str]) -> Splits:
     """Read all training and evaluation rows.
 
     Args:
         task: where the data are.
         columns: columns that must be there; rows without a value in one are refused or left out (``task.bad_rows``).
-        cache_dir: of the datasets library; null: its default.
         notes: a sentence is added for rows that are left out.
 
     Raises:
         UserError: a split, file or column that is not there or cannot be read, no rows, or missing values.
     """
     names = [task.train, *([] if task.holdout else [task.validation]), *task.more_validation]
-    local = [] if task.hub else [_read_file(task, name, cache_dir) for name in names]
-    splits = [_check(split, columns, task, notes) for split in local or _read_hub(task, names, cache_dir)]
+    local = [] if task.hub else [_read_file(task, name) for name in names]
+    splits = [_check(split, columns, task, notes) for split in local or _read_hub(task, names)]
     more = splits[len(splits) - len(task.more_validation) :]
     titles = [Path(name).name.split(".")[0] for name in task.more_validation]
     if len(set(titles)) < len(titles):
@@ -190,97 +188,11 @@ def count_train(task: TaskConfig, columns: Sequence[str], seed: int) -> int | No
     if "skip" in (task.bad_rows, task.too_long):
         return None
     with quiet():
-        splits = load_splits(task, columns, None, [])
+        splits = load_splits(task, columns, [])
         return len(choose(splits.train.rows, splits.validation.rows, task, seed)[0])
 
 
-def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, text: list[str], max_length: int) -> Dataset:
-    """Replace text columns by tokens, cut to ``max_length``; cached on disk by what goes in.
-
-    Args:
-        rows: with the text columns.
-        tokenizer: the student's.
-        text: one column, or two for pairs.
-        max_length: tokens kept of an example, special tokens included.
-
-    Returns:
-        The other columns, ``input_ids``, ``token_type_ids`` where the tokenizer gives them, ``length``, and ``cut``:
-        whether some of the text was cut off.
-
-    Raises:
-        UserError: ``max_length`` is more than the tokenizer allows, or leaves no place for the text; a cache that
-            cannot be written.
-    """
-    check_max_length(tokenizer, len(text), max_length)
-    return mapped(rows, _encode_and_count, text, tokenizer=tokenizer, text=text, max_length=max_length)
-
-
-def check_max_length(tokenizer: PreTrainedTokenizerBase, texts: int, max_length: int) -> None:
-    """Check that a tokenizer can cut to a length.
-
-    Raises:
-        UserError: it is more than the tokenizer allows, or leaves no place for this number of texts.
-    """
-    least = tokenizer.num_special_tokens_to_add(pair=texts == 2) + texts
-    if not least <= max_length <= tokenizer.model_max_length:
-        raise UserError(
-            f"task.max_length is {max_length}; this tokenizer and {texts} text columns allow {least} to "
-            f"{tokenizer.model_max_length:g}"
-        )
-
-
-def mapped(rows: Dataset, function: Callable[..., Any], removed: Sequence[str], **options: Any) -> Dataset:
-    """Return what a function makes of batches of rows; cached on disk by what goes in, and by the function's name only.
-
-    Args:
-        rows: columns.
-        function: of a batch of rows, as lists by column, and ``options``.
-        removed: columns that are left out of what comes back.
-        options: of the function.
-
-    Raises:
-        UserError: a cache that cannot be written.
-    """
-    try:
-        return rows.map(function, batched=True, remove_columns=list(removed), fn_kwargs=options)
-    except OSError as error:
-        raise UserError(
-            f"the tokenised data cannot be written to the cache of the datasets library: {error}; allowed: "
-            "HF_DATASETS_CACHE set to a folder that can be written"
-        ) from error
-
-
-def _encode_and_count(
-    rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, text: list[str], max_length: int
-) -> dict[str, list[Any]]:
-    # The cache knows this function by its name only: when its output changes, so must the name.
-    columns = [rows[name] for name in text]
-    tokens = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
-    lengths = [len(ids) for ids in tokens["input_ids"]]
-    return {**tokens, "length": lengths, "cut": are_cut(tokenizer, columns, lengths, max_length)}
-
-
-def are_cut(
-    tokenizer: PreTrainedTokenizerBase, columns: list[list[str]], lengths: list[int], max_length: int
-) -> list[bool]:
-    """Return which texts, or pairs of texts, have more tokens than those that were kept.
-
-    Args:
-        tokenizer: that they were tokenised by.
-        columns: one list of texts, or two.
-        lengths: tokens that were kept of each.
-        max_length: the most that are kept.
-    """
-    full = [place for place, length in enumerate(lengths) if length == max_length]
-    cut = [False] * len(lengths)
-    if full:  # few: only these can be longer
-        whole = tokenizer(*([column[place] for place in full] for column in columns), verbose=False)["input_ids"]
-        for place, ids in zip(full, whole, strict=True):
-            cut[place] = len(ids) > max_length
-    return cut
-
-
-def _read_hub(task: TaskConfig, names: list[str], cache_dir: Path | None) -> list[Split]:
+def _read_hub(task: TaskConfig, names: list[str]) -> list[Split]:
     title = f"{task.hub} ({task.subset})" if task.subset else f"{task.hub}"
     for name in names:
         if _suffix(name) in READERS:
@@ -288,7 +200,7 @@ def _read_hub(task: TaskConfig, names: list[str], cache_dir: Path | None) -> lis
                 f"task.hub is {task.hub}, and {name} is a file; allowed with files: task.hub and task.subset null"
             )
     try:
-        splits = datasets.load_dataset(task.hub, task.subset, cache_dir=cache_dir and str(cache_dir))
+        splits = datasets.load_dataset(task.hub, task.subset)
     except UNREADABLE as error:
         raise UserError(f"the data set {title} cannot be loaded: {_reason(error)}") from error
     for name in names:
@@ -298,7 +210,7 @@ def _read_hub(task: TaskConfig, names: list[str], cache_dir: Path | None) -> lis
     return [Split(_number(rows, origin), origin) for rows, origin in found]
 
 
-def _read_file(task: TaskConfig, name: str, cache_dir: Path | None) -> Split:
+def _read_file(task: TaskConfig, name: str) -> Split:
     path, suffix = Path(name).expanduser(), _suffix(name)
     if suffix not in READERS:
         raise UserError(
@@ -311,9 +223,8 @@ def _read_file(task: TaskConfig, name: str, cache_dir: Path | None) -> Split:
     is_csv = suffix in (".csv", ".tsv")
     # A column has one type: by default the first 10,000 rows would settle it for those behind them.
     options = {"keep_default_na": False, "na_values": {task.label: [""]}, "chunksize": 1 << 40} if is_csv else {}
-    pattern, cache = glob.escape(str(path.absolute())), cache_dir and str(cache_dir)
     try:
-        rows = READERS[suffix](pattern, cache_dir=cache, **options)
+        rows = READERS[suffix](glob.escape(str(path.absolute())), **options)
     except UNREADABLE as error:
         raise UserError(f"the data file {name} cannot be read, or is empty: {_reason(error)}") from error
     return Split(_number(rows, name), name)

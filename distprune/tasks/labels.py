@@ -1,5 +1,6 @@
 """Labels: what a column holds, and the numbers that the model predicts."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,12 @@ class Classes:
     Attributes:
         names: in the order of their numbers.
         numbers: the number of each value that a label column may hold, a class number or a class name.
+        named: whether the names are the data's or the user's, and not made up.
     """
 
     names: list[str]
     numbers: dict[int | str, int]
+    named: bool = True
 
     def encode(self, split: Split, column: str, task: TaskConfig, notes: list[str]) -> Dataset:
         """Return the rows with the class numbers as ``label``.
@@ -54,8 +57,8 @@ def find_classes(split: Split, column: str, given: list[str]) -> Classes:
     """Find the classes of a task in its training data.
 
     Class names (strings, or the named classes of a hub data set) are numbered by ``given``, else in the data
-    set's own order, else sorted. Whole numbers are the numbers already, and ``given`` names them; where it lists
-    them, they are numbered by it.
+    set's own order, else sorted. Whole numbers are the numbers already, and ``given`` names them; where it is
+    whole numbers too, and at least as many of those in the data are in it as are places in it, it lists them.
 
     Args:
         split: all training data.
@@ -76,8 +79,10 @@ def find_classes(split: Split, column: str, given: list[str]) -> Classes:
                 "0, 1, ... without gaps, or task.labels must list them in the order of their classes"
             )
         names = given or [f"LABEL_{int(number)}" for number in sorted(found)]
-        lists = all(map(str.isdecimal, names)) and found <= set(map(int, names))
-        classes = Classes(names, {int(name) if lists else number: number for number, name in enumerate(names)})
+        listed = [int(name) for name in names if re.fullmatch(r"-?\d+", name)]
+        lists = len(listed) == len(names) and len(found & set(listed)) >= len(found & set(range(len(names))))
+        values = listed if lists else range(len(names))
+        classes = Classes(names, {value: number for number, value in enumerate(values)}, named=bool(given))
     else:
         names = given or (feature.names if isinstance(feature, ClassLabel) else sorted(map(str, found)))
         classes = Classes(names, {name: number for number, name in enumerate(names)})

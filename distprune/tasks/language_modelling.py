@@ -1,7 +1,6 @@
 """Plain text: masked tokens from those around them, or each token from those before it."""
 
 from abc import abstractmethod
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedC
 from distprune.config import Config
 from distprune.errors import UserError
 from distprune.tasks.base import Batch, Example, Task
-from distprune.tasks.data import check_max_length, check_text, choose, load_splits, mapped, quiet
+from distprune.tasks.data import check_text, choose, load_splits, quiet
 from distprune.tasks.metrics import check_suited
+from distprune.tasks.tokens import check_max_length, mapped
 
 IGNORED = -100
 MASKED, KEPT = 0.8, 0.1
@@ -38,13 +38,13 @@ class LanguageModelling(Task):
     pads = False
     allowed: ClassVar[list[str]] = ["perplexity", "nll"]
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load, check and tokenise the data.
 
         Raises:
             UserError: input that cannot be used.
         """
-        super().__init__(config, tokenizer, cache_dir)
+        super().__init__(config, tokenizer)
         task = config.task
         if len(task.text) != 1:
             raise UserError(f"task.text is {task.text}; allowed for {task.name}: one column")
@@ -55,7 +55,7 @@ class LanguageModelling(Task):
         self.metric_names = task.metrics or self.allowed[:2]
         self._length = task.max_length
         with quiet():
-            splits = load_splits(task, task.text, cache_dir, self.notes)
+            splits = load_splits(task, task.text, self.notes)
             for split in (splits.train, splits.validation, *splits.more.values()):
                 check_text(split, task.text)
             train, validation = choose(splits.train.rows, splits.validation.rows, task, config.train.seed)
@@ -164,14 +164,14 @@ class MaskedLM(LanguageModelling):
     hub_task = "fill-mask"
     allowed: ClassVar[list[str]] = ["perplexity", "nll", "accuracy"]
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load, check and tokenise the data.
 
         Raises:
             UserError: input that cannot be used, or a tokenizer without a mask token.
         """
         self._mask_token = mask_token(tokenizer)
-        super().__init__(config, tokenizer, cache_dir)
+        super().__init__(config, tokenizer)
         self._predicted = max(1, round(config.task.mask * config.task.max_length))
 
     def collate(self, rows: list[Example], draw: int = 0) -> Batch:

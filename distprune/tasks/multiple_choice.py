@@ -1,6 +1,5 @@
 """The right one of several texts, each read together with what was asked."""
 
-from pathlib import Path
 from string import Formatter
 from typing import Any
 
@@ -13,7 +12,7 @@ from distprune.config import Config, TaskConfig
 from distprune.errors import UserError, unknown
 from distprune.tasks.base import Batch
 from distprune.tasks.choices import ChoiceTask, flattened, grouped
-from distprune.tasks.data import are_cut, check_max_length, mapped
+from distprune.tasks.tokens import are_cut, check_max_length, mapped
 
 CHOICE = "choice"
 
@@ -35,7 +34,7 @@ class MultipleChoice(ChoiceTask):
     auto_class = AutoModelForMultipleChoice
     hub_task = "multiple-choice"
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load, check and tokenise the data.
 
         Raises:
@@ -43,7 +42,7 @@ class MultipleChoice(ChoiceTask):
         """
         self._templates = parse_form(config.task)
         check_max_length(tokenizer, len(self._templates), config.task.max_length)
-        super().__init__(config, tokenizer, cache_dir)
+        super().__init__(config, tokenizer)
 
     def encode(self, rows: Dataset, task: TaskConfig) -> Dataset:
         """Return tokenised rows with ``cut``, whether some of a choice's text was cut off."""

@@ -1,6 +1,5 @@
 """Questions whose answer is a span of a context, or that have none: SQuAD 1.1 and 2."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,13 +42,13 @@ class QuestionAnswering(Task):
     auto_class = AutoModelForQuestionAnswering
     hub_task = "question-answering"
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load, check and tokenise the data.
 
         Raises:
             UserError: input that cannot be used.
         """
-        super().__init__(config, tokenizer, cache_dir)
+        super().__init__(config, tokenizer)
         task = config.task
         self._max_length, self._longest_answer = task.max_length, task.longest_answer
         self._questions: list[Question] = []
@@ -57,7 +56,7 @@ class QuestionAnswering(Task):
         check_suited(self.metric_names, ANSWER_METRICS, task.name)
         check_windows(tokenizer, task)
         with quiet():
-            splits = load_splits(task, [*task.text, task.label], cache_dir, self.notes)
+            splits = load_splits(task, [*task.text, task.label], self.notes)
             train = check_questions(splits.train, tokenizer, task, self.notes)
             held = train if task.holdout else check_questions(splits.validation, tokenizer, task, self.notes)
             more = {name: check_questions(each, tokenizer, task, self.notes) for name, each in splits.more.items()}

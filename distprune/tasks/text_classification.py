@@ -1,6 +1,5 @@
 """Single texts or pairs of texts to a class, or to a number (``task.regression``)."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from distprune.config import Config, TaskConfig
 from distprune.errors import UserError
 from distprune.tasks.base import Batch, Example, Task
-from distprune.tasks.data import Split, check_text, count_train, load_splits, prepared, quiet, tokenize
+from distprune.tasks.data import Split, check_text, count_train, load_splits, prepared, quiet
 from distprune.tasks.labels import encode_numbers, find_classes
 from distprune.tasks.metrics import check_metrics, measure
+from distprune.tasks.tokens import tokenize
 
 
 class TextClassification(Task):
@@ -22,17 +22,17 @@ class TextClassification(Task):
     auto_class = AutoModelForSequenceClassification
     hub_task = "text-classification"
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load, check and tokenise the data.
 
         Raises:
             UserError: input that cannot be used.
         """
-        super().__init__(config, tokenizer, cache_dir)
+        super().__init__(config, tokenizer)
         task = config.task
         self._pairs = len(task.text) == 2
         with quiet():
-            splits = load_splits(task, [*task.text, task.label], cache_dir, self.notes)
+            splits = load_splits(task, [*task.text, task.label], self.notes)
             for split in (splits.train, splits.validation, *splits.more.values()):
                 check_text(split, task.text)
             self.classes = None if task.regression else find_classes(splits.train, task.label, task.labels)
@@ -47,16 +47,18 @@ class TextClassification(Task):
             )
 
     def model_options(self) -> dict[str, Any]:
-        """Return the number of labels, their names, and the problem type."""
+        """Return the number of labels, their names where the task has any, the problem type, and the padding.
+
+        A decoder reads its prediction at the last token that is none of padding.
+        """
+        padding = {"pad_token_id": self.tokenizer.pad_token_id}
         if self.classes is None:
-            return {"num_labels": 1, "problem_type": "regression"}
-        names = dict(enumerate(self.classes.names))
-        return {
-            "num_labels": len(names),
-            "id2label": names,
-            "label2id": {name: number for number, name in names.items()},
-            "problem_type": "single_label_classification",
-        }
+            return {"num_labels": 1, "problem_type": "regression"} | padding
+        options = {"num_labels": len(self.classes.names), "problem_type": "single_label_classification"} | padding
+        if not self.classes.named:
+            return options  # the model's own names stay
+        numbers = {name: number for number, name in enumerate(self.classes.names)}
+        return options | {"id2label": dict(enumerate(self.classes.names)), "label2id": numbers}
 
     def collate(self, rows: list[Example], draw: int = 0) -> Batch:
         """Return the padded tokens and ``labels``, shape [B]: int64 classes, or float32 numbers."""

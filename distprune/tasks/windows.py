@@ -9,8 +9,9 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from distprune.config import TaskConfig
 from distprune.errors import UserError
-from distprune.tasks.data import Split, check_max_length, check_text, mapped
+from distprune.tasks.data import Split, check_text
 from distprune.tasks.rows import screen
+from distprune.tasks.tokens import check_max_length, mapped
 
 Answers = dict[str, list[Any] | None]
 

@@ -14,16 +14,21 @@ import torch.distributed as torch_dist
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
 
 from distprune import shards
-from distprune.engines.build import build_frozen
+from distprune.config import Config
+from distprune.engines.build import build_frozen, build_student
 from distprune.errors import UserError
 from distprune.models.export import count_zeros, export
 from distprune.shards import held_bytes, shards_of
+from distprune.synthetic import tokenizer
 from distprune.training.distill import distillation_loss
 from tests.distributed.engines import (
     ALL_LAYOUTS,
@@ -119,6 +124,35 @@ def test_frozen_weights_and_buffers_are_exported_as_they_were_used(
     for name, parameter in used.named_parameters():
         assert torch.equal(written[name].flatten(), trained.get(name, parameter.flatten())), name
         assert ("embeddings" in name) != (name in trained)
+
+
+def export_decoder(directory: Path, target: Path) -> None:
+    config = Config()
+    config.train.batch_size, config.model.dropout = 4, 0.0
+    engine, _ = build_student(config, directory, AutoModelForCausalLM, {}, 4 // torch_dist.get_world_size())
+    assert engine.module.transformer.drop.p == 0.0
+    export(engine, PreTrainedTokenizerFast.from_pretrained(directory), target)
+    torch_dist.barrier()
+    engine.destroy()
+
+
+def test_a_model_stays_as_it_describes_itself(world: Worlds, tmp_path: Path) -> None:
+    """A run's dropout is not the model's, and how text is generated is none of training's business."""
+    words = tokenizer()
+    config = GPT2Config(vocab_size=len(words), n_embd=8, n_layer=1, n_head=1, n_positions=16, embd_pdrop=0.3)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    said = {
+        "eos_token_id": [3, 9],
+        "temperature": 0.9,
+        "do_sample": False,
+        "max_new_tokens": 7,
+    }  # not what may be saved
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(said))
+    world(2).run(export_decoder, tmp_path / "model", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["embd_pdrop"] == 0.3
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {key: written.get(key) for key in said} == said
 
 
 def export_in_parts(directory: Path, target: Path) -> None:

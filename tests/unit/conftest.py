@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import datasets
 import pytest
 
 from distprune.config import Config
@@ -14,6 +15,7 @@ from tests.unit.task_files import TRAIN, VALIDATION, make_tokenizer, write
 def build(tmp_path, monkeypatch):
     """Return a function that writes the two files and builds the task from them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     written = {}
 
@@ -27,7 +29,7 @@ def build(tmp_path, monkeypatch):
         for key, value in ({"train": f"train{suffix}", "validation": f"validation{suffix}"} | options).items():
             assert hasattr(config.task, key)
             setattr(config.task, key, value)
-        return build_task(config, tokenizer or make_tokenizer(), tmp_path / "cache")
+        return build_task(config, tokenizer or make_tokenizer())
 
     return run
 

@@ -1,6 +1,7 @@
 """Files and hub data in, tokens out."""
 
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def test_a_text_file_is_a_row_a_line(tmp_path):
     (tmp_path / "lines.txt").write_text(text)
     (tmp_path / "packed.txt.gz").write_bytes(gzip.compress(text.encode()))
     task = TaskConfig(train=str(tmp_path / "lines.txt"), validation=str(tmp_path / "packed.txt.gz"))
-    splits = load_splits(task, ["text"], tmp_path, [])
+    splits = load_splits(task, ["text"], [])
     assert [splits.train.rows["text"][:], splits.validation.rows["text"][:]] == [["NA", "", '"a" b']] * 2
 
 
@@ -263,12 +264,11 @@ def test_no_progress_bar_and_the_setting_is_restored(build, capfd, disabled):
 
 
 COUNT_CALLS = """
-from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from distprune.config import Config
 from distprune.tasks import build_task
 
-tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+tokenizer = AutoTokenizer.from_pretrained("moved")
 tokenizer(["a b", "c"], padding=True, truncation=True, max_length=3)  # leaves traces in the tokenizer
 calls = []
 encode = PreTrainedTokenizerFast._encode_plus
@@ -277,7 +277,7 @@ config = Config()
 config.train.seed = 0
 config.task.train, config.task.validation = "train.jsonl", "validation.jsonl"
 for config.task.limit in (10, None):
-    build_task(config, tokenizer, Path("cache"))
+    build_task(config, tokenizer)
     print(len(calls))
 """
 
@@ -285,10 +285,19 @@ for config.task.limit in (10, None):
 def test_another_process_finds_the_tokens_in_the_cache(build, tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     build(tokenizer=AutoTokenizer.from_pretrained("tokenizer"), limit=10)
+    (tmp_path / "tokenizer").rename(tmp_path / "moved")  # as a checkpoint's is
     env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}
+    env["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
     command = [sys.executable, "-c", COUNT_CALLS]
     output = subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True).stdout
     assert output.split() == ["0", "1"]  # what was tokenised before, then all of the training examples
+
+
+def test_a_tokenizer_is_left_as_it_was_for_the_files_that_it_will_be_written_to(build, tmp_path):
+    tokenizer = make_tokenizer()
+    build(tokenizer=tokenizer, max_length=3)
+    tokenizer.save_pretrained(tmp_path / "written")
+    assert json.loads((tmp_path / "written" / "tokenizer.json").read_text())["truncation"] is None
 
 
 def test_the_cache_does_not_mix_tokenizers_and_lengths(build):

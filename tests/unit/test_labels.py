@@ -17,11 +17,11 @@ def test_class_names_are_sorted_or_as_given(build):
 
 
 def test_numbered_classes_can_be_named(build):
-    assert build().model_options()["id2label"] == {0: "LABEL_0", 1: "LABEL_1"}
+    assert "id2label" not in build().model_options(), "the model's own names stay"
     assert build(labels=["bad", "good", "?"]).model_options()["id2label"] == {0: "bad", 1: "good", 2: "?"}
     booleans = build(labelled(False, True))
     assert booleans.train["label"][:] == [0, 1]
-    assert booleans.model_options()["id2label"] == {0: "LABEL_0", 1: "LABEL_1"}
+    assert booleans.model_options()["num_labels"] == 2
 
 
 def test_classes_do_not_depend_on_the_examples_drawn(build):
@@ -35,6 +35,11 @@ def test_whole_numbers_that_are_listed_are_classes_in_that_order(build):
     assert task.train["label"][:] == [1, 2, 0]
     assert task.validation["label"][:] == [0, 1]
     assert task.model_options()["id2label"] == {0: "3", 1: "1", 2: "2"}
+    assert build(labelled(-1, 0, 1), labelled(-1), labels=["-1", "0", "1"]).train["label"][:] == [0, 1, 2]
+    stray = build(labelled(1, 2, 3, 99), labelled(3), labels=["1", "2", "3"], bad_rows="skip")
+    assert stray.train["label"][:] == [0, 1, 2], "one that is not listed moves none of the others"
+    stars = build(labelled(0, 1, 2, 99), labelled(2), labels=["1", "2", "3"], bad_rows="skip")
+    assert stars.train["label"][:] == [0, 1, 2], "names of the numbers, as most of these are places in the list"
 
 
 def test_labels_that_cannot_be_used(build):

@@ -124,12 +124,15 @@ def test_a_job_that_is_refused_leaves_nothing_in_the_way(tmp_path: Path) -> None
 
 
 def test_a_table_has_the_options_that_are_not_for_runs(tmp_path: Path) -> None:
-    options = [f"--sbatch={option}" for option in ("--qos long", "--gres=gpu:4", "--exclusive", "--comment='a b'")]
+    options = [
+        f"--sbatch={option}" for option in ("--qos long", "--gres=gpu:4", "--mem 64G", "--exclusive", "--comment='a b'")
+    ]
     done = slurm(tmp_path, "run.yaml", "train.output=runs/grid", "--sweep", "train.seed=1,2", *options)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "submitted").read_text().splitlines()[-1]
     assert "--dependency=afterany:1 --qos long --comment=a b " in table
     assert "gpu" not in table
+    assert "64G" not in table
     assert "exclusive" not in table
 
 

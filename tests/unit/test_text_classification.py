@@ -84,7 +84,7 @@ def test_regression_from_data_to_metrics(build):
     values = task.metrics(-2 * batch["labels"][:, None], task.validation)
     assert list(values) == ["spearman", "pearson"]
     assert values["pearson"] == pytest.approx(-1)
-    assert task.model_options() == {"num_labels": 1, "problem_type": "regression"}
+    assert task.model_options() == {"num_labels": 1, "problem_type": "regression", "pad_token_id": PAD}
 
 
 def test_whole_numbers_can_be_regressed(build):
