@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from safetensors import SafetensorError
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from distprune.errors import UserError
 
 T = TypeVar("T")
+_turns = count()
 
 LAUNCHER, _LOCAL_RANK = "DISTPRUNE_LAUNCHER", "DISTPRUNE_LOCAL_RANK"
 """What `init` found, for `detect` to find again: DeepSpeed wants every launcher's variables named as its own.
@@ -212,15 +214,27 @@ def on_main(action: Callable[[], T]) -> T:
 
 @contextmanager
 def local_first() -> Iterator[None]:
-    """Let local rank 0 of each node go first, so that the others find its cache. Collective."""
-    world = detect()
+    """Let local rank 0 of each node go first, so that the others find its cache. Collective: every rank calls it.
+
+    They wait in the store, and not in a collective, whose time is limited: data may take hours to tokenise.
+    """
+    if not torch_dist.is_initialized():
+        yield
+        return
+    turn, first = f"local_first/{next(_turns)}/{socket.gethostname()}", detect().local_rank == 0
+    if not first:
+        connect_store().wait([turn], timedelta(days=1))
     try:
-        if world.local_rank > 0:
-            barrier()
         yield
     finally:
-        if world.local_rank == 0:
-            barrier()
+        if first:
+            connect_store().set(turn, "done")
+
+
+def connect_store() -> TCPStore:
+    """Return a connection of this rank's own to the store of all: one that waits there keeps nobody else waiting."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))
 
 
 def barrier() -> None:

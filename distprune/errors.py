@@ -52,3 +52,18 @@ class LostRanks(Exception):
             f"{who} not answer any more; the run ends, and the same command goes on from its newest checkpoint"
         )
         self.speaks = speaks
+
+
+class Fault(LostRanks):
+    """A rank's device, or its connection to others, has failed: nothing that the user or the code could mend.
+
+    Args:
+        rank: that it was seen on.
+        error: of torch.
+    """
+
+    def __init__(self, rank: int, error: BaseException):
+        Exception.__init__(
+            self, f"rank {rank}: {error}; the run ends, and the same command goes on from its newest checkpoint"
+        )
+        self.speaks = True

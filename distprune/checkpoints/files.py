@@ -34,7 +34,7 @@ from distprune.errors import UserError
 FOLDER = "checkpoints"
 FORMAT = "distprune-checkpoint-1"
 MANIFEST, LATEST = "manifest.json", "latest"
-_NAME, _SAVING, _REMOVING = "step-", "saving-", "removing-"
+_NAME, _SAVING, _REMOVING, _DAMAGED = "step-", "saving-", "removing-", "damaged-"
 _CHUNK = 4 << 20
 
 
@@ -206,9 +206,10 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def clear_behind(folder: Path, step: int) -> None:
-    """Remove what a run leaves behind it as it goes on from its newest whole checkpoint.
+    """Clear away what a run leaves behind it as it goes on from its newest whole checkpoint.
 
-    Those of later steps are damaged, and in the way of the run, which comes to these steps again.
+    Those of later steps are damaged, and in the way of the run, which comes to these steps again. They are
+    set aside, and not removed: a disk that could not be read for a moment looks the same.
 
     Args:
         folder: where the checkpoints are.
@@ -219,7 +220,9 @@ def clear_behind(folder: Path, step: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
     for path in newest_first(folder):
         if path.name > _name(step):
-            remove(path)
+            aside = path.with_name(_DAMAGED + path.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def to_remove(folder: Path, keep: int) -> list[Path]:

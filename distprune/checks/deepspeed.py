@@ -9,6 +9,8 @@ OWNED = {
     "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulation",
     "gradient_accumulation_steps": "train.accumulation",
     "gradient_clipping": "optimizer.clip",
+    "managed_gradient_accumulation": "train.accumulation",
+    "gradient_allreduce_op": "the ranks' mean, as it is, and lr.peak",
     "optimizer": "optimizer.*",
     "scheduler": "lr.*",
     "wandb": "wandb.*",
@@ -22,6 +24,7 @@ READ_SECTIONS = (
     "bf16",
     "fp16",
     "data_types",
+    "torch_autocast",
     "zero_optimization",
     "zero_optimization.offload_optimizer",
     "zero_optimization.offload_param",
@@ -79,6 +82,15 @@ def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:
             f"{root}.fp16.enabled",
             "true for one of fp16 and bf16 only",
             lambda c: not (enabled(c, "fp16") and enabled(c, "bf16")),
+        ),
+        # With float16 DeepSpeed scales the loss without saying so: it clips scaled gradients, and skips steps unseen.
+        Check(
+            f"{root}.torch_autocast.dtype",
+            "bfloat16; float16 by fp16.enabled",
+            lambda c: (
+                not enabled(c, "torch_autocast")
+                or value_of(c, f"{root}.torch_autocast.dtype") in ("bfloat16", "bf16", "torch.bfloat16")
+            ),
         ),
         Check(
             f"{root}.data_types",

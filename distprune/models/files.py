@@ -26,6 +26,7 @@ from distprune.errors import UserError
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _LEGACY = {"gamma": "weight", "beta": "bias"}
+_LEGACY_MODULES = {"embed_out": "lm_head"}
 
 AUTO_CLASSES = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
@@ -140,7 +141,7 @@ def match_names(wanted: list[str], available: list[str], base_prefix: str) -> di
     """Pair a model's tensor names with a checkpoint's.
 
     A checkpoint may be of the bare base model or of one with a head, so the base model's prefix may be missing or
-    extra; old checkpoints call a norm's weight and bias gamma and beta.
+    extra; old checkpoints call a norm's weight and bias gamma and beta, and those of GPT-NeoX the head embed_out.
 
     Args:
         wanted: the model's names.
@@ -154,7 +155,7 @@ def match_names(wanted: list[str], available: list[str], base_prefix: str) -> di
     stored: dict[str, str] = {}
     for name in available:
         stem, _, last = name.rpartition(".")
-        modern = f"{stem}.{_LEGACY.get(last, last)}" if stem else name
+        modern = f"{_LEGACY_MODULES.get(stem, stem)}.{_LEGACY.get(last, last)}" if stem else name
         stored[modern.removeprefix(prefix)] = name
     return {name: stored[bare] for name in wanted if (bare := name.removeprefix(prefix)) in stored}
 

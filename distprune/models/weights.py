@@ -120,7 +120,8 @@ def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple
     config = read_config(directory, options)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model = auto_class.from_config(config)
+            # In fp32: the type of the config's own would be that of computed buffers, and another after a resume.
+            model = auto_class.from_config(config, dtype=torch.float32)
         model.tie_weights()  # accelerate's empty parameters are each their own
     except Exception as error:  # transformers raises many kinds, some over several lines
         reason = " ".join(str(error).split())
@@ -165,10 +166,10 @@ def _check_match(
     if missing and not new_allowed:
         raise UserError(f"{checkpoint.directory} lacks weights of a {type(model).__name__}: {', '.join(missing[:5])}")
     prefix = model.base_model_prefix + "."
-    # Checkpoints of language models have no pooler; it is trained with the head.
-    lost = [name for name in missing if name.startswith(prefix) and "pooler" not in name]
+    # Checkpoints of language models have no pooler; it is trained with the head. A decoder's head is no new one.
+    lost = [name for name in missing if (name.startswith(prefix) and "pooler" not in name) or model.can_generate()]
     if lost:
-        raise UserError(f"{checkpoint.directory} lacks weights of the base model: {', '.join(lost[:5])}")
+        raise UserError(f"{checkpoint.directory} lacks weights of the pretrained model: {', '.join(lost[:5])}")
 
 
 def _materialise(

@@ -1,7 +1,8 @@
 """What a run tells the world, from global rank 0: a metrics file, Weights & Biases and its progress."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,8 @@ from distprune.monitor.progress import for_stdout
 from distprune.monitor.wandb import Wandb
 
 __all__ = ["Monitor"]
+
+logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -40,7 +43,7 @@ class Monitor:
     """
 
     def __init__(self, run_dir: Path, config: Config, total_steps: int, enabled: bool):
-        self._stack = ExitStack()
+        self._stack, self._warned = ExitStack(), False
         self._progress = [for_stdout(total_steps)] if enabled else []
         self._sinks: list[Sink] = [*self._progress]
         if enabled:
@@ -67,9 +70,21 @@ class Monitor:
                 as in ``sparsity/<weight>``, belongs to no split.
         """
         for sink in self._sinks:
-            sink.log(record)
+            with self._forgiving():
+                sink.log(record)
 
     def progress(self, step: int, **shown: object) -> None:
         """Move the progress bar to ``step`` finished steps and show the values, e.g. ``loss=0.31``."""
         for bar in self._progress:
-            bar.move(step, shown)
+            with self._forgiving():
+                bar.move(step, shown)
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Go on where a disk is full: a warning, once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                logger.warning("what the run tells cannot be written: %s; the run goes on", error)
+            self._warned = True

@@ -12,13 +12,13 @@ class Jsonl:
     """Appends records to a file; what an earlier process wrote stays."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self._path, self._pending = path, b""
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("ab", buffering=0)
         if self._path.read_bytes()[-1:] not in (b"", b"\n"):
-            self._file.write("\n")  # the last process was killed within a line
+            self._pending = b"\n"  # the last process was killed within a line
         return self
 
     def __exit__(
@@ -27,9 +27,14 @@ class Jsonl:
         self._file.close()
 
     def log(self, record: Mapping[str, object]) -> None:
-        """Write one line."""
-        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-        self._file.flush()
+        """Write one line, and those before it that a full disk did not take.
+
+        Raises:
+            OSError: it does not take them yet; they are kept for the next call.
+        """
+        self._pending += json.dumps(finite(record), allow_nan=False).encode() + b"\n"
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
 
 
 def finite(value: object) -> object:

@@ -1,20 +1,20 @@
 """Which ranks are gone, when a collective fails: each rank counts up a number in the store that all can reach.
 
-A backend's own message names an address at best, and only neighbours of a dead rank get it.
+A backend's own message names an address at best, and only neighbours of a dead rank get it. Where none is gone, a
+device or a connection may have failed: another start, perhaps on other nodes, mends that.
 """
 
-import os
 import time
 from contextlib import suppress
-from datetime import timedelta
 from threading import Event, Thread
 from types import TracebackType
 from typing import Self
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+import torch
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
-from distprune.dist import World
-from distprune.errors import LostRanks
+from distprune.dist import World, connect_store
+from distprune.errors import Fault, LostRanks
 
 PERIOD_S = 1.0
 PATIENCE_S = 5.0
@@ -25,6 +25,7 @@ class Heartbeat:
 
     Raises:
         LostRanks: in place of the RuntimeError of a backend, where ranks do not beat any more.
+        Fault: in place of that of a device or a connection, where they do.
     """
 
     def __init__(self, world: World):
@@ -45,10 +46,12 @@ class Heartbeat:
         if lost:
             speaker = min(set(range(self._world.size)) - set(lost))
             raise LostRanks(lost, speaker == self._world.rank) from error
+        if error is not None and is_fault(error):
+            raise Fault(self._world.rank, error) from error
 
     def _beat(self) -> None:
         with suppress(RuntimeError):  # rank 0 is gone, and the store with it
-            store = self._store()
+            store = connect_store()
             beats = 0
             while not self._ended.wait(PERIOD_S):
                 beats += 1
@@ -57,7 +60,7 @@ class Heartbeat:
     def _lost(self) -> list[int]:
         """Return the ranks whose number stays as it is."""
         try:
-            store = self._store()
+            store = connect_store()
             before = self._numbers(store)
             time.sleep(PATIENCE_S)
             after = self._numbers(store)
@@ -69,8 +72,9 @@ class Heartbeat:
         keys = {rank: f"heartbeat/{rank}" for rank in range(self._world.size)}
         return {rank: store.get(key) for rank, key in keys.items() if store.check([key])}
 
-    @staticmethod
-    def _store() -> TCPStore:
-        """Return a connection of its own: those of others wait in collectives."""
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return TCPStore(*place, is_master=False, timeout=timedelta(seconds=2 * PATIENCE_S))
+
+def is_fault(error: BaseException) -> bool:
+    """Return whether an error is of a device or of a connection, and not of what was computed."""
+    if isinstance(error, torch.AcceleratorError):
+        return "device-side assert" not in str(error)  # an index out of range
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))

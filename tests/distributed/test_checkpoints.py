@@ -112,6 +112,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     assert "; looking for an older checkpoint" in said
     assert f"from step 8 ({output}/checkpoints/step-00000008)" in said
     assert [line["loss"] for line in records(output, "train")] == [line["loss"] for line in before[:9]]
+    assert (output / "checkpoints" / "damaged-step-00000009").is_dir(), "what cannot be read now may be whole"
 
 
 def test_a_damaged_checkpoint_does_not_count_among_those_that_stay(

@@ -8,12 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
+import torch
+import torch.distributed as torch_dist
 
+from distprune.training.heartbeat import is_fault
 from distprune.training.interrupts import Interrupted
-from tests.distributed.runs import RATE, OnLastRank, run, run_patched, same_weights, told
+from tests.distributed.runs import RATE, OnLastRank, run, run_command, run_patched, same_weights, told
 from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
 from tests.world import Worlds
 
@@ -134,6 +138,39 @@ def test_all_ranks_stop_after_the_step_in_which_one_is_asked(world: Worlds, task
     said = world(2).run(stopped, task, tmp_path / "run")
     assert said == ["stopped after step 6, as asked; the same command goes on from there"] * 2
     assert checkpoints(tmp_path / "run") == ["step-00000006"]
+
+
+def fail(_: Any) -> None:
+    raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+
+def command_with_a_fault(task: Path, output: Path, note: Path) -> tuple[int, str]:
+    with patch(RATE, OnLastRank(fail)), patch.dict(os.environ, {"DISTPRUNE_ENDED": str(note)}):
+        return run_command("train", task / "run.yaml", f"train.output={output}")
+
+
+def test_a_device_that_fails_is_no_end_of_the_run(world: Worlds, task: Path, tmp_path: Path) -> None:
+    ((status, said),) = world(1).run(command_with_a_fault, task, tmp_path / "run", tmp_path / "ended")
+    assert status == 76
+    assert "distprune: error: rank 0: CUDA error: uncorrectable ECC error encountered; the run ends, and" in said
+    assert not (tmp_path / "ended").exists(), "slurm/train.sbatch takes it for a mistake or a bug"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (torch_dist.DistBackendError("NCCL error"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("gloo/transport"), False),
+    ],
+    ids=str,
+)
+def test_a_fault_is_of_a_device_or_a_connection(error: Exception, expected: bool) -> None:
+    assert is_fault(error) == expected
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Models from a directory into memory: every tensor once, cut up as it is read."""
 
 import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BartConfig,
     BartForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
 )
 
 from distprune import dist
@@ -101,6 +105,50 @@ def edited(directory: Path, target: Path, change: Callable[[dict[str, Tensor]], 
     return target
 
 
+def load_decoder(directory: Path) -> Any:
+    """Load a decoder, where a new head may be made; return its head, or what was refused."""
+    try:
+        model, _ = load_model(
+            directory,
+            AutoModelForCausalLM,
+            {},
+            dtype=torch.float32,
+            zero3=None,
+            seed=0,
+            new_weights_allowed=True,
+        )
+    except UserError as error:
+        return str(error)
+    return model.get_output_embeddings().weight.detach()
+
+
+def test_a_decoders_head_is_none_that_may_be_new(world: Worlds, tmp_path: Path) -> None:
+    """GPT-NeoX stores it under another name than transformers calls it by."""
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=20, **shape))
+    model.save_pretrained(tmp_path)
+    (head,) = world(1).run(load_decoder, tmp_path)
+    assert torch.equal(head, model.get_output_embeddings().weight)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name: each for name, each in tensors.items() if "embed_out" not in name}, tmp_path / "model.safetensors")
+    (said,) = world(1).run(load_decoder, tmp_path)
+    assert "lacks weights of the pretrained model: lm_head.weight" in said
+
+
+def in_turn(rank_file: Path) -> bool:
+    """Have local rank 0 take its time; return whether its work was done when this rank had its turn."""
+    with patch("torch.distributed.barrier", side_effect=AssertionError("its time is limited")), dist.local_first():
+        if dist.is_main():
+            time.sleep(1)
+            rank_file.touch()
+        return rank_file.exists()
+
+
+def test_others_wait_for_the_first_of_their_node_outside_of_collectives(world: Worlds, tmp_path: Path) -> None:
+    for turn in range(2):
+        assert world(3).run(in_turn, tmp_path / str(turn)) == [True] * 3
+
+
 LAYER = "bert.encoder.layer.1.intermediate.dense.weight"
 
 
@@ -152,7 +200,7 @@ class WithBuffer:
     """An auto class whose models carry a buffer that belongs to them."""
 
     @staticmethod
-    def from_config(config: Any) -> Any:
+    def from_config(config: Any, **options: Any) -> Any:
         model = AutoModelForSequenceClassification.from_config(config)
         model.bert.encoder.register_buffer("steps", torch.zeros(3))
         return model

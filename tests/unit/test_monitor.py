@@ -87,6 +87,32 @@ def test_each_line_is_on_disk_before_the_run_goes_on(tmp_path: Path) -> None:
         assert records(tmp_path / "run") == [{"step": 1, "loss": None}]
 
 
+class FullDisk:
+    """Stands in for a file: takes a few bytes, then none, then what comes."""
+
+    def __init__(self, file: Any):
+        self.file, self.room = file, [5, 0]
+
+    def write(self, content: bytes) -> int:
+        if self.room and not (room := self.room.pop(0)):
+            raise OSError(28, "No space left on device")
+        return int(self.file.write(content[:room] if self.room else content))
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_a_full_disk_is_a_warning_and_its_lines_come_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Monitor(tmp_path, Config(), 4, enabled=True) as monitor:
+        sink = next(each for each in monitor._sinks if isinstance(each, Jsonl))
+        sink._file = FullDisk(sink._file)  # type: ignore[assignment]
+        for step in range(1, 4):
+            monitor.log({"step": step, "split": "train"})
+    assert [line["step"] for line in records(tmp_path)] == [1, 2, 3]
+    assert [each.message for each in caplog.records].count(caplog.records[0].message) == 1
+    assert "No space left on device; the run goes on" in caplog.text
+
+
 def test_a_later_process_appends_and_is_not_spoilt_by_a_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')

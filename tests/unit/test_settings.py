@@ -300,6 +300,11 @@ STAGE_1_FP32 = [
             "deepspeed.student.zero_optimization.offload_optimizer.device",
         ),
         (
+            ["deepspeed.student.torch_autocast={enabled: true, dtype: float16}"],
+            "deepspeed.student.torch_autocast.dtype",
+        ),
+        (["deepspeed.teacher.torch_autocast.enabled=true"], "deepspeed.teacher.torch_autocast.dtype"),
+        (
             ["deepspeed.teacher.zero_optimization.offload_param.device=nvme"],
             "deepspeed.teacher.zero_optimization.offload_param.device",
         ),
@@ -321,6 +326,8 @@ def test_runs_that_are_impossible_are_refused_by_key(overrides: list[str], key: 
         "optimizer",
         "scheduler",
         "gradient_clipping",
+        "managed_gradient_accumulation",
+        "gradient_allreduce_op",
         "wandb",
         "tensorboard",
         "csv_monitor",

@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
     EsmConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     RobertaConfig,
     T5Config,
@@ -225,6 +228,14 @@ def test_a_skeleton_without_files_is_refused(model_dir: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ set_dropout
+
+
+def test_computed_buffers_are_of_no_type_that_the_configuration_names(tmp_path: Path) -> None:
+    """A checkpoint's names float32: a run that went on would have others than it began with."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "head_dim": 8}
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=20, num_key_value_heads=1, **sizes)).bfloat16().save_pretrained(tmp_path)
+    model, _ = skeleton(tmp_path, AutoModelForCausalLM, {})
+    assert {buffer.dtype for buffer in model.buffers() if buffer.is_floating_point()} == {torch.float32}
 
 
 def test_dropout_sets_every_rate_of_the_model_and_nothing_else(tmp_path: Path) -> None:
