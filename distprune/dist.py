@@ -23,6 +23,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from distprune.errors import UserError
 
 T = TypeVar("T")
+_SHOWN = 80
 _turns = count()
 
 LAUNCHER, _LOCAL_RANK = "DISTPRUNE_LAUNCHER", "DISTPRUNE_LOCAL_RANK"
@@ -145,11 +146,9 @@ def agree(action: Callable[[], T]) -> T:
         message = str(error)
     except Exception as error:
         message, unexpected = f"rank {torch_dist.get_rank()} failed: {error!r}", error
-    messages: list[str | None] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(messages, message)
+    failed = [text for text in gather([message]) if text is not None]
     if unexpected is not None:
         raise unexpected
-    failed = [text for text in messages if text is not None]
     if failed:
         raise UserError(failed[0])
     return result  # type: ignore[return-value]
@@ -165,21 +164,20 @@ def agree_equal(value: T, what: str) -> None:
     Raises:
         UserError: on every rank, with the values of rank 0 and of the first that differs, shortened.
     """
-    values: list[T] = [value] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(values, value)
+    values = gather([value])
     for rank, other in enumerate(values):
         if other != values[0]:
             first, second = _differing_parts(str(values[0]), str(other))
             raise UserError(f"{what} on rank 0 are {first}, and on rank {rank} {second}; allowed: the same on all")
 
 
-def _differing_parts(first: str, second: str, shown: int = 80) -> tuple[str, str]:
+def _differing_parts(first: str, second: str) -> tuple[str, str]:
     """Return two texts whole where they are short, else from a little before they begin to differ."""
-    if max(len(first), len(second)) <= shown:
+    if max(len(first), len(second)) <= _SHOWN:
         return first, second
     differing = next(place for place, (a, b) in enumerate(zip_longest(first, second)) if a != b)
-    start = max(0, differing - shown // 2)
-    return f"...{first[start : start + shown]}...", f"...{second[start : start + shown]}..."
+    start = max(0, differing - _SHOWN // 2)
+    return f"...{first[start : start + _SHOWN]}...", f"...{second[start : start + _SHOWN]}..."
 
 
 def write_on_main(action: Callable[[], object], target: Path) -> None:

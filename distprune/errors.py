@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 STOPPED, LOST = 75, 76
 """Exit statuses of a run that can go on: it was asked to stop (sysexits' EX_TEMPFAIL), or ranks are gone."""
 
@@ -22,11 +24,11 @@ def written(path: Path | str) -> Iterator[None]:
     """Refuse a file that cannot be written within a ``with``.
 
     Raises:
-        UserError: in place of the OSError, or of the ValueError for a suffix that is not known.
+        UserError: in place of the OSError or SafetensorError, or of the ValueError for a suffix that is not known.
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{str(path)!r} cannot be written: {error}") from error
 
 

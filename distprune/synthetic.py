@@ -14,7 +14,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-LABELS = ["negative", "positive"]
 _NOUNS = [
     "actor",
     "book",

@@ -84,7 +84,7 @@ class Weights:
             if begin < end:
                 bounds = (begin - start, end - start)
                 piece = slice(begin - self.first, end - self.first)
-                yield Slice(name, (size,), *bounds, *bounds, start, self.mask[piece], self._reader(piece))
+                yield Slice(name, *bounds, *bounds, start, self.mask[piece], self._reader(piece))
             start += size
 
     def _reader(self, piece: slice) -> Callable[[], Tensor]:

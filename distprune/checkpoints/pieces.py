@@ -58,7 +58,7 @@ class Pieces:
 
     directory: Path
     file_of: dict[str, Path] = field(init=False)
-    """A file of each parameter and buffer of the model, as ``weights.ModelFiles`` has it."""
+    """A file of each parameter and buffer of the model, as ``distprune.models.files.ModelFiles`` has it."""
 
     def __post_init__(self) -> None:
         try:

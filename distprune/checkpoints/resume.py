@@ -1,4 +1,4 @@
-"""The way back into a run: the newest checkpoint that is whole, and what may have changed since."""
+"""The way back into a run: the newest checkpoint that is whole."""
 
 import logging
 from pathlib import Path

@@ -99,7 +99,7 @@ class Saver:
             step: optimizer steps that are done; nothing happens where it is saved already.
             tensors: what this rank owns, by key; views, which must not change before `before_change`.
             state: the rest, for JSON; of rank 0.
-            metric: the main metric of this state, where it was measured at the target sparsity.
+            metric: the merit of this state, the higher the better, where it was measured at the target sparsity.
             check: returns the parameters whose masked weights are not zero; run beside the training, like the copy.
         """
         if step == self.last_step:

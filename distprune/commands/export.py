@@ -1,7 +1,6 @@
 """``distprune export``: a checkpoint as a model; a model packed, as it was, or without zero heads and neurons."""
 
 import copy
-import shutil
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,7 +13,7 @@ from distprune import dist
 from distprune.benchmarks.timing import seconds
 from distprune.checkpoints.files import is_checkpoint
 from distprune.errors import UserError
-from distprune.models.files import auto_class_of, read_config, resolve
+from distprune.models.files import auto_class_of, begin_directory, read_config, resolve
 from distprune.models.from_checkpoint import export_checkpoint
 from distprune.models.packed import is_packed, pack_directory, unpack_directory
 from distprune.models.shrunk import Removed, load_shrunk, save_shrunk, shrink
@@ -61,17 +60,14 @@ def _export_checkpoint(directory: Path, target: Path, packing: bool) -> None:
 
 def _shrink(directory: Path, target: Path) -> None:
     """Take out zero heads and neurons, prove that the outputs are the same, and compare bytes and latency."""
-    if target.exists():
-        raise UserError(f"{str(target)!r} exists; allowed: a new directory")
     auto_class, config = auto_class_of(directory), read_config(directory)
     number = getattr(config, "num_attention_heads", None)
     if number is None:
         raise UserError(f"{directory / 'config.json'} tells no num_attention_heads, which --shrink needs")
+    partial_dir = begin_directory(target)
     whole: PreTrainedModel = auto_class.from_pretrained(directory).eval()
     small = copy.deepcopy(whole)
     removed = shrink(small, number)
-    partial_dir = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial_dir, ignore_errors=True)
     save_shrunk(small, load_tokenizer(str(directory)), partial_dir)
     small = load_shrunk(partial_dir, auto_class)
     _report(whole, small, removed, chooses=auto_class is AutoModelForMultipleChoice)

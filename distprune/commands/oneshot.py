@@ -14,7 +14,6 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,8 +21,8 @@ from distprune import dist, recipes, settings
 from distprune.checkpoints.files import is_checkpoint, save
 from distprune.checks.sections import PRUNING
 from distprune.config import Config, DistillationConfig, PruningConfig, RecipeConfig, RegrowthConfig
-from distprune.errors import UserError
-from distprune.models.files import Source, auto_class_of, stored_names
+from distprune.errors import UserError, written
+from distprune.models.files import Source, auto_class_of, begin_directory, stored_names
 from distprune.models.weights import skeleton
 from distprune.monitor import Monitor
 from distprune.pruning.exchange import over_ranks, summed
@@ -68,7 +67,7 @@ def run(
         score=score,
         start_sparse=start_sparse,
     )
-    _check(pruning, Path(out).expanduser())
+    _check(pruning)
     chosen = build_score(score, seed)
     launched = dist.detect().size > 1
     if launched or chosen.needs_gradient:
@@ -80,15 +79,13 @@ def run(
     dist.shutdown()
 
 
-def _check(pruning: PruningConfig, target: Path) -> None:
+def _check(pruning: PruningConfig) -> None:
     config = Config()
     config.pruning = pruning
     for check in PRUNING:
         if not check.holds(config):
             value = getattr(pruning, check.key.removeprefix("pruning."))
             raise UserError(f"--{check.key.removeprefix('pruning.')} is {value}; allowed: {check.allowed}")
-    if target.exists():
-        raise UserError(f"{str(target)!r} exists; allowed: a new directory")
 
 
 # ------------------------------------------------------------------------------ from files
@@ -121,7 +118,7 @@ class Files:
             size = prod(shape)
             if self.checkpoint.file_of[name] in self.mine:
                 mask = torch.where(read(name) == 0, PRUNED, KEPT).to(torch.int8) if start_sparse else kept.expand(size)
-                slices.append(Slice(name, shape, 0, size, 0, size, first, mask, partial(read, name)))
+                slices.append(Slice(name, 0, size, 0, size, first, mask, partial(read, name)))
             first += size
         return slices
 
@@ -133,6 +130,7 @@ def _prune_files(model_dir: str, out: str, pruning: PruningConfig, score: Score)
     slices = files.slices(pruning.start_sparse)
     sizes = {name: prod(shape) for name, shape in files.shapes.items()}
     heads = getattr(files.model.config, "num_attention_heads", None)
+    partial_dir = dist.on_main(lambda: _begin(target))
     structure = dist.agree(lambda: build_structure(pruning, files.shapes, {name: [] for name in sizes}, heads))
     device = dist.detect().device
     over_ranks(score.prepare(slices, sizes), device)
@@ -141,13 +139,8 @@ def _prune_files(model_dir: str, out: str, pruning: PruningConfig, score: Score)
     before = over_ranks(summed(torch.tensor([mine.get(name, 0) for name in sizes])), device).tolist()
     choosing = structure.choose(slices, score, sparsity, dict(zip(sizes, before, strict=True)))
     choice = over_ranks(choosing, device)
-    partial_dir = target.with_name(target.name + ".partial")
-
-    def copy() -> None:
-        shutil.rmtree(partial_dir, ignore_errors=True)
-        shutil.copytree(source, partial_dir, ignore=shutil.ignore_patterns(*_OF_THE_DENSE_MODEL))
-
-    dist.write_on_main(copy, target)
+    others = shutil.ignore_patterns(*_OF_THE_DENSE_MODEL)
+    dist.write_on_main(lambda: shutil.copytree(source, partial_dir, ignore=others, dirs_exist_ok=True), target)
     masked = dist.agree(lambda: _write(files, slices, choice, partial_dir))
     (total,) = over_ranks(summed(torch.tensor([masked])), device).tolist()
     wanted = structure.masked_at(sparsity)
@@ -172,6 +165,11 @@ def _open(source: Path, pruning: PruningConfig) -> Files:
     return Files(model, checkpoint, stored, every[world.rank :: world.size])
 
 
+def _begin(target: Path) -> Path:
+    with written(target):
+        return begin_directory(target)
+
+
 def _write(files: Files, slices: list[Slice], choice: Choice, target: Path) -> int:
     """Write this rank's files again, one at a time, with the chosen weights zero; return how many those are.
 
@@ -194,10 +192,8 @@ def _write(files: Files, slices: list[Slice], choice: Choice, target: Path) -> i
                 tensor = tensor.masked_fill((mask == PRUNED).view_as(tensor), 0.0)
                 masked += count_pruned(mask)
             tensors[name] = tensor
-        try:
+        with written(target / file.name):
             save(tensors, target / file.name, {"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{target / file.name} cannot be written: {error}") from error
     return masked
 
 
@@ -227,13 +223,13 @@ def _prune_by_gradients(model_dir: str, out: str, pruning: PruningConfig, seed: 
     if path is None:
         raise UserError(f"--score {pruning.score} needs gradients; allowed: with --config FILE, whose data give them")
     config = dist.agree(lambda: _for_one_step(path, model_dir, out, pruning, seed))
+    target = Path(out).expanduser()
+    partial_dir = dist.on_main(lambda: _begin(target))
     setup = prepare(config)
     assert setup.pruner is not None
     setup.plan = replace(setup.plan, total_steps=1, lr=LrSchedule(0.0, 0.0, 0, (0, 1)))
     trainer = Trainer(config, setup, Monitor(Path(out), config, 1, enabled=False), Path(out))
     trainer.run()
-    target = Path(out).expanduser()
-    partial_dir = target.with_name(target.name + ".partial")
     trainer.export(partial_dir)
     counts = {"masked": setup.pruner.masked, "prunable": setup.pruner.total}
     _finish(partial_dir, target, pruning, counts, setup.pruner.threshold)

@@ -71,4 +71,4 @@ def _evaluate(engine: Any, task: Task, data: Dataset, batch_size: int) -> dict[s
     order, real = dist.gather_rows(torch.tensor(indices)), dist.gather_rows(torch.tensor(valid))
     every = in_order(dist.gather_rows(torch.cat(predictions)), order, real)
     # Processors of other kinds may round otherwise, and ranks branch on the metrics.
-    return dist.on_main(lambda: task.metrics(every.cpu(), data))
+    return dist.on_main(lambda: task.metrics(every, data))

@@ -1,6 +1,7 @@
 """Model directories: found, described, and their tensors read by name, one at a time."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,20 @@ def resolve(path: str, revision: str | None) -> Path:
         raise UserError(
             f"model {path!r} is not a local directory, and the hub did not give it: {error}".splitlines()[0]
         ) from error
+
+
+def begin_directory(target: Path) -> Path:
+    """Return an empty directory beside a new one; it is given that one's name once it is complete.
+
+    Raises:
+        UserError: the new one exists.
+    """
+    if target.exists():
+        raise UserError(f"{str(target)!r} exists; allowed: a new directory")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
 
 
 @dataclass

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import StateDictSplit
-from safetensors import SafetensorError
 from torch import Tensor
 
 from distprune import dist
 from distprune.checkpoints import files
 from distprune.checkpoints.files import Damaged, Manifest, save
 from distprune.checkpoints.pieces import Pieces
-from distprune.errors import UserError
+from distprune.errors import UserError, written
 from distprune.models.export import plan_files, write_index
+from distprune.models.files import begin_directory
 from distprune.models.packed import PREFIX, save_packed
 from distprune.monitor.records import write_json
 
@@ -38,18 +38,16 @@ def export_checkpoint(checkpoint: Path, target: Path, packed: bool) -> dict[str,
     """
     world = dist.detect()
     manifest = dist.agree(lambda: _checked(checkpoint, world.rank, world.size))
-    partial = target.with_name(target.name + ".partial")
 
-    def begin() -> None:
-        if target.exists():
-            raise UserError(f"{str(target)!r} exists; allowed: a new directory")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for entry in manifest.files:
-            if not entry.name.endswith(".safetensors"):
-                shutil.copy(checkpoint / entry.name, partial / entry.name)
+    def begin() -> Path:
+        with written(target):
+            partial = begin_directory(target)
+            for entry in manifest.files:
+                if not entry.name.endswith(".safetensors"):
+                    shutil.copy(checkpoint / entry.name, partial / entry.name)
+            return partial
 
-    dist.write_on_main(begin, target)
+    partial = dist.on_main(begin)
     pieces = Pieces(checkpoint)
     plan = plan_files({name: _meta(pieces, name) for name in pieces.file_of})
     dist.agree(lambda: _write_files(pieces, plan, partial, packed, world.rank, world.size))
@@ -61,8 +59,8 @@ def export_checkpoint(checkpoint: Path, target: Path, packed: bool) -> dict[str,
         partial.rename(target)
 
     dist.write_on_main(finish, target)
-    written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    return {"files": written, "tensors": sum(_meta(pieces, name).nbytes for name in pieces.file_of)}
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    return {"files": size, "tensors": sum(_meta(pieces, name).nbytes for name in pieces.file_of)}
 
 
 def _checked(checkpoint: Path, rank: int, world: int) -> Manifest:
@@ -82,13 +80,11 @@ def _meta(pieces: Pieces, name: str) -> Tensor:
 def _write_files(pieces: Pieces, plan: StateDictSplit, partial: Path, packed: bool, rank: int, world: int) -> None:
     for file, names in list(plan.filename_to_tensors.items())[rank::world]:
         tensors = {name: pieces.read(name).to(pieces.dtype(name)) for name in names}
-        try:
+        with written(partial / file):
             if packed:
                 save_packed(tensors, partial / f"{PREFIX}{file}")
             else:
                 save(tensors, partial / file, {"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{partial / file} cannot be written: {error}") from error
 
 
 def _record(manifest: Manifest) -> dict[str, object] | None:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from distprune.checkpoints.files import save
-from distprune.errors import UserError
+from distprune.errors import UserError, written
+from distprune.models.files import begin_directory
 
 PREFIX = "packed-"
 _FORMAT = "distprune-packed"
@@ -69,21 +70,16 @@ def _convert(source: Path, target: Path, prefix: str, convert: Callable[[Path, P
     files = sorted(source.glob(f"{prefix}model*.safetensors"))
     if not files:
         raise UserError(f"{str(source)!r} holds no {prefix}model*.safetensors; allowed: a model directory")
-    if target.exists():
-        raise UserError(f"{str(target)!r} exists; allowed: a new directory")
-    partial = target.with_name(target.name + ".partial")
-    written = []
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial, ignore=shutil.ignore_patterns("*.safetensors"))
+    made = []
+    with written(target):
+        partial = begin_directory(target)
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
         for file in files:
             name = file.name.removeprefix(PREFIX)
-            written.append(partial / (name if prefix else PREFIX + name))
-            convert(file, written[-1])
-        sizes = sum(file.stat().st_size for file in files), sum(file.stat().st_size for file in written)
+            made.append(partial / (name if prefix else PREFIX + name))
+            convert(file, made[-1])
+        sizes = sum(file.stat().st_size for file in files), sum(file.stat().st_size for file in made)
         partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{str(target)!r} cannot be written: {error}") from error
     return sizes
 
 

@@ -1,4 +1,4 @@
-"""Models in and out of Hugging Face directories, one tensor at a time.
+"""Models out of Hugging Face directories into memory, one tensor at a time.
 
 Rank 0 maps one safetensors file and reads one tensor at a time; DeepSpeed broadcasts it and, at ZeRO-3, cuts it up
 before the next one is read. transformers' own loader merges every file on rank 0 first, so it is not used. New

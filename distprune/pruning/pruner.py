@@ -20,7 +20,7 @@ from distprune.errors import UserError
 from distprune.pruning.exchange import over_ranks, summed
 from distprune.pruning.masks import KEPT, PRUNED, apply_mask, count_pruned, is_masked
 from distprune.pruning.regrowth import regrow
-from distprune.pruning.scores import OptimalBrainSurgeon, Score
+from distprune.pruning.scores import Score
 from distprune.pruning.slices import Slice
 from distprune.pruning.structures import Structure
 from distprune.shards import Shard, ShardedParameters
@@ -152,7 +152,6 @@ class Pruner:
 
         Collective: every rank calls it after a backward pass, and neither after_backward nor a step follows.
         """
-        assert isinstance(self.score, OptimalBrainSurgeon)
         if self.masked:
             self._mask_gradients()
         gradients = [self.parameters.gradient(shard) for shard in self.shards]
@@ -178,13 +177,12 @@ class Pruner:
         over_ranks(self.score.prepare(self.slices, self.parameters.numel), self._device)
         choosing = self.structure.choose(self.slices, self.score, sparsity, self.masked_of)
         choice = over_ranks(choosing, self._device)
-        surgeon = self.score if isinstance(self.score, OptimalBrainSurgeon) else None
-        weights_before = [each.weights().clone() for each in self.slices] if surgeon else []
+        weights_before = [each.weights().clone() for each in self.slices] if self.score.compensates else []
         nans = self._per_parameter([choice.mark(each) for each in self.slices])
         for each in self.slices:
             each.forget_kept()
-        if surgeon is not None:
-            over_ranks(surgeon.compensate(self.slices, weights_before), self._device)
+        if self.score.compensates:
+            over_ranks(self.score.compensate(self.slices, weights_before), self._device)
         if self.other_weights is not None:
             for flat in self.flat_masks:  # what was marked, and zeroed, is a copy
                 apply_mask(flat.master, flat.mask)
@@ -309,7 +307,6 @@ class Pruner:
         def of(shard: Shard, mask: Tensor) -> Slice:
             return Slice(
                 shard.name,
-                tuple(self.parameters.shape(shard.name)),
                 shard.start,
                 shard.end,
                 shard.own_start,

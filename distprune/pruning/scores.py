@@ -37,6 +37,12 @@ class Score(ABC):
     """Whether it has a state that every optimizer step adds to."""
     comes_back = False
     """Whether what was pruned competes again at each pruning, with the weights that it had when it went."""
+    learns = False
+    """Whether it is told, before each pruning, gradients of ``fisher.samples`` batches that are taken for it alone."""
+    compensates = False
+    """Whether it moves the weights that stay, in each pruning, to make up for those that go."""
+    reads_weights = True
+    """Whether it depends on the weights."""
     samples = False
     """Whether its keys are int32 and depend on each weight alone, with key 0 for a weight of zero."""
     bits = FLOAT_BITS
@@ -67,6 +73,24 @@ class Score(ABC):
 
     def observe(self, part: Part) -> None:  # noqa: B027 - most scores keep no state
         """Add a step's weights and gradient to ``part.state``, in place."""
+
+    def learn(self, slices: Sequence[Slice], gradients: Sequence[Tensor | None]) -> Exchange[None]:
+        """Take a batch's averaged gradients into account, 0 where a weight is pruned.
+
+        Args:
+            slices: of this rank.
+            gradients: of each of them, fp32 of its shape; None: all 0.
+        """
+        yield from ()
+
+    def compensate(self, slices: Sequence[Slice], before: Sequence[Tensor]) -> Exchange[None]:
+        """Move the weights that stay.
+
+        Args:
+            slices: of this rank, with the new masks.
+            before: their weights before the pruning.
+        """
+        yield from ()
 
     def keys(self, part: Part) -> Tensor:
         """Return integers of the scores' order, int32 or int64 of shape [n], at least 0."""
@@ -186,6 +210,7 @@ class Movement(Score):
 class Random(Score):
     """A hash of the seed and the weight's global index: what pruning without a criterion is worth."""
 
+    reads_weights = False
     bits = MAGNITUDE_BITS
     highest = HIGHEST_MAGNITUDE
 
@@ -213,6 +238,8 @@ class OptimalBrainSurgeon(PositiveScore):
     """
 
     needs_gradient = True
+    learns = True
+    compensates = True
 
     def __init__(
         self, seed: int = 0, fisher: FisherConfig | None = None, cuts: Mapping[str, Sequence[int]] | None = None
@@ -228,8 +255,7 @@ class OptimalBrainSurgeon(PositiveScore):
         """Bytes of each weight around a pruning: its row of its block, the diagonal, and the weight as it was."""
         return 4 * (self.config.block + 2)
 
-    def learn(self, slices: Sequence[Slice], gradients: Sequence[Tensor | None]) -> Exchange[None]:
-        """Take a batch's averaged gradients into account, 0 where a weight is pruned."""
+    def learn(self, slices: Sequence[Slice], gradients: Sequence[Tensor | None]) -> Exchange[None]:  # noqa: D102
         if self._fisher is None:
             config = self.config
             self._fisher = InverseFisher(slices, self.cuts, config.block, config.samples, config.damping)
@@ -246,13 +272,7 @@ class OptimalBrainSurgeon(PositiveScore):
     def scores(self, part: Part) -> Tensor:  # noqa: D102
         return part.weights.square() / (2 * self._inverse(part))
 
-    def compensate(self, slices: Sequence[Slice], before: Sequence[Tensor]) -> Exchange[None]:
-        """Move the weights that stay, then forget the Fisher matrix.
-
-        Args:
-            slices: of this rank, with the new masks.
-            before: their weights before the pruning.
-        """
+    def compensate(self, slices: Sequence[Slice], before: Sequence[Tensor]) -> Exchange[None]:  # noqa: D102
         assert self._fisher is not None
         gone = [
             torch.where(each.mask == PRUNED, weights / self._diagonals[each.name][1], 0)

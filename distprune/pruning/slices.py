@@ -48,7 +48,6 @@ class Slice:
     """
 
     name: str
-    shape: tuple[int, ...]
     start: int
     end: int
     own_start: int

@@ -1,4 +1,4 @@
-"""Which teacher a run gets: none, a cached one, or a live one."""
+"""Which teacher a run gets: a cached one or a live one."""
 
 from pathlib import Path
 from typing import Any

@@ -3,9 +3,9 @@
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor, nn
 
+from distprune import dist
 from distprune.errors import UserError
 from distprune.shards import trained_shards
 from distprune.tasks.base import Batch, Task
@@ -71,6 +71,4 @@ def _nonfinite_outputs(engine: Any, task: Task, batch: Batch) -> list[str]:
 
 def _first(names: list[str]) -> str | None:
     """Return the first name of the lowest rank that has any. Collective: every rank calls it."""
-    found: list[list[str]] = [[]] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(found, names)
-    return next((ranks[0] for ranks in found if ranks), None)
+    return next(iter(dist.gather(names)), None)

@@ -17,7 +17,7 @@ from distprune.errors import UserError
 from distprune.models.files import open_source, read_config, resolve, stored_names
 from distprune.models.weights import most_tokens, skeleton
 from distprune.pruning.pruner import Pruner
-from distprune.pruning.scores import Random, build_score
+from distprune.pruning.scores import build_score
 from distprune.pruning.structures import build_structure
 from distprune.pruning.targets import targets_of
 from distprune.shards import ShardedParameters, shards_of, trained_shards
@@ -119,7 +119,7 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
         )
     other_weights = None
     if pruning.weights_of is not None:
-        if score.needs_gradient or score.comes_back or isinstance(score, Random):
+        if score.needs_gradient or score.comes_back or not score.reads_weights:
             raise UserError(
                 f"pruning.weights_of is {pruning.weights_of!r} and pruning.score {pruning.score!r}; allowed: a score "
                 "of weights alone, as magnitude"

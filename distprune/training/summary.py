@@ -96,12 +96,10 @@ def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:
         "masked_weights": masked,
         "prunable_weights": prunable,
         "zeros_in_file": in_file,
-        "zeros_outside_mask": in_file - masked,
         "encoder_sparsity": encoder[0] / encoder[1] if encoder[1] else 0.0,
         "encoder_zeros": encoder[0],
         "encoder_weights": encoder[1],
         "model_sparsity": model[0] / model[1],
-        "model_zeros": model[0],
         "model_weights": model[1],
         "layers": {name: {"masked": count, "weights": zeros[name][1]} for name, count in layers.items()},
     }

@@ -29,7 +29,6 @@ from distprune.monitor import Monitor
 from distprune.monitor.resources import memory_mib
 from distprune.monitor.wandb import stored_id
 from distprune.pruning.pruner import Pruner
-from distprune.pruning.scores import OptimalBrainSurgeon
 from distprune.tasks.base import Batch
 from distprune.training.best import Best, copy, merit_of, partial_of, remove_former, replace
 from distprune.training.curvature import estimate
@@ -113,11 +112,13 @@ class Trainer:
         student, pruner, plan = self.setup.student, self.setup.pruner, self.setup.plan
         world, task = self.setup.world, self.setup.task
         set_learning_rate(student, plan.lr.at(self.step))
-        if pruner is not None and isinstance(pruner.score, OptimalBrainSurgeon) and self.step in plan.ladder:
+        if pruner is not None and pruner.score.learns and self.step in plan.ladder:
             estimate(self.config, self.setup, pruner, self.step)
         parts = rank_part(batch, world.rank, world.size, self.config.train.accumulation)
         sums, draw = [0.0] * len(Losses._fields), stream_seed(self.config.train.seed, self.step, [])
-        for number, rows in enumerate(parts, start=1):
+        for number, rows in enumerate(parts):
+            if number > 0:
+                student.step()  # within a step: DeepSpeed counts micro-batches
             micro_batch = on_device(task.collate(task.train.__getitems__(rows), draw), student)
             if all(map(math.isfinite, sums)):
                 suspect = micro_batch  # in the end the first with a loss that is not finite, where there is one
@@ -126,12 +127,11 @@ class Trainer:
             student.backward(losses.total)
             values = torch.stack([loss.detach() for loss in losses]).tolist()  # one wait for the device
             sums = [total + value / len(parts) for total, value in zip(sums, values, strict=True)]
-            if number == len(parts):
-                self.saver.before_change()
-                if pruner is not None:
-                    self._prune(pruner)
-                asked = self._agree(sums, suspect)
-            student.step()
+        self.saver.before_change()
+        if pruner is not None:
+            self._prune(pruner)
+        asked = self._agree(sums, suspect)
+        student.step()
         self._check_taken()
         self.step += 1
         return asked

@@ -34,7 +34,7 @@ def masks(structure: str, score: str, device: torch.device) -> Tensor:
         mask = torch.full((size,), KEPT, dtype=torch.int8, device=device)
         state = torch.zeros(size, device=device)
         readers = (weights.view(-1).detach, gradient.detach)
-        slices.append(Slice(name, shape, 0, size, 0, size, first, mask, *readers, state))
+        slices.append(Slice(name, 0, size, 0, size, first, mask, *readers, state))
         first += size
     chosen = build_structure(PruningConfig(0.5, structure=structure), SHAPES, {name: [] for name in SHAPES}, 16)
     scoring = build_score(score, 0)

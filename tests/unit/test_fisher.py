@@ -20,7 +20,7 @@ FIRST = {"a": 0, "b": 23, "c": 30}
 
 def slice_of(name: str, start: int, end: int, values: Tensor) -> Slice:
     mask = torch.full((end - start,), KEPT, dtype=torch.int8)
-    return Slice(name, (SIZES[name],), start, end, start, end, FIRST[name], mask, lambda: values[start:end])
+    return Slice(name, start, end, start, end, FIRST[name], mask, lambda: values[start:end])
 
 
 def cut(places: dict[str, Sequence[int]], values: dict[str, Tensor]) -> list[list[Slice]]:

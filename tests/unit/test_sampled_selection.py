@@ -43,7 +43,7 @@ class Weights:
     def _source(self, start: int, end: int) -> Elements:
         weights, mask = self.weights[start:end], self.mask[start:end]
         bounds = (start, end, start, end)
-        slices = [Slice("w", (len(self.weights),), *bounds, 0, mask, lambda: weights)] if start < end else []
+        slices = [Slice("w", *bounds, 0, mask, lambda: weights)] if start < end else []
         return Elements(slices, Magnitude(), len(self.weights), len(self.weights))
 
 

@@ -121,7 +121,7 @@ def slices_of(parameters: Parameters, shapes: Shapes, holdings: Holdings) -> lis
         weights, mask = whole.weights[piece].clone(), whole.mask[piece].clone()
         gradient, state = (None if each is None else each[piece].clone() for each in (whole.gradient, whole.state))
         bounds = (start, end, own_start, own_end)
-        return Slice(name, shapes[name], *bounds, first[name], mask, lambda: weights, lambda: gradient, state)
+        return Slice(name, *bounds, first[name], mask, lambda: weights, lambda: gradient, state)
 
     return [[of(holding) for holding in rank] for rank in holdings]
 

@@ -198,7 +198,7 @@ def test_a_rank_makes_no_more_room_than_it_has_weights() -> None:
     """Groups are cut at the same time, each with its own interval."""
     weights = torch.randn(100, generator=torch.Generator().manual_seed(0))
     mask = torch.full((100,), KEPT, dtype=torch.int8)
-    piece = Slice("a", (100,), 0, 100, 20, 60, 0, mask, lambda: weights)
+    piece = Slice("a", 0, 100, 20, 60, 0, mask, lambda: weights)
     low, high = 1, 1 << 31
     interval = Elements([piece], Magnitude(), 1 << 24, 1 << 24).split(low, high, 1 << 20)
     assert (interval.held, interval.overfull) == (40, False)
