@@ -136,13 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     schedule.add_argument("--png", default="schedule.png", metavar="PATH", help="where to draw it [%(default)s]")
     _configurable(schedule)
 
-    sweep = commands.add_parser("sweep", help="the runs of a grid of methods, seeds and keys, and their table and plot")
-    sweep.add_argument("sweep_path", metavar="SWEEP", help="YAML file (docs/sweeps.md)")
-    sweep.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="for all runs")
-    sweep.add_argument("--results", dest="results_file", metavar="FILE", help="JSON lines; default: as the sweep says")
-    sweep.add_argument("--only", action="append", default=[], metavar="PATTERN", help="runs' names, e.g. 'gmp/*=0.9'")
-    sweep.add_argument("--dry-run", action="store_true", help="only say what would run")
-    sweep.add_argument("--table", action="store_true", dest="only_table", help="only table and plot of what has ended")
+    _sweep(commands.add_parser("sweep", help="the runs of a grid of methods, seeds and keys, and their table and plot"))
 
     report = commands.add_parser("report", help="a page about a run, or about several side by side")
     report.add_argument("run_dirs", metavar="RUN", nargs="+", help="a run's directory")
@@ -153,27 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--examples-per-s", type=float, metavar="X", help="over all ranks; left out: measured here")
     _configurable(plan)
 
-    oneshot = commands.add_parser("oneshot", help="prune a model directory without training")
-    oneshot.add_argument("model_dir", metavar="MODEL_DIR", help="Hugging Face model directory or hub id")
-    oneshot.add_argument("out", metavar="OUT", help="new directory for the pruned copy")
-    oneshot.add_argument("--sparsity", type=float, required=True, metavar="S", help="part that is zero, [0, 1)")
-    oneshot.add_argument("--include", action="append", default=[], metavar="REGEX", help="as pruning.include")
-    oneshot.add_argument("--exclude", action="append", default=[], metavar="REGEX", help="as pruning.exclude")
-    oneshot.add_argument(
-        "--structure", default="unstructured", metavar="NAME", help="as pruning.structure [%(default)s]"
-    )
-    oneshot.add_argument("--scope", default="global", metavar="NAME", help="as pruning.scope [%(default)s]")
-    oneshot.add_argument("--groups", action="append", default=[], metavar="REGEX", help="as pruning.groups")
-    oneshot.add_argument("--score", default="magnitude", metavar="NAME", help="as pruning.score [%(default)s]")
-    oneshot.add_argument("--start-sparse", action="store_true", help="as pruning.start_sparse")
-    oneshot.add_argument("--seed", type=int, default=42, metavar="N", help="of data and random scores [%(default)s]")
-    oneshot.add_argument("--config", metavar="FILE", help="whose data give the gradients that a score needs")
+    _oneshot(commands.add_parser("oneshot", help="prune a model directory without training"))
 
     export = commands.add_parser("export", help="a checkpoint as a model; a model packed, or unpacked, or shrunk")
     export.add_argument("source", metavar="DIR", help="checkpoint, model directory, or one that is packed")
     export.add_argument("out", metavar="OUT", help="new directory")
     export.add_argument("--shrink", action="store_true", dest="shrinking", help="take out zero heads and neurons")
-
     export.add_argument(
         "--packed", action="store_true", dest="packing", help="a checkpoint's model with a bit a weight, and the values"
     )
@@ -184,7 +163,37 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check nodes, network and disk on every rank, before a job")
     _configurable(doctor, optional=True)
 
-    analyze = commands.add_parser("analyze", help="what your teacher, model and data say about a recipe's choices")
+    _analyze(commands.add_parser("analyze", help="what your teacher, model and data say about a recipe's choices"))
+    _bench(commands.add_parser("bench", help="measure what pruning costs on this machine"))
+
+    config = commands.add_parser("config", help="print every key with its value and meaning, as YAML")
+    _configurable(config, optional=True)
+    return parser
+
+
+def _sweep(sweep: argparse.ArgumentParser) -> None:
+    sweep.add_argument("sweep_path", metavar="SWEEP", help="YAML file (docs/sweeps.md)")
+    sweep.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="for all runs")
+    sweep.add_argument("--results", dest="results_file", metavar="FILE", help="JSON lines; default: as the sweep says")
+    sweep.add_argument("--only", action="append", default=[], metavar="PATTERN", help="runs' names, e.g. 'gmp/*=0.9'")
+    sweep.add_argument("--dry-run", action="store_true", help="only say what would run")
+    sweep.add_argument("--table", action="store_true", dest="only_table", help="only table and plot of what has ended")
+
+
+def _oneshot(oneshot: argparse.ArgumentParser) -> None:
+    oneshot.add_argument("model_dir", metavar="MODEL_DIR", help="Hugging Face model directory or hub id")
+    oneshot.add_argument("out", metavar="OUT", help="new directory for the pruned copy")
+    oneshot.add_argument("--sparsity", type=float, required=True, metavar="S", help="part that is zero, [0, 1)")
+    for name in ("include", "exclude", "groups"):
+        oneshot.add_argument(f"--{name}", action="append", default=[], metavar="REGEX", help=f"as pruning.{name}")
+    for name, default in (("structure", "unstructured"), ("scope", "global"), ("score", "magnitude")):
+        oneshot.add_argument(f"--{name}", default=default, metavar="NAME", help=f"as pruning.{name} [%(default)s]")
+    oneshot.add_argument("--start-sparse", action="store_true", help="as pruning.start_sparse")
+    oneshot.add_argument("--seed", type=int, default=42, metavar="N", help="of data and random scores [%(default)s]")
+    oneshot.add_argument("--config", metavar="FILE", help="whose data give the gradients that a score needs")
+
+
+def _analyze(analyze: argparse.ArgumentParser) -> None:
     subjects = analyze.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
     teacher = subjects.add_parser("teacher", help="how much the teacher says over the temperature")
     _configurable(teacher)
@@ -202,7 +211,8 @@ def _parser() -> argparse.ArgumentParser:
         subject.add_argument("--png", default=f"{name}.png", metavar="PATH", help="where to draw it [%(default)s]")
         subject.add_argument("--json", dest="json_path", metavar="PATH", help="where to write all numbers")
 
-    bench = commands.add_parser("bench", help="measure what pruning costs on this machine")
+
+def _bench(bench: argparse.ArgumentParser) -> None:
     kinds = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     select = kinds.add_parser("select", help="a pruning: time, memory and wire, beside torch's own ways")
     select.add_argument(
@@ -210,41 +220,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     select.add_argument("--alone", action="store_true", help="leave out kthvalue and topk, which take long")
     step = kinds.add_parser("step", help="a training step with masks, without, and with a teacher")
-    step.add_argument("--stage", type=int, default=2, choices=range(4), help="ZeRO stage of the student [%(default)s]")
-    step.add_argument("--batch-size", type=int, default=32, metavar="N", help="over all ranks [%(default)s]")
-    step.add_argument("--length", type=int, default=128, metavar="N", help="tokens of an example [%(default)s]")
     train = kinds.add_parser("train", help="whole training steps, beside transformers' Trainer")
-    train.add_argument("--stage", type=int, default=2, choices=range(4), help="ZeRO stage of the student [%(default)s]")
-    train.add_argument("--batch-size", type=int, default=32, metavar="N", help="over all ranks [%(default)s]")
     train.add_argument("--steps", type=int, default=40, metavar="N", help="counted in each turn [%(default)s]")
     checkpoint = kinds.add_parser("checkpoint", help="what training stands still for a checkpoint")
     checkpoint.add_argument("--folder", metavar="PATH", help="on the disk to measure; left out: the system's own")
     memory = kinds.add_parser("memory", help="the memory of a rank at its peak, and what distprune plan says of it")
-    memory.add_argument(
-        "--stage", type=int, default=2, choices=range(4), help="ZeRO stage of the student [%(default)s]"
-    )
-    memory.add_argument("--batch-size", type=int, default=8, metavar="N", help="over all ranks [%(default)s]")
-    memory.add_argument("--length", type=int, default=128, metavar="N", help="tokens of an example [%(default)s]")
     memory.add_argument("--teacher", type=int, choices=(0, 3), metavar="STAGE", help="beside one at ZeRO 0 or 3")
-    for kind in (step, train, checkpoint, memory):
+    for kind, stage in ((step, 2), (train, 2), (checkpoint, 3), (memory, 2)):
         kind.add_argument("--model", default="bert-base", choices=["bert-base", "minilm", "tiny"], help="[%(default)s]")
-    checkpoint.add_argument("--stage", type=int, default=3, choices=range(4), help="ZeRO stage [%(default)s]")
-    defaults = (
-        (select, "fp32", 5),
-        (step, "bf16", 10),
-        (train, "bf16", 3),
-        (checkpoint, "bf16", 5),
-        (memory, "fp32", 3),
-    )
-    for kind, dtype, repeat in defaults:
+        kind.add_argument("--stage", type=int, default=stage, choices=range(4), help="ZeRO stage [%(default)s]")
+    for kind, size in ((step, 32), (train, 32), (memory, 8)):
+        kind.add_argument("--batch-size", type=int, default=size, metavar="N", help="over all ranks [%(default)s]")
+    for kind in (step, memory):
+        kind.add_argument("--length", type=int, default=128, metavar="N", help="tokens of an example [%(default)s]")
+    ways = ((select, "fp32", 5), (step, "bf16", 10), (train, "bf16", 3), (checkpoint, "bf16", 5), (memory, "fp32", 3))
+    for kind, dtype, repeat in ways:
         kind.add_argument("--dtype", default=dtype, choices=["fp32", "bf16"], help="of the weights [%(default)s]")
         kind.add_argument("--repeat", type=int, default=repeat, metavar="N", help="measurements [%(default)s]")
         kind.add_argument("--threads", type=int, default=1, metavar="N", help="of each rank [%(default)s]")
         kind.add_argument("--json", dest="json_path", metavar="PATH", help="where to write all numbers")
-
-    config = commands.add_parser("config", help="print every key with its value and meaning, as YAML")
-    _configurable(config, optional=True)
-    return parser
 
 
 def _configurable(parser: argparse.ArgumentParser, optional: bool = False) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from distprune import dist
-from distprune.benchmarks.steps import write_random_model
+from distprune.benchmarks.models import random_batch, write_random_model
 from distprune.benchmarks.timing import seconds
 from distprune.checkpoints.pieces import packed
 from distprune.checkpoints.saver import Saver
@@ -56,7 +56,7 @@ def measure(folder: Path, model: str, section: dict[str, Any], repeat: int) -> C
 
     Args:
         folder: on the disk that is to be measured.
-        model: a name of `steps.SHAPES`.
+        model: a name of `distprune.benchmarks.models.SHAPES`.
         section: DeepSpeed's options of the student.
         repeat: how often.
     """
@@ -68,8 +68,7 @@ def measure(folder: Path, model: str, section: dict[str, Any], repeat: int) -> C
     student, _ = build_student(config, folder / "model", AutoModelForSequenceClassification, {}, 8)
     pruner = build_pruner(config, student)
     saver = Saver(folder, keep=1, describe=lambda _: None)
-    ids = torch.randint(0, 1000, (8, 128), generator=torch.Generator().manual_seed(world.rank)).to(student.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = random_batch(8, 128, world.rank, student.device)
 
     def forward_and_backward() -> None:
         student.backward(student(**batch).logits.float().square().sum())

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
 
 from distprune import dist
-from distprune.benchmarks.steps import write_random_model
+from distprune.benchmarks.models import random_batch, write_random_model
 from distprune.benchmarks.timing import peak_bytes
 from distprune.config import Config
 from distprune.engines.build import build_frozen, build_student, decay_groups
@@ -51,7 +51,7 @@ def measure(
 
     Args:
         folder: where the random model is written.
-        model: a name of `steps.SHAPES`.
+        model: a name of `distprune.benchmarks.models.SHAPES`.
         section: DeepSpeed's options of the student.
         batch_size: examples in a step over all ranks.
         length: tokens of each.
@@ -91,7 +91,7 @@ def _train(
         teacher = build_frozen(frozen, folder, AutoModelForSequenceClassification, {}, micro_batch)
     student, _ = build_student(config, folder, AutoModelForSequenceClassification, {}, micro_batch)
     pruner = build_pruner(config, student)
-    batch = _batch(micro_batch, length)
+    batch = random_batch(micro_batch, length, world.rank)
     for step in range(steps):
         logits = student(**batch).logits
         if teacher is None:
@@ -103,11 +103,6 @@ def _train(
         student.backward(loss)
         pruner.after_backward(Fraction(4 * (step + 1), 5 * steps))
         student.step()
-
-
-def _batch(examples: int, length: int) -> dict[str, Tensor]:
-    ids = torch.randint(0, 1000, (examples, length), generator=torch.Generator().manual_seed(dist.detect().rank))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _loss(logits: Tensor) -> Tensor:
@@ -125,6 +120,6 @@ def _need(folder: Path, section: dict[str, Any], frozen: dict[str, Any] | None, 
         dense, _ = skeleton(folder, AutoModelForSequenceClassification, {})
         teacher = shapes_of(dense.requires_grad_(False), [], ()), layout_of("the teacher", frozen, world)
     student = stand_in(model, layout.dtype).train()
-    batch = _batch(1, length)
+    batch = random_batch(1, length, seed=0)
     activations = count(student, lambda: _loss(student(**batch).logits))
     return Need(shapes, layout, teacher, activations, micro_batch, on_gpu=False)

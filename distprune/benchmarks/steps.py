@@ -10,23 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForSequenceClassification
 
 from distprune import dist
+from distprune.benchmarks.models import random_batch, write_random_model
 from distprune.benchmarks.timing import seconds
 from distprune.config import Config
 from distprune.engines.build import build_frozen, build_student
 from distprune.training.distill import distillation_loss
 from distprune.training.setup import build_pruner
-
-SHAPES = {
-    "bert-base": {},
-    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
-}
-
-POSITIONS = BertConfig().max_position_embeddings
-"""Tokens that these models can read."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
 
     Args:
         folder: where the random model is written.
-        model: a name of `SHAPES`.
+        model: a name of `distprune.benchmarks.models.SHAPES`.
         section: DeepSpeed's options of the student; the teacher has them too, at ZeRO-3.
         batch_size: examples in a step over all ranks.
         length: tokens of each.
@@ -95,16 +88,14 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
     pruner = build_pruner(config, student)
     pruner.prune(Fraction(4, 5))
     masked_of, nothing = pruner.masked_of, dict.fromkeys(pruner.masked_of, 0)
-    generator = torch.Generator().manual_seed(world.rank)
-    ids = torch.randint(0, 1000, (micro_batch, length), generator=generator).to(student.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    labels = torch.randint(0, 2, (micro_batch,), generator=generator).to(student.device)
+    batch = random_batch(micro_batch, length, world.rank, student.device)
+    labels = torch.arange(micro_batch, device=student.device) % 2
     masking: list[float] = []
 
     def loss_of(taught: bool) -> Tensor:
         logits = student(**batch).logits
         if not taught:
-            return torch.nn.functional.cross_entropy(logits.float(), labels)
+            return cross_entropy(logits.float(), labels)
         with torch.no_grad():
             target = teacher(**batch).logits
         return distillation_loss(logits, target, 5.5)
@@ -119,22 +110,12 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
 
         return seconds(work, student.device)
 
-    kinds: list[Callable[[], float]] = [
-        lambda: step(False, False),
-        lambda: step(True, False),
-        lambda: step(True, True),
-    ]
-    for kind in kinds:
-        kind()
-    times = []
-    for number in range(repeat):
-        order = range(len(kinds)) if number % 2 == 0 else reversed(range(len(kinds)))  # a drift must not count
-        row = {kind: kinds[kind]() for kind in order}
-        times.append([row[kind] for kind in range(len(kinds))])
+    dense, masked, taught = _in_turn(
+        [lambda: step(False, False), lambda: step(True, False), lambda: step(True, True)], repeat
+    )
     pruner.masked_of = masked_of
     weights = seconds(lambda: pruner._after_optimizer_step(student.basic_optimizer), student.device)
-    gradients = median(masking[len(kinds) :][1::3])  # the masked student without a teacher is in the middle
-    dense, masked, taught = ([row[column] for row in times] for column in range(3))
+    gradients = median(masking[3:][1::3])  # of what is in the middle: the masked student without a teacher
     dtype = next(student.module.parameters()).dtype
     stage = int(student.zero_optimization_stage())
     return Steps(
@@ -153,7 +134,11 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
     )
 
 
-def write_random_model(folder: Path, model: str) -> None:
-    """Write a model of random weights."""
-    torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(**SHAPES[model])).save_pretrained(folder)
+def _in_turn(kinds: list[Callable[[], float]], repeat: int) -> list[list[float]]:
+    """Return ``repeat`` times of each kind, taken in turn; to and fro, so that a drift does not count."""
+    times: list[list[float]] = [[kind()] for kind in kinds]
+    for number in range(repeat):
+        order = list(range(len(kinds)))
+        for place in order if number % 2 == 0 else reversed(order):
+            times[place].append(kinds[place]())
+    return [each[1:] for each in times]  # the first warms up

@@ -17,7 +17,7 @@ import torch
 
 from distprune import dist, settings
 from distprune.benchmarks import huggingface
-from distprune.benchmarks.steps import write_random_model
+from distprune.benchmarks.models import write_random_model
 from distprune.engines.build import with_defaults
 from distprune.synthetic import tokenizer
 from distprune.training.setup import prepare
@@ -76,7 +76,7 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
 
     Args:
         folder: for data, models and the teacher's cache; on a disk that all ranks share.
-        model: a name of `steps.SHAPES`.
+        model: a name of `distprune.benchmarks.models.SHAPES`.
         section: DeepSpeed's options of the student; the teacher has them too, at ZeRO-3.
         batch_size: examples in a step over all ranks.
         steps: optimizer steps of each turn that are counted.

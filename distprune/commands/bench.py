@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune import dist
-from distprune.benchmarks import checkpoints, memory, selection, steps, training
+from distprune.benchmarks import checkpoints, memory, models, selection, steps, training
 from distprune.errors import UserError
 from distprune.monitor.records import save_json
 
@@ -67,8 +67,8 @@ def _check_batch_size(batch_size: int) -> dist.World:
 
 
 def _check_length(length: int) -> None:
-    if not 1 <= length <= steps.POSITIONS:
-        raise UserError(f"--length is {length}; allowed: 1 to the models' {steps.POSITIONS} tokens")
+    if not 1 <= length <= models.POSITIONS:
+        raise UserError(f"--length is {length}; allowed: 1 to the models' {models.POSITIONS} tokens")
 
 
 def _select(repeat: int, sizes: Sequence[float], dtype: str, alone: bool) -> tuple[Table, list[dict[str, Any]]]:
