@@ -205,6 +205,11 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted((path for path in found if path.name.startswith(_NAME)), reverse=True)
 
 
+def newest_step(folder: Path) -> int | None:
+    """Return the step of the newest checkpoint in a folder; None where there is none."""
+    return next((int(path.name.removeprefix(_NAME)) for path in newest_first(folder)), None)
+
+
 def clear_behind(folder: Path, step: int) -> None:
     """Clear away what a run leaves behind it as it goes on from its newest whole checkpoint.
 

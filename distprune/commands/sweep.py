@@ -67,7 +67,7 @@ def run(
         _report(opened)
     if outcome.stopped:
         print("stopped, as asked; the same command goes on from there")
-        raise Interrupted(0, requeue=False)
+        raise Interrupted(0, None, requeue=False)
     if outcome.failed:
         logs = ", ".join(f"{name} ({log})" for name, log in outcome.failed.items())
         without = f"; not run without them: {', '.join(outcome.left)}" if outcome.left else ""

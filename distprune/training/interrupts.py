@@ -17,15 +17,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
-    """The run has stopped because it was asked to; everything is saved.
+    """The run has stopped because it was asked to.
 
     Args:
         step: optimizer steps that are done.
+        saved: those of the newest checkpoint, fewer where the last could not be written; None: there is none.
         requeue: whether the job is to be queued again.
     """
 
-    def __init__(self, step: int, requeue: bool):
-        super().__init__(f"stopped after step {step}, as asked; the same command goes on from there")
+    def __init__(self, step: int, saved: int | None, requeue: bool):
+        where = "there" if saved == step else "the beginning" if saved is None else f"step {saved}"
+        super().__init__(f"stopped after step {step}, as asked; the same command goes on from {where}")
         self.requeue = requeue
 
 

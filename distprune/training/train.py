@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distprune import dist
-from distprune.checkpoints.files import FOLDER, Manifest
+from distprune.checkpoints.files import FOLDER, Manifest, newest_step
 from distprune.checkpoints.pieces import Pieces
 from distprune.checkpoints.saver import Saver
 from distprune.checkpoints.state import owned_tensors, restore, state_of
@@ -94,7 +94,8 @@ class Trainer:
                 break
             if asked.stop and self.step < plan.total_steps:
                 self.saver.finish()
-                raise Interrupted(self.step, asked.requeue)
+                saved = dist.on_main(lambda: newest_step(self.saver.folder))
+                raise Interrupted(self.step, saved, asked.requeue)
         if self._measured_at != self.step:
             self._evaluate()  # the run has become shorter than it was when it began
         self.saver.finish()

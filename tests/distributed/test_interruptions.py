@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 
+from distprune.checkpoints import files
+from distprune.checkpoints.files import Manifest
 from distprune.training.heartbeat import is_fault
 from distprune.training.interrupts import Interrupted
 from tests.distributed.runs import RATE, OnLastRank, run, run_command, run_patched, same_weights, told
@@ -127,9 +129,9 @@ def ask_to_stop(_: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def stopped(task: Path, output: Path) -> str:
+def stopped(task: Path, output: Path, *overrides: str) -> str:
     try:
-        return str(run_patched(RATE, OnLastRank(ask_to_stop), task, output))
+        return str(run_patched(RATE, OnLastRank(ask_to_stop), task, output, *overrides))
     except Interrupted as error:
         return str(error)
 
@@ -138,6 +140,23 @@ def test_all_ranks_stop_after_the_step_in_which_one_is_asked(world: Worlds, task
     said = world(2).run(stopped, task, tmp_path / "run")
     assert said == ["stopped after step 6, as asked; the same command goes on from there"] * 2
     assert checkpoints(tmp_path / "run") == ["step-00000006"]
+
+
+def stopped_on_a_full_disk(task: Path, output: Path) -> str:
+    complete = files.complete
+
+    def refuse(folder: Path, manifest: Manifest) -> None:
+        if manifest.step == 6:
+            raise OSError(28, "No space left on device")
+        complete(folder, manifest)
+
+    with patch.object(files, "complete", refuse):
+        return stopped(task, output, "checkpoint.steps=4")
+
+
+def test_it_is_said_where_a_run_goes_on_whose_last_save_failed(world: Worlds, task: Path, tmp_path: Path) -> None:
+    said = world(1).run(stopped_on_a_full_disk, task, tmp_path / "run")
+    assert said == ["stopped after step 6, as asked; the same command goes on from step 4"]
 
 
 def fail(_: Any) -> None:
