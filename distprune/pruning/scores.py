@@ -3,14 +3,12 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from importlib import import_module
-from inspect import isabstract
 
 import torch
 from torch import Tensor
 
 from distprune.config import FisherConfig
-from distprune.errors import UserError
+from distprune.plugins import find_class
 from distprune.pruning.exchange import Exchange, Request
 from distprune.pruning.fisher import InverseFisher
 from distprune.pruning.fixed import exponent_for, to_fixed
@@ -320,16 +318,4 @@ def build_score(
     """
     if name == "obs":
         return OptimalBrainSurgeon(seed, fisher, cuts)
-    if name in SCORES:
-        return SCORES[name](seed)
-    module, colon, attribute = name.partition(":")
-    try:
-        kind = getattr(import_module(module), attribute) if colon and module[:1] not in ("", ".") else None
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"score {name!r} cannot be imported: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, Score)) or isabstract(kind):
-        raise UserError(
-            f"score {name!r} is unknown; allowed: {', '.join(SCORES)}, or module:Class of a subclass of "
-            "distprune.pruning.scores.Score"
-        )
-    return kind(seed)
+    return find_class("score", name, SCORES, Score)(seed)  # type: ignore[type-abstract]

@@ -1,12 +1,9 @@
 """The kinds of task, by the name in ``task.name``."""
 
-from importlib import import_module
-from inspect import isabstract
-
 from transformers import PreTrainedTokenizerBase
 
 from distprune.config import Config
-from distprune.errors import UserError, unknown
+from distprune.plugins import find_class
 from distprune.tasks.base import Task
 from distprune.tasks.choice_by_masked_lm import ChoiceByMaskedLM
 from distprune.tasks.language_modelling import CausalLM, MaskedLM
@@ -32,18 +29,7 @@ def task_kind(name: str) -> type[Task]:
     Raises:
         UserError: where there is none of this name.
     """
-    if name in TASKS:
-        return TASKS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon or module[:1] in ("", "."):
-        raise unknown("task.name", name, TASKS)
-    try:
-        kind = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"task.name {name!r} cannot be imported: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, Task)) or isabstract(kind):
-        raise UserError(f"task.name is {name!r}; allowed: module:Class of a subclass of distprune.tasks.Task")
-    return kind
+    return find_class("task.name", name, TASKS, Task)  # type: ignore[type-abstract]
 
 
 def build_task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:

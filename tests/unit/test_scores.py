@@ -242,13 +242,16 @@ def test_a_score_of_another_package_is_built_by_its_path() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("magnitud", r"score 'magnitud' is unknown; allowed: magnitude, .*obs, or module:Class"),
+        (
+            "magnitud",
+            r"score 'magnitud' is unknown \(did you mean 'magnitude'\?\); allowed: magnitude, .*obs, module:Class",
+        ),
         ("", "is unknown"),
         (":Score", "is unknown"),
         (".scores:Score", "is unknown"),
-        ("math:pi", "is unknown"),
-        ("distprune.pruning.scores:Score", "is unknown"),
-        ("builtins:int", "is unknown; .* of a subclass of distprune.pruning.scores.Score"),
+        ("math:pi", "score is 'math:pi'; allowed: "),
+        ("distprune.pruning.scores:Score", "allowed: "),
+        ("builtins:int", "allowed: .* of a subclass of distprune.pruning.scores.Score"),
         (f"{__name__}:Missing", "cannot be imported: .*Missing"),
         ("no_such_module:Score", "cannot be imported: No module named 'no_such_module'"),
     ],

@@ -1,0 +1,37 @@
+"""Classes by name: those that distprune has, and those of other packages."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from inspect import isabstract
+from typing import TypeVar
+
+from distprune.errors import UserError, unknown
+
+T = TypeVar("T")
+
+
+def find_class(key: str, name: str, known: Mapping[str, type[T]], base: type[T]) -> type[T]:
+    """Return a class by its name, or by ``module:Class`` where it is of another package.
+
+    Args:
+        key: what is named so, for the message.
+        name: as given.
+        known: those that need no module.
+        base: what a class of another package has to derive from, and make concrete.
+
+    Raises:
+        UserError: where there is none of this name.
+    """
+    if name in known:
+        return known[name]
+    others = f"module:Class of a subclass of {base.__module__}.{base.__qualname__}"
+    module, colon, attribute = name.partition(":")
+    if not colon or module[:1] in ("", "."):
+        raise unknown(key, name, [*known, others])
+    try:
+        kind = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{key} {name!r} cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, base)) or isabstract(kind):
+        raise UserError(f"{key} is {name!r}; allowed: {', '.join(known)}, or {others}")
+    return kind
