@@ -244,7 +244,7 @@ def test_a_score_of_another_package_is_built_by_its_path() -> None:
     [
         (
             "magnitud",
-            r"score 'magnitud' is unknown \(did you mean 'magnitude'\?\); allowed: magnitude, .*obs, module:Class",
+            r"'magnitud' is unknown \(did you mean 'magnitude'\?\); allowed: magnitude, .*obs, module:Class",
         ),
         ("", "is unknown"),
         (":Score", "is unknown"),
