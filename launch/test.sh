@@ -7,5 +7,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$REPOSITORY"
 install
 activate
-# Two files at a time: a test of one process, or of ranks that wait for each other, leaves a core free.
-exec pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
+# Two files at a time: a test of one process, or of ranks that wait for each other, leaves a core free. In the order of
+# their names, by which the short ones of tests/unit come last: both end at the same time.
+exec pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
