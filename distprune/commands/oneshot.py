@@ -130,8 +130,8 @@ def _prune_files(model_dir: str, out: str, pruning: PruningConfig, score: Score)
     slices = files.slices(pruning.start_sparse)
     sizes = {name: prod(shape) for name, shape in files.shapes.items()}
     heads = getattr(files.model.config, "num_attention_heads", None)
-    partial_dir = dist.on_main(lambda: _begin(target))
     structure = dist.agree(lambda: build_structure(pruning, files.shapes, {name: [] for name in sizes}, heads))
+    partial_dir = dist.on_main(lambda: _begin(target))
     device = dist.detect().device
     over_ranks(score.prepare(slices, sizes), device)
     sparsity = Fraction(str(pruning.sparsity))

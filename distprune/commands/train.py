@@ -28,7 +28,8 @@ def run(config_path: str, overrides: list[str]) -> None:
     """Train as configured, and write the run directory. Collective: every rank calls it."""
     world = dist.init()
     if dist.is_main():
-        print(f"{world.size} ranks on {world.device.type}, started by {world.launcher.replace('none', 'no launcher')}")
+        ranks = f"{world.size} rank{'s' * (world.size > 1)}"
+        print(f"{ranks} on {world.device.type}, started by {world.launcher.replace('none', 'no launcher')}")
     try:
         with Heartbeat(world):
             train(dist.agree(lambda: settings.load_valid(config_path, overrides)))

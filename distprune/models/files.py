@@ -26,6 +26,8 @@ from distprune.checkpoints.pieces import Pieces
 from distprune.errors import UserError
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+SHRUNK = "shrunk.json"
+"""What a shrunk model's directory holds: the sizes of its matrices."""
 _LEGACY = {"gamma": "weight", "beta": "bias"}
 _LEGACY_MODULES = {"embed_out": "lm_head"}
 
@@ -127,6 +129,11 @@ class ModelFiles:
 
     def _files(self) -> list[Path]:
         """Return the files that there must be: those of the index, or the only one."""
+        if (self.directory / SHRUNK).exists():
+            raise UserError(
+                f"{self.directory} holds a shrunk model; allowed: the directory that it was made of, or "
+                "distprune.models.shrunk.load_shrunk, as transformers' own classes do not fit it"
+            )
         single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
         if not index.exists() and not single.exists():
             if any(self.directory.glob("packed-model*")):

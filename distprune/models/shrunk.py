@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distprune.errors import UserError
-from distprune.models.files import read_config
+from distprune.models.files import SHRUNK, read_config
 from distprune.pruning.structures.attention import heads, is_by_columns, members, neurons
 from distprune.pruning.structures.blocks import Grid
-
-_RECORD = "shrunk.json"
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def save_shrunk(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None
     model.save_pretrained(directory, max_shard_size="100GB")
     tokenizer.save_pretrained(directory)
     sizes = {name: [module.out_features, module.in_features] for name, module in _linear(model)}
-    (directory / _RECORD).write_text(json.dumps(sizes, indent=2))
+    (directory / SHRUNK).write_text(json.dumps(sizes, indent=2))
 
 
 def load_shrunk(directory: Path, auto_class: Any) -> PreTrainedModel:
@@ -84,9 +82,9 @@ def load_shrunk(directory: Path, auto_class: Any) -> PreTrainedModel:
     Raises:
         UserError: where the directory is no such one, or lacks weights that are not tied to others.
     """
-    if not (directory / _RECORD).exists():
-        raise UserError(f"{str(directory)!r} holds no {_RECORD}; allowed: a directory of distprune export --shrink")
-    sizes = json.loads((directory / _RECORD).read_text())
+    if not (directory / SHRUNK).exists():
+        raise UserError(f"{str(directory)!r} holds no {SHRUNK}; allowed: a directory of distprune export --shrink")
+    sizes = json.loads((directory / SHRUNK).read_text())
     model: PreTrainedModel = auto_class.from_config(read_config(directory))
     for name, module in _linear(model):
         if sizes[name] != [module.out_features, module.in_features]:

@@ -75,6 +75,7 @@ def load_splits(task: TaskConfig, columns: Sequence[str], notes: list[str]) -> S
     names = [task.train, *([] if task.holdout else [task.validation]), *task.more_validation]
     local = [] if task.hub else [_read_file(task, name) for name in names]
     splits = [_check(split, columns, task, notes) for split in local or _read_hub(task, names)]
+    notes += [note for name, split in zip(names, local, strict=False) if (note := _quoted(name, split, columns))]
     more = splits[len(splits) - len(task.more_validation) :]
     titles = [Path(name).name.split(".")[0] for name in task.more_validation]
     if len(set(titles)) < len(titles):
@@ -228,6 +229,15 @@ def _read_file(task: TaskConfig, name: str) -> Split:
     except UNREADABLE as error:
         raise UserError(f"the data file {name} cannot be read, or is empty: {_reason(error)}") from error
     return Split(_number(rows, name), name)
+
+
+def _quoted(name: str, split: Split, columns: Sequence[str]) -> str | None:
+    """Return a sentence on fields of a tab-separated file that were meant to be quoted, where there are any."""
+    if _suffix(name) != ".tsv":
+        return None
+    texts = (text for column in columns if is_text(split, column) for text in split.rows[column][:] if text)
+    number = sum(len(text) > 1 and text.startswith('"') and text.endswith('"') for text in texts)
+    return f"fields in quotes in {name}: {number}; quotes are text in .tsv, and not in .csv" if number else None
 
 
 def _suffix(name: str) -> str:

@@ -40,6 +40,12 @@ def test_a_text_file_is_a_row_a_line(tmp_path):
     assert [splits.train.rows["text"][:], splits.validation.rows["text"][:]] == [["NA", "", '"a" b']] * 2
 
 
+def test_fields_in_quotes_are_told_of_where_quotes_are_text(build):
+    rows = [{"sentence": text, "label": i % 2} for i, text in enumerate(['"a"', 'b "c', "d"])]
+    notes = build(rows, suffix=".tsv").notes
+    assert notes == ["fields in quotes in train.tsv: 1; quotes are text in .tsv, and not in .csv"]
+
+
 def test_words_that_look_like_missing_values_are_text(build):
     rows = [{"sentence": text, "label": i % 2} for i, text in enumerate(["null", "NA", ""])]
     assert build(rows, suffix=".csv").train["input_ids"][:] == [ids("null"), ids("NA"), ids("")]

@@ -20,6 +20,7 @@ from transformers import (
 
 from distprune.commands import export, oneshot
 from distprune.errors import UserError
+from distprune.models.files import ModelFiles
 from distprune.models.shrunk import load_shrunk, shrink
 from tests.distributed.engines import write_model
 
@@ -41,6 +42,8 @@ def test_heads_and_neurons_that_were_pruned_are_taken_out(tmp_path: Path, capsys
     export.run(str(tmp_path / "both"), str(tmp_path / "small"), True)
     said = capsys.readouterr().out
     assert "took out 4 of 8 heads, 36 of 48 neurons" in said
+    with pytest.raises(UserError, match="holds a shrunk model; allowed: the directory that it was made of"):
+        ModelFiles(tmp_path / "small")
     small = load_shrunk(tmp_path / "small", AutoModelForSequenceClassification)
     torch.testing.assert_close(outputs(small), outputs(whole), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(outputs(whole), outputs(AutoModelForSequenceClassification.from_pretrained(dense)))
