@@ -74,6 +74,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")
 def _front_matter(summary: Mapping[str, Any], data: str, task_type: str) -> str:
     """Return the hub's metadata as YAML."""
     metric, pruned = summary["metric_name"], summary["masked_weights"] > 0
+    base = _short(summary["base_model"]).removesuffix("/final")  # of a run, which has a better name
     result = EvalResult(
         task_type=task_type,
         dataset_type=data,
@@ -89,7 +90,7 @@ def _front_matter(summary: Mapping[str, Any], data: str, task_type: str) -> str:
         pipeline_tag=task_type,
         tags=["pruned", "distprune"] if pruned else ["distprune"],
         metrics=[result.metric_type],
-        model_name=f"{Path(_short(summary['base_model'])).name}-{'pruned' if pruned else 'fine-tuned'}",
+        model_name=f"{Path(base).name}-{'pruned' if pruned else 'fine-tuned'}",
         eval_results=[result],
     ).to_yaml()
 

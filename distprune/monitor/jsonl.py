@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,6 +25,8 @@ class Jsonl:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with suppress(OSError):
+            self._write()
         self._file.close()
 
     def log(self, record: Mapping[str, object]) -> None:
@@ -33,6 +36,9 @@ class Jsonl:
             OSError: it does not take them yet; they are kept for the next call.
         """
         self._pending += json.dumps(finite(record), allow_nan=False).encode() + b"\n"
+        self._write()
+
+    def _write(self) -> None:
         while self._pending:
             self._pending = self._pending[self._file.write(self._pending) :]
 
