@@ -1,5 +1,6 @@
 """Teachers: a cached one teaches as a live one, is never another's, and gives way where more than logits is asked."""
 
+import math
 import socket
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, DistilBertConfig, DistilBertForSequenceClassification
 
 from distprune import dist
 from tests.distributed.engines import write_model
@@ -181,3 +183,17 @@ def test_what_a_killed_process_has_left_is_removed(world: Worlds, task: Path, tm
     left.mkdir()
     world(1).run(run, task, tmp_path / "run", *cached(task, tmp_path / "cache"))
     assert [path.name for path in tmp_path.glob("cache*")] == ["cache"]
+
+
+@pytest.mark.slow
+def test_a_student_may_be_of_another_kind_than_its_teacher(world: Worlds, task: Path, tmp_path: Path) -> None:
+    """DistilBERT takes no token types, which its teacher and the tokenizer know."""
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer = AutoTokenizer.from_pretrained(task / "model", model_input_names=names)
+    config = DistilBertConfig(vocab_size=len(tokenizer), dim=16, hidden_dim=24, n_layers=2, n_heads=2, num_labels=2)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "distil")
+    tokenizer.save_pretrained(tmp_path / "distil")
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(tmp_path / "distil")("a film")
+    summary, _ = world(2).run(run, task, tmp_path / "run", f"model.path={tmp_path}/distil", *stage(3))
+    assert len(summary["layers"]) == 2 * 6
+    assert summary["zeros_in_file"] == math.floor(0.9 * summary["prunable_weights"])

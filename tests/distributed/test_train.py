@@ -18,8 +18,6 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
 )
 
 from distprune import dist, settings
@@ -315,20 +313,6 @@ def test_a_regression_keeps_its_best_state_and_a_wandb_run(world: Worlds, task: 
         said = [float(model.eval()(**tokenizer(row["sentence"], return_tensors="pt")).logits) for row in scored]
     assert summary["final_metric"] == pytest.approx(correlation(said, [row["score"] for row in scored]), abs=1e-4)
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))) == 1, "one run, of rank 0"
-
-
-@pytest.mark.slow
-def test_a_student_may_be_of_another_kind_than_its_teacher(world: Worlds, task: Path, tmp_path: Path) -> None:
-    """DistilBERT takes no token types, which its teacher and the tokenizer know."""
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    tokenizer = AutoTokenizer.from_pretrained(task / "model", model_input_names=names)
-    config = DistilBertConfig(vocab_size=len(tokenizer), dim=16, hidden_dim=24, n_layers=2, n_heads=2, num_labels=2)
-    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "distil")
-    tokenizer.save_pretrained(tmp_path / "distil")
-    assert "token_type_ids" in AutoTokenizer.from_pretrained(tmp_path / "distil")("a film")
-    summary, _ = world(2).run(run, task, tmp_path / "run", f"model.path={tmp_path}/distil", *stage(3))
-    assert len(summary["layers"]) == 2 * 6
-    assert summary["zeros_in_file"] == math.floor(0.9 * summary["prunable_weights"])
 
 
 @pytest.mark.slow
