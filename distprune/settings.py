@@ -4,6 +4,7 @@ A file may build on others: ``base: [task.yaml, recipe.yaml]``, or a single one,
 itself that are merged before it, in that order.
 """
 
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -23,6 +24,8 @@ SECTIONS: dict[str, Any] = get_type_hints(Config)
 TYPES = {
     f"{section}.{name}": kind for section, schema in SECTIONS.items() for name, kind in get_type_hints(schema).items()
 }
+_DEFAULTS = OmegaConf.structured(Config)
+
 TYPE_WORDS = {
     str: "text",
     int: "a whole number",
@@ -67,7 +70,7 @@ def load_given(path: str | None, overrides: list[str]) -> tuple[Config, set[str]
     Raises:
         UserError: as `load`; another recipe on top of a run's own config.yaml, where no key would be left to it.
     """
-    merged, given = OmegaConf.structured(Config), set()
+    merged, given = deepcopy(_DEFAULTS), set()
     layers = [] if path is None else _file_layers(Path(path), ())
     written: dict[str, str | None] = {}
     for origin, layer in [*layers, *map(_override_layer, overrides)]:

@@ -6,22 +6,21 @@
     python launch/slurm.py SWEEP [key=value ...] --gpus-per-node 1
 
 Into a folder beside ``train.output``, or the sweep's ``output`` (its name and ``.job``), go the script, the
-configurations as they are now, and the code's revision. The runs of a grid get folders below ``train.output``; when all
-have ended, ``results.md`` there has their table. Of a sweep's file (docs/sweeps.md) the runs without a result are
-carried out, those that others get models of first, and ``distprune sweep --table`` in the end.
+configurations as they are now, and the code's revision. Of a sweep (docs/sweeps.md) the runs without a result are
+carried out, those that others get models of first, and ``distprune sweep --table`` in the end. A grid becomes a sweep's
+file in that folder, with one method, called as the configuration is, and ``train.output`` as the sweep's output.
 """
 
 import argparse
-import csv
 import itertools
-import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -29,12 +28,10 @@ from distprune import settings
 from distprune.config import Config
 from distprune.errors import UserError
 from distprune.sweeps import results
-from distprune.sweeps.opened import open_sweep
-from distprune.sweeps.spec import check_files
+from distprune.sweeps.opened import Opened, expand, open_sweep
+from distprune.sweeps.spec import Method, Sweep, check_files
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COLUMNS = ("run", "sparsity_masked", "metric_name", "final_metric", "dense_metric", "steps", "wall_time_s")
-
 OF_RUNS = ("--gres", "--gpus", "--exclusive", "--mem", "--output", "--error", "--constraint", "--cpus", "--nodes")
 """How options of sbatch begin that are for runs, and not for the table behind them."""
 
@@ -72,11 +69,13 @@ class Work:
     """Where it will be."""
     ranks: int = 1
     """Of a run, where the command line says nothing."""
+    grid: Sweep | None = None
+    """What ``--sweep`` has made."""
 
     @property
     def folder(self) -> Path:
         """Where the job is written."""
-        return self.output.with_name(self.output.name + ".job")
+        return job_folder(self.output)
 
     @property
     def configs(self) -> list[Config]:
@@ -95,9 +94,9 @@ class Work:
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    found.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file of a run, or of a sweep")
+    found.add_argument("config", metavar="CONFIG", help="YAML file of a run, or of a sweep")
     found.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. pruning.sparsity=0.9")
-    found.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="one run for each value")
+    found.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="a run for each value")
     found.add_argument("--nodes", type=int, default=1, metavar="N", help="machines [%(default)s]")
     ranks = found.add_mutually_exclusive_group()
     ranks.add_argument("--gpus-per-node", type=int, metavar="G", help="a rank on each")
@@ -111,7 +110,6 @@ def parser() -> argparse.ArgumentParser:
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other, as --sbatch=--qos=long"
     )
     found.add_argument("--dry-run", action="store_true", help="print the script, and write and submit nothing")
-    found.add_argument("--table", metavar="FOLDER", help="only make the table of a grid's runs")
     return found
 
 
@@ -119,12 +117,7 @@ def main() -> int:
     """Do what the command line says; return the exit status."""
     given = parser().parse_intermixed_args()
     try:
-        if given.table:
-            make_table(Path(given.table))
-        elif given.config is None:
-            raise UserError("no CONFIG given; allowed: a YAML file, or --table FOLDER")
-        else:
-            submit(given, sweep_work(given) if is_sweep(given.config) else grid_work(given))
+        submit(given, work_of(given))
     except UserError as error:
         print(f"slurm.py: error: {error}", file=sys.stderr)
         return 2
@@ -169,61 +162,79 @@ def is_sweep(path: str) -> bool:
     return isinstance(content, dict) and "methods" in content
 
 
-def grid_work(given: argparse.Namespace) -> Work:
-    """Return the run of a configuration, or those of the grid over it.
+def job_folder(output: Path) -> Path:
+    """Return where the job for an output is written."""
+    return output.with_name(output.name + ".job")
+
+
+def work_of(given: argparse.Namespace) -> Work:
+    """Return what the command line asks for: a run, a grid or a sweep.
 
     Raises:
-        UserError: where any of them cannot be.
+        UserError: where any of its runs cannot be.
     """
-    output = Path(settings.load_valid(given.config, given.overrides).train.output).expanduser().absolute()
+    if is_sweep(given.config):
+        if given.sweep:
+            raise UserError(f"--sweep is {given.sweep[0]!r} and {given.config} a sweep; allowed: one of the two")
+        return sweep_work(open_sweep(given.config, given.overrides), given.overrides)
+    if given.sweep:
+        return grid_work(given)
+    config = settings.load_valid(given.config, given.overrides)
+    return Work(Path(config.train.output).expanduser().absolute(), [[config]])
 
-    def of(run: list[str]) -> Config:
-        places = [f"train.output={output / ','.join(run).replace('/', '_')}"] if run else []
-        return settings.load_valid(given.config, [*given.overrides, *run, *places])
 
-    table = shlex.join(["python", str(REPOSITORY / "launch" / "slurm.py"), "--table", str(output)])
-    grid = [[of(run) for run in runs(given.sweep)]]
-    return Work(output, grid, table, output / "results.md") if given.sweep else Work(output, grid)
+def grid_work(given: argparse.Namespace) -> Work:
+    """Return the runs of a grid that have no result yet.
+
+    Raises:
+        UserError: as `sweep_work`.
+    """
+    config = Path(given.config).absolute()
+    output = Path(settings.load(given.config, given.overrides).train.output).expanduser().absolute()
+    name = re.sub(r"[^\w.-]", "_", config.stem)
+    grid = Sweep(str(config), {name: Method(grid=grid_of(given.sweep))}, output=str(output))
+    work = sweep_work(expand(grid, job_folder(output) / f"{output.name}.yaml", given.overrides), given.overrides)
+    return replace(work, grid=grid)
 
 
-def sweep_work(given: argparse.Namespace) -> Work:
+def sweep_work(sweep: Opened, overrides: list[str]) -> Work:
     """Return the runs of a sweep that have no result yet, behind those whose models they get.
 
+    Args:
+        sweep: with its results so far.
+        overrides: with which it was opened.
+
     Raises:
-        UserError: where the sweep, its results or its files do not fit, or nothing is left to run.
+        UserError: where its run directories or its files do not fit, or nothing is left to run.
     """
-    if given.sweep:
-        raise UserError(f"--sweep is {given.sweep[0]!r} and {given.config} a sweep; allowed: one of the two")
-    opened = open_sweep(given.config, given.overrides)
-    opened.check_directories(opened.runs)
-    missing = results.still_to_run(opened.runs, opened.rows, opened.output, opened.settings)
-    missing = [each for each in missing if not results.is_finished(each, opened.output)]
+    sweep.check_directories(sweep.runs)
+    missing = results.still_to_run(sweep.runs, sweep.rows, sweep.output, sweep.settings)
+    missing = [each for each in missing if not results.is_finished(each, sweep.output)]
+    command = ["python", "-m", "distprune", "sweep", str(sweep.path), *overrides, "--table"]
     if not missing:
-        raise UserError(f"every run of {given.config} has ended; allowed: distprune sweep {given.config} --table")
+        raise UserError(f"every run of {sweep.path} has ended; allowed: {shlex.join(command[2:])}")
     wave_of: dict[str, int] = {}
     waves: list[list[Config]] = []
     for each in missing:
-        check_files(each, opened.configs[each.name])
+        check_files(each, sweep.configs[each.name])
         wave = max((wave_of[name] + 1 for name in each.models.values() if name in wave_of), default=0)
         wave_of[each.name] = wave
         if wave == len(waves):
             waves.append([])
-        waves[wave].append(opened.configs[each.name])
-    command = ["python", "-m", "distprune", "sweep", given.config, *given.overrides, "--table"]
-    return Work(
-        opened.output.absolute(), waves, shlex.join(command), opened.stored.with_suffix(".md"), opened.sweep.ranks
-    )
+        waves[wave].append(sweep.configs[each.name])
+    table = sweep.stored.with_suffix(".md")
+    return Work(sweep.output.absolute(), waves, shlex.join(command), table, sweep.sweep.ranks)
 
 
-def runs(sweeps: list[str]) -> Iterable[list[str]]:
-    """Yield the overrides of each run of a grid."""
-    axes = []
-    for sweep in sweeps:
-        key, equals, values = sweep.partition("=")
+def grid_of(axes: list[str]) -> dict[str, list[Any]]:
+    """Return the keys of a grid, and their values."""
+    grid = {}
+    for axis in axes:
+        key, equals, values = axis.partition("=")
         if not (key and equals and all(values.split(","))):
-            raise UserError(f"--sweep {sweep!r}; allowed: KEY=V1,V2, e.g. pruning.sparsity=0.8,0.9")
-        axes.append([f"{key}={value}" for value in values.split(",")])
-    return map(list, itertools.product(*axes))
+            raise UserError(f"--sweep {axis!r}; allowed: KEY=V1,V2, e.g. pruning.sparsity=0.8,0.9")
+        grid[key] = [yaml.safe_load(value) for value in values.split(",")]
+    return grid
 
 
 def script(given: argparse.Namespace, work: Work) -> str:
@@ -276,6 +287,8 @@ def write(work: Work, text: str) -> None:
         texts |= {"repository": REPOSITORY, "here": Path.cwd()}
         table = TABLE.format(**{key: shlex.quote(str(text)) for key, text in texts.items()}, table=work.table)
         (folder / "table.sbatch").write_text(table)
+    if work.grid is not None:
+        (folder / f"{work.output.name}.yaml").write_text(yaml.safe_dump(asdict(work.grid), sort_keys=False))
     git = ["git", "-C", str(REPOSITORY)]
     revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     (folder / "revision.txt").write_text(revision or "no git repository\n")
@@ -300,26 +313,6 @@ def sbatch(arguments: list[str]) -> str:
     if done.returncode != 0:
         raise UserError(f"sbatch refuses {arguments[-1]}: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]
-
-
-def make_table(output: Path) -> None:
-    """Write the table of all runs below a folder, as Markdown and CSV.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    if not output.is_dir():
-        raise UserError(f"{output} is no folder with runs; allowed: train.output of a grid whose jobs have begun")
-    rows = []
-    for run in sorted(path for path in output.iterdir() if path.is_dir()):
-        summary = run / "summary.json"
-        content = json.loads(summary.read_text()) if summary.exists() else {}
-        rows.append([run.name, *(content.get(column, "not finished") for column in COLUMNS[1:])])
-    with (output / "results.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
-    lines = [" | ".join(map(str, row)) for row in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
-    (output / "results.md").write_text("".join(f"| {line} |\n" for line in lines))
-    print((output / "results.md").read_text(), end="")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def run(
         opened.read()
     if only_table:
         _take_up_what_has_ended(opened)
+        print("".join(f"no result: {each.name}\n" for each in runs if each.name not in rows), end="")
         _report(opened)
         return
     opened.check_directories(runs)

@@ -80,11 +80,25 @@ def open_sweep(sweep_path: str, overrides: Sequence[str], results_file: str | No
     path = Path(sweep_path)
     sweep = read_sweep(path)
     sweep.results = results_file or sweep.results
+    return expand(sweep, path, overrides)
+
+
+def expand(sweep: Sweep, path: Path, overrides: Sequence[str]) -> Opened:
+    """Return a sweep that fits its results.
+
+    Args:
+        sweep: what its file says.
+        path: the file, to which configurations are relative.
+        overrides: ``key=value`` for all runs.
+
+    Raises:
+        UserError: where runs or results do not fit.
+    """
     if sweep.results is not None and not sweep.results.endswith(".jsonl"):
         raise UserError(f"{path}: results is {sweep.results!r}; allowed: a name that ends in .jsonl")
     runs = runs_of(sweep, path, overrides)
     output = Path(sweep.output).expanduser()
     configs = {each.name: each.load(output) for each in runs}
-    opened = Opened(path, sweep, runs, configs, {each.name: each.settings(configs[each.name]) for each in runs})
-    opened.read()
-    return opened
+    found = Opened(path, sweep, runs, configs, {each.name: each.settings(configs[each.name]) for each in runs})
+    found.read()
+    return found
