@@ -13,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distprune import recipes
+from distprune import recipes, yaml12
 from distprune.checks import CHECKS, value_of
 from distprune.config import Config
 from distprune.errors import UserError
@@ -132,27 +132,30 @@ def _file_layers(path: Path, parents: tuple[Path, ...]) -> list[tuple[str, Layer
 
 def _read(path: Path) -> Layer:
     try:
-        content = OmegaConf.load(path)
+        content = yaml12.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"the configuration file {path} does not exist") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, DictConfig):
-        raise UserError(f"{path} holds a list; allowed: sections such as 'model:', with keys")
-    layer: Any = OmegaConf.to_container(content)
-    return layer  # type: ignore[no-any-return]
+    if not isinstance(content, dict | None):
+        raise UserError(f"{path} holds {content!r:.40}; allowed: sections such as 'model:', with keys")
+    return content or {}
 
 
 def _override_layer(text: str) -> tuple[str, Layer]:
     origin = f"override {text!r}"
-    key, equals, _ = text.partition("=")
+    key, equals, written = text.partition("=")
     if not (key and equals):
         raise UserError(f"{origin} sets nothing; allowed: key=value, e.g. pruning.sparsity=0.9")
     try:
-        layer: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        value = yaml12.parse(written)
+    except yaml.YAMLError as error:
         raise UserError(f"{origin} has a value that is no YAML: {' '.join(str(error).split())}") from error
-    return origin, layer
+    if TYPES.get(key) in (str, str | None) and isinstance(value, bool | int | float):
+        value = written  # a text that looks like a number, as 1e5 in the name of a commit
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return origin, value
 
 
 def _without_derived(layer: Layer) -> Layer:
@@ -194,8 +197,16 @@ def _merge(config: DictConfig, layer: Layer, origin: str) -> set[str]:
             except (OmegaConfBaseException, TypeError) as error:
                 allowed = TYPE_WORDS[TYPES[path]]
                 raise UserError(f"{origin}: {path} is {value!r}; allowed: {allowed}") from error
+            if _holds_bool(path, value):
+                raise UserError(f"{origin}: {path} is {value!r}; allowed: true and false in quotes")
             given.add(path)
     return given
+
+
+def _holds_bool(path: str, value: Any) -> bool:
+    """Return whether a text was read as true or false."""
+    values = value if isinstance(value, list) else [value]
+    return TYPES[path] in (str, str | None, list[str]) and any(isinstance(each, bool) for each in values)
 
 
 def _unknown(key: str, value: Any, origin: str) -> UserError:

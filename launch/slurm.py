@@ -24,12 +24,13 @@ from typing import Any
 
 import yaml
 
-from distprune import settings
+from distprune import settings, yaml12
 from distprune.config import Config
 from distprune.errors import UserError
 from distprune.sweeps import results
+from distprune.sweeps.data import check_files
 from distprune.sweeps.opened import Opened, expand, open_sweep
-from distprune.sweeps.spec import Method, Sweep, check_files
+from distprune.sweeps.spec import Method, Sweep
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OF_RUNS = ("--gres", "--gpus", "--exclusive", "--mem", "--output", "--error", "--constraint", "--cpus", "--nodes")
@@ -156,7 +157,7 @@ def submit(given: argparse.Namespace, work: Work) -> None:
 def is_sweep(path: str) -> bool:
     """Return whether a file is a sweep's; what cannot be read is left to the reader of runs."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml12.parse(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False
     return isinstance(content, dict) and "methods" in content
@@ -233,7 +234,7 @@ def grid_of(axes: list[str]) -> dict[str, list[Any]]:
         key, equals, values = axis.partition("=")
         if not (key and equals and all(values.split(","))):
             raise UserError(f"--sweep {axis!r}; allowed: KEY=V1,V2, e.g. pruning.sparsity=0.8,0.9")
-        grid[key] = [yaml.safe_load(value) for value in values.split(",")]
+        grid[key] = [yaml12.parse(value) for value in values.split(",")]
     return grid
 
 

@@ -10,6 +10,7 @@ from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError
 from distprune.models.export import count_zeros
 from distprune.models.files import match_names, read_config
+from distprune.monitor.jsonl import finite
 from distprune.pruning.targets import matrices_of
 from distprune.training.setup import check_limits, load_task, local_model
 
@@ -43,5 +44,6 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
         counts = count_zeros(directory)
         stored = match_names(sorted(matrices_of(engine.module)), list(counts), engine.module.base_model_prefix)
         zeros, weights = (sum(counts[name][part] for name in stored.values()) for part in (0, 1))
-        print(json.dumps({"model": model_dir, **metrics, "encoder_zeros": zeros, "encoder_weights": weights}))
+        line = {"model": model_dir, **metrics, "encoder_zeros": zeros, "encoder_weights": weights}
+        print(json.dumps(finite(line), allow_nan=False))
     dist.shutdown()

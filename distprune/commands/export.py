@@ -13,7 +13,7 @@ from distprune import dist
 from distprune.benchmarks.timing import seconds
 from distprune.checkpoints.files import is_checkpoint
 from distprune.errors import UserError
-from distprune.models.files import auto_class_of, begin_directory, read_config, resolve
+from distprune.models.files import auto_class_of, begin_directory, open_source, read_config, resolve
 from distprune.models.from_checkpoint import export_checkpoint
 from distprune.models.packed import is_packed, pack_directory, unpack_directory
 from distprune.models.shrunk import Removed, load_shrunk, save_shrunk, shrink
@@ -59,18 +59,21 @@ def _export_checkpoint(directory: Path, target: Path, packing: bool) -> None:
 
 
 def _shrink(directory: Path, target: Path) -> None:
-    """Take out zero heads and neurons, prove that the outputs are the same, and compare bytes and latency."""
+    """Take out zero heads and neurons, prove in fp32 that the outputs are the same, and compare bytes and latency."""
+    open_source(directory)  # refuses what is packed or shrunk
     auto_class, config = auto_class_of(directory), read_config(directory)
     number = getattr(config, "num_attention_heads", None)
     if number is None:
         raise UserError(f"{directory / 'config.json'} tells no num_attention_heads, which --shrink needs")
-    partial_dir = begin_directory(target)
     whole: PreTrainedModel = auto_class.from_pretrained(directory).eval()
     small = copy.deepcopy(whole)
     removed = shrink(small, number)
+    if removed.all_heads + removed.all_neurons == 0:
+        raise UserError(f"{str(directory)!r} has no heads and neurons that --shrink knows; allowed: see docs/tasks.md")
+    partial_dir = begin_directory(target)
     save_shrunk(small, load_tokenizer(str(directory)), partial_dir)
     small = load_shrunk(partial_dir, auto_class)
-    _report(whole, small, removed, chooses=auto_class is AutoModelForMultipleChoice)
+    _report(whole.float(), small.float(), removed, chooses=auto_class is AutoModelForMultipleChoice)
     partial_dir.rename(target)
     print(f"-> {target}; distprune.models.shrunk.load_shrunk loads it")
 

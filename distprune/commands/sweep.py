@@ -6,10 +6,11 @@ from fnmatch import fnmatchcase
 from distprune.checkpoints import run_directory
 from distprune.errors import UserError, written
 from distprune.sweeps import results
+from distprune.sweeps.data import check_files
 from distprune.sweeps.execute import Outcome, carry_out, check_room
 from distprune.sweeps.means import differences_of, means_of
 from distprune.sweeps.opened import Opened, open_sweep
-from distprune.sweeps.spec import Run, check_files
+from distprune.sweeps.spec import Run
 from distprune.sweeps.table import as_csv, draw, markdown, markdown_of_differences
 from distprune.training.interrupts import Interrupted
 
@@ -118,6 +119,7 @@ def _run(missing: Sequence[Run], opened: Opened) -> Outcome:
 
 def _report(opened: Opened) -> None:
     """Write table and plot beside the results, and print the table."""
+    opened.read()  # also what others have added
     runs, rows, sweep, stored = opened.runs, opened.rows, opened.sweep, opened.stored
     known = {each.name: rows[each.name] for each in runs if each.name in rows}
     means = means_of(known, sweep.baseline, sweep.chance)

@@ -90,7 +90,8 @@ def load_shrunk(directory: Path, auto_class: Any) -> PreTrainedModel:
         if sizes[name] != [module.out_features, module.in_features]:
             out, into = sizes[name]
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, nn.Linear(into, out, bias=module.bias is not None))
+            fitting = nn.Linear(into, out, bias=module.bias is not None, dtype=module.weight.dtype)
+            setattr(model.get_submodule(parent), child, fitting)
     missing, unexpected = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
     model.tie_weights()
     stored = {id(each) for name, each in model.state_dict(keep_vars=True).items() if name not in missing}

@@ -57,10 +57,10 @@ def series(metrics: Metrics, name: str, split: str | None = None) -> tuple[list[
 
 
 def main_metric(metrics: Metrics) -> str | None:
-    """Return the name of the first metric of the validation records."""
-    values = (item for record in metrics if record["split"] == "validation" for item in record.items())
-    named = (name for name, value in values if value is not None)
-    return next((name for name in named if name not in NOT_METRICS and "/" not in name), None)
+    """Return the name of the first metric of the validation records that is ever finite."""
+    names = dict.fromkeys(name for record in metrics if record["split"] == "validation" for name in record)
+    found = (name for name in names if name not in NOT_METRICS and "/" not in name)
+    return next((name for name in found if series(metrics, name, "validation")[0]), None)
 
 
 def _draw_metric(axes: Axes, metrics: Metrics, dense: float | None) -> None:

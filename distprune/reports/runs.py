@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from distprune import yaml12
 from distprune.checkpoints.run_directory import CONFIG, SUMMARY
 from distprune.errors import UserError
 from distprune.monitor.records import read_metrics
@@ -59,9 +58,9 @@ def _read(path: Path, name: str) -> RunRecord:
     if not config.exists():
         raise UserError(f"{str(path)!r} is no run's directory, which has a {CONFIG}; allowed: train.output of a run")
     try:
-        keys = _flat(OmegaConf.to_container(OmegaConf.load(config)))
+        keys = _flat(yaml12.parse(config.read_text(encoding="utf-8")) or {})
         told = json.loads(summary.read_text()) if summary.exists() else {}
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, YAMLError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if lacking := {"train.batch_size", "model.path"} - keys.keys():
         raise UserError(f"{config} has no {min(lacking)}; allowed: the configuration that a run has written")

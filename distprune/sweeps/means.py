@@ -105,11 +105,12 @@ def _below_baseline(
 
 
 def _partner(row: Row, rows: Mapping[str, Row], method: str | None) -> Row | None:
-    """Return a method's only row with the same seed, and the same value of every key that both grids have."""
+    """Return a method's only row of the same metric and seed, and the same value of every key that both grids have."""
     fitting = [
         other
         for other in rows.values()
         if other["method"] == method
+        and other["metric_name"] == row["metric_name"]
         and other["settings"].get(SEED) == row["settings"].get(SEED)
         and all(row["point"].get(key, value) == value for key, value in other["point"].items())
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from distprune.config import Config
 from distprune.errors import UserError
 from distprune.sweeps import results
+from distprune.sweeps.data import check_data, hashes_of
 from distprune.sweeps.results import Row, Settings
 from distprune.sweeps.spec import Run, Sweep, read_sweep, runs_of
 
@@ -56,10 +57,12 @@ class Opened:
         self.rows.clear()
         self.rows |= results.read_rows(self.stored)
         results.check_rows(self.rows, self.settings, self.derived, self.stored)
+        check_data(self.rows, self.configs, self.stored)
 
     def add(self, run: Run) -> Row:
         """Return the result of a run that has ended, and write its line where there is none."""
-        row = results.row_of(run, self.settings[run.name], self.output)
+        data = hashes_of(self.configs[run.name])
+        row = results.row_of(run, self.settings[run.name], data, self.output)
         if run.name not in self.rows:
             results.append(self.stored, row)
             self.rows[run.name] = row

@@ -1,5 +1,6 @@
 """What the runs of a sweep came to: one line of JSON a run, which a sweep goes on from without the runs themselves."""
 
+import fcntl
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -115,8 +116,8 @@ def is_finished(run: Run, output: Path) -> bool:
     return (output / run.name / SUMMARY).exists()
 
 
-def row_of(run: Run, settings: Settings, output: Path) -> Row:
-    """Return the result of a finished run; a metric that is not finite is None."""
+def row_of(run: Run, settings: Settings, data: Mapping[str, str], output: Path) -> Row:
+    """Return the result of a finished run, with the hashes of its data; a metric that is not finite is None."""
     directory = output / run.name
     summary = json.loads((directory / SUMMARY).read_text())
     speeds = [
@@ -128,6 +129,7 @@ def row_of(run: Run, settings: Settings, output: Path) -> Row:
         "point": run.point,
         "models": run.models,
         "settings": settings,
+        "data": data,
         **{key: summary[key] for key in OF_SUMMARY},
         "examples_per_s": median(speeds) if speeds else None,
     }
@@ -135,14 +137,17 @@ def row_of(run: Run, settings: Settings, output: Path) -> Row:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a line to a results file, on the disk when this returns.
+    """Add a line to a results file, on the disk when this returns; a line of that run that is there stays.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or holds a line that is no result.
     """
     with written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # sweeps that share the work, each with an output of its own
+            if row["run"] in read_rows(path):
+                return
             if path.read_bytes()[-1:] not in (b"", b"\n"):
                 file.write("\n")
             file.write(json.dumps(row, allow_nan=False) + "\n")

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distprune import settings
+from distprune import settings, yaml12
 from distprune.config import Config
 from distprune.errors import UserError, unknown
 
@@ -117,7 +117,9 @@ def read_sweep(path: Path) -> Sweep:
         UserError: it cannot be read, or has a key or a value that no sweep has.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Sweep), OmegaConf.load(path))
+        merged = OmegaConf.merge(
+            OmegaConf.structured(Sweep), OmegaConf.create(yaml12.parse(path.read_text(encoding="utf-8")))
+        )
         sweep = OmegaConf.to_object(merged)
     except FileNotFoundError as error:
         raise UserError(f"the sweep {path} does not exist") from error
@@ -137,10 +139,24 @@ def read_sweep(path: Path) -> Sweep:
         for key in method.models:
             if key not in MODELS:
                 raise unknown(f"{path}: the key of models in {name}", key, MODELS)
-    if sweep.baseline is not None and sweep.baseline not in sweep.methods:
-        raise unknown(f"{path}: baseline", sweep.baseline, sweep.methods)
+    _check_baseline(sweep, path)
     _check_compare(sweep, path)
     return sweep
+
+
+def _check_baseline(sweep: Sweep, path: Path) -> None:
+    """Refuse a baseline that has several runs for one of another method."""
+    if sweep.baseline is None:
+        return
+    if sweep.baseline not in sweep.methods:
+        raise unknown(f"{path}: baseline", sweep.baseline, sweep.methods)
+    for name, method in sweep.methods.items():
+        further = sweep.methods[sweep.baseline].grid.keys() - method.grid.keys() - sweep.grid.keys()
+        if further:
+            raise UserError(
+                f"{path}: the grid of the baseline {sweep.baseline} has {sorted(further)}, and that of {name} has not; "
+                "allowed: keys that all methods have"
+            )
 
 
 def _check_compare(sweep: Sweep, path: Path) -> None:
@@ -239,19 +255,6 @@ def seedless(point: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in point.items() if key != SEED}
 
 
-def check_files(run: Run, config: Config) -> None:
-    """Refuse a run whose local data are not there, before any is begun.
-
-    Raises:
-        UserError: with the first file that is missing.
-    """
-    more = [("task.more_validation", file) for file in config.task.more_validation]
-    held = [] if config.task.holdout else [("task.validation", config.task.validation)]
-    for key, file in (("task.train", config.task.train), *held, *more):
-        if config.task.hub is None and not Path(file).expanduser().exists():
-            raise UserError(f"{run.name}: {key} is {file!r}, which is not there; allowed: a file, or task.hub")
-
-
 def _override(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"  # JSON is YAML, and keeps texts that look like something else
 
@@ -268,9 +271,11 @@ def _last_parts(places: str | list[str] | None) -> str | list[str] | None:
 def _last_part(place: str) -> str:
     """Return a hub id, or a path of two parts, as it is, and the last part of a longer path.
 
-    Every run calls its model ``final``: of such a path the run's name belongs to it.
+    Every run calls its model ``final``: of such a path the run's name belongs to it, which has two parts in a sweep.
     """
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place):
         return place
-    path = Path(place)
-    return f"{path.parent.name}/{path.name}" if path.name == "final" else path.name
+    *_, method, run, name = ("", "", *Path(place).parts)
+    if name != "final":
+        return name
+    return f"{method}/{run}/{name}" if "=" in run else f"{run}/{name}"

@@ -3,7 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -126,6 +126,13 @@ class Task(ABC):
     def check_labels(self, model_config: PretrainedConfig, who: str) -> None:
         """Check that a trained model predicts what the task asks for; ``who`` names it in the message."""
 
+    def check_order(self, model_config: PretrainedConfig, who: str) -> None:  # noqa: B027
+        """Check that a model that is still to be trained has not the task's labels in another order.
+
+        Raises:
+            UserError: it has; ``who`` names it.
+        """
+
     @classmethod
     @abstractmethod
     def count_train(cls, config: Config) -> int | None:
@@ -185,8 +192,18 @@ class Task(ABC):
                 "none; allowed: a teacher of the student's kind, or model.tokenizer set to the teacher's"
             )
 
+    @cached_property
+    def padding_side(self) -> Literal["left", "right"]:
+        """Left where the tokenizer puts its classification token last, as XLNet's does, else right.
+
+        A decoder's tokenizer may name the left, which is for generation: a model that counts its positions from the
+        first place of a row, as GPT-2, would count the padding.
+        """
+        last = self.tokenizer("a")["input_ids"][-1]
+        return "left" if last == self.tokenizer.cls_token_id else "right"
+
     def pad(self, rows: list[Example]) -> Batch:
-        """Pad tokens to the longest of the rows, on the tokenizer's side.
+        """Pad tokens to the longest of the rows, on `padding_side`.
 
         Returns:
             ``input_ids``, ``attention_mask`` and, where the rows have them, ``token_type_ids``: int64,
@@ -203,8 +220,8 @@ class Task(ABC):
         return batch
 
     def stack(self, rows: list[list[int]], filler: int) -> torch.Tensor:
-        """Return numbers of each token as one tensor, int64, shape [B, T], filled up on the tokenizer's side."""
-        longest, on_the_right = max(map(len, rows)), self.tokenizer.padding_side == "right"
+        """Return numbers of each token as one tensor, int64, shape [B, T], filled up on `padding_side`."""
+        longest, on_the_right = max(map(len, rows)), self.padding_side == "right"
         padded = np.full((len(rows), longest), filler, dtype=np.int64)
         for place, row in zip(padded, rows, strict=True):
             place[slice(len(row)) if on_the_right else slice(longest - len(row), None)] = row

@@ -2,11 +2,12 @@
 
 import csv
 import glob
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -30,6 +31,9 @@ READERS: dict[str, Callable[..., Dataset]] = {
     ".parquet": Dataset.from_parquet,
     ".txt": Dataset.from_text,  # a row a line, in the column "text"
 }
+
+_MORE_FIELDS = "Length of header or names does not match length of data"
+"""What pandas warns of where rows have more fields than the header, and goes on without the last of them."""
 
 UNREADABLE = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError, StopIteration)
 
@@ -220,15 +224,24 @@ def _read_file(task: TaskConfig, name: str) -> Split:
         )
     if not path.is_file():
         raise UserError(f"the data file {name} does not exist (relative paths start from {Path.cwd()})")
-    # "NA" and "null" are words; only an empty label is a missing value.
-    is_csv = suffix in (".csv", ".tsv")
-    # A column has one type: by default the first 10,000 rows would settle it for those behind them.
-    options = {"keep_default_na": False, "na_values": {task.label: [""]}, "chunksize": 1 << 40} if is_csv else {}
+    options = _csv_options(task) if suffix in (".csv", ".tsv") else {}
     try:
-        rows = READERS[suffix](glob.escape(str(path.absolute())), **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=_MORE_FIELDS)
+            rows = READERS[suffix](glob.escape(str(path.absolute())), **options)
     except UNREADABLE as error:
         raise UserError(f"the data file {name} cannot be read, or is empty: {_reason(error)}") from error
     return Split(_number(rows, name), name)
+
+
+def _csv_options(task: TaskConfig) -> dict[str, Any]:
+    return {
+        "keep_default_na": False,  # "NA" and "null" are words;
+        "na_values": {task.label: [""]},  # only an empty label is a missing value
+        "converters": {column: str for column in task.text if column != task.label},  # a text may look like a number
+        "chunksize": 1 << 40,  # a column has one type: the first 10,000 rows would settle it for those behind them
+        "index_col": False,  # with a field more than the header has, the first column would become the rows' name
+    }
 
 
 def _quoted(name: str, split: Split, columns: Sequence[str]) -> str | None:
@@ -255,6 +268,8 @@ def _number(rows: Dataset, origin: str) -> Dataset:
 def _reason(error: BaseException) -> str:
     """Return the first line of what went wrong at the root."""
     cause = error.__cause__ or error
+    if _MORE_FIELDS in str(cause):
+        return "the rows have more fields than the header"
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 

@@ -73,7 +73,7 @@ class QuestionAnswering(Task):
         """Return the padded tokens and ``labels``: the first and last token of each answer, int64, shape [B, 2]."""
         batch = self.pad(rows)
         labels = torch.tensor([row["label"] for row in rows])
-        if self.tokenizer.padding_side == "left":
+        if self.padding_side == "left":
             labels += batch["input_ids"].shape[1] - torch.tensor([[len(row["input_ids"])] for row in rows])
         return {**batch, "labels": labels}
 
@@ -92,7 +92,7 @@ class QuestionAnswering(Task):
 
     def join(self, rows: list[torch.Tensor], batch: Batch) -> torch.Tensor:
         """Return logits [B, 2, T] from those of the rows: the inverse of `split`."""
-        return _padded(rows, self.tokenizer.padding_side)
+        return _padded(rows, self.padding_side)
 
     def predictions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the logits by the rows' own tokens, float32, shape [B, 2, task.max_length], the rest `PADDING`."""

@@ -36,17 +36,19 @@ def screen(
 
 
 def settle_length(rows: Dataset, origin: str, task: TaskConfig, notes: list[str]) -> Dataset:
-    """Return tokenised rows without the column ``cut``, which says whether some of a row's text was cut off.
+    """Return tokenised rows that have tokens, without the column ``cut``: whether some of a row's text was cut off.
 
     Args:
-        rows: with ``cut`` and ``_row``.
+        rows: with ``cut``, ``length`` and ``_row``.
         origin: how to call the data in a message.
-        task: ``too_long`` says what is done with such rows.
+        task: ``too_long`` says what is done with rows that were cut, ``bad_rows`` with those without tokens.
         notes: a sentence is added where there are any.
 
     Raises:
-        UserError: there are such rows and ``task.too_long`` is refuse, or none is left.
+        UserError: there are such rows and they are refused, or none is left.
     """
+    empty = [place for place, length in enumerate(rows["length"][:]) if length == 0]
+    rows = screen(rows, {"have no tokens": empty}, origin, task, notes)
     cut = [place for place, is_cut in enumerate(rows["cut"][:]) if is_cut]
     kept = rows.remove_columns("cut")
     if not cut:

@@ -95,22 +95,35 @@ class TextClassification(Task):
     def check_labels(self, model_config: PretrainedConfig, who: str) -> None:
         """Check that a model predicts the task's labels in the task's order.
 
-        Only names can show another order: it is not seen where either side has none (``LABEL_0``, ...), or
-        where the two name their classes differently.
-
         Raises:
             UserError: another number of labels, or another order; ``who`` says whose.
         """
-        ours = self.classes.names if self.classes else ["LABEL_0"]
-        theirs = [str(name) for _, name in sorted(model_config.id2label.items())]
+        ours, theirs = self._labels(model_config)
         if len(ours) != len(theirs):
             raise UserError(f"{who} has {len(theirs)} labels and the task {len(ours)}; they must be equally many")
+        self.check_order(model_config, who)
+
+    def check_order(self, model_config: PretrainedConfig, who: str) -> None:
+        """Check that a model has not the task's labels in another order.
+
+        Only names can show that: it is not seen where either side has none (``LABEL_0``, ...), or where the two name
+        their classes differently.
+
+        Raises:
+            UserError: it has; ``who`` says whose.
+        """
+        ours, theirs = self._labels(model_config)
         ours_folded, theirs_folded = ([name.casefold() for name in names] for names in (ours, theirs))
         if ours_folded != theirs_folded and sorted(ours_folded) == sorted(theirs_folded):
             raise UserError(
                 f"{who}'s labels are in the order {', '.join(theirs)} and the task's in the order "
                 f"{', '.join(ours)}; they must be in the same order (see task.labels)"
             )
+
+    def _labels(self, model_config: PretrainedConfig) -> tuple[list[str], list[str]]:
+        """Return the task's labels and a model's, each in their order."""
+        ours = self.classes.names if self.classes else ["LABEL_0"]
+        return ours, [str(name) for _, name in sorted(model_config.id2label.items())]
 
     def _label(self, split: Split, task: TaskConfig) -> Dataset:
         """Return the text columns and the numbers that the model predicts, as ``label``."""

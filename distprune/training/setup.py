@@ -76,6 +76,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     dist.agree_equal(sections, "the settings")  # paths may differ from node to node
     dist.agree_equal((len(task.train), len(task.validation)), "the numbers of training and validation examples")
     dist.agree_equal(task.fingerprints, "the fingerprints of the data")
+    dist.agree(lambda: task.check_order(read_config(directory), f"the model {config.model.path}"))
     dist.agree(lambda: check_limits(directory, task))
     teacher = None
     if config.distillation.teaches:

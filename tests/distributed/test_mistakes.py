@@ -47,6 +47,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "task": ("task.name=poetry", "task.name 'poetry' is unknown"),
     "metric": ("task.metrics=[pearson]", "metric 'pearson' does not suit classification"),
     "teacher's label count": ("teacher.path={root}/three-labels", "the teacher has 3 labels and the task 2"),
+    "model's order of labels": ("model.path={root}/turned; task.labels=[no,yes]", "labels are in the order yes, no"),
     "teacher's tokenizer": ("teacher.path={root}/other-words", "the teacher's vocabulary"),
     "option of DeepSpeed": (
         "deepspeed.student.zero_optimisation.stage=3",
@@ -82,6 +83,7 @@ def mistaken(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "no-text.jsonl").write_text(good + '{"sentence": null, "label": 0}\n')
     (root / "no-unicode.jsonl").write_text(good + r'{"sentence": "\ud800", "label": 0}' + "\n")
     write_model(root / "three-labels", num_labels=3)
+    write_model(root / "turned", id2label={0: "yes", 1: "no"}, label2id={"yes": 0, "no": 1})
     words = AutoTokenizer.from_pretrained(task / "model")
     words.add_tokens(["another"])
     write_model(root / "other-words")

@@ -22,15 +22,16 @@ DEFAULTS = {
 }
 
 
-def make_tokenizer(words: list[str] = WORDS, **options) -> PreTrainedTokenizerFast:
+def make_tokenizer(words: list[str] = WORDS, cls_last: bool = False, **options) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of whole words; with ``cls_last`` as XLNet's, which is padded on the left."""
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = Whitespace()
     backend.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        single="$A [SEP] [CLS]" if cls_last else "[CLS] $A [SEP]",
+        pair="$A [SEP] $B:1 [SEP]:1 [CLS]:1" if cls_last else "[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)],
     )
-    options = DEFAULTS | options
+    options = DEFAULTS | ({"cls_token": "[CLS]"} if cls_last else {}) | options
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 

@@ -11,6 +11,7 @@ import datasets
 import pandas as pd
 import pytest
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from distprune.config import TaskConfig
@@ -51,6 +52,25 @@ def test_words_that_look_like_missing_values_are_text(build):
     assert build(rows, suffix=".csv").train["input_ids"][:] == [ids("null"), ids("NA"), ids("")]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_texts_that_look_like_numbers_are_text(build, suffix):
+    task = build(labelled(0, 1, sentence="2012"), labelled(0, 1, sentence="007"), suffix=suffix)
+    assert [task.train["input_ids"][0], task.validation["input_ids"][0]] == [ids("2012"), ids("007")]
+
+
+def test_rows_without_tokens_are_refused_or_left_out(build):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")  # as of decoders
+    rows = [*labelled(0, 1), *labelled(1, sentence="")]
+    with pytest.raises(
+        UserError, match=r"1 of 3 rows of train.jsonl have no tokens: row 3; allowed: none, or task.bad"
+    ):
+        build(rows, tokenizer=tokenizer)
+    task = build(rows, tokenizer=tokenizer, bad_rows="skip")
+    assert len(task.train) == 2
+    assert "1 of 3 rows of train.jsonl have no tokens: row 3; left out" in task.notes
+
+
 def test_quotes_in_tab_separated_files_are_text(build):
     rows = labelled(0, 1, sentence='"a b') + labelled(1, sentence='c" d')
     assert build(rows, suffix=".tsv").train["label"][:] == [0, 1, 1]
@@ -85,6 +105,8 @@ def test_files_that_cannot_be_used(build, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"sentence": "a"\n')
     (tmp_path / "header.csv").write_text("sentence,label\n")
     (tmp_path / "plain.jsonl.gz").write_text("not compressed")
+    (tmp_path / "wide.tsv").write_text("sentence\tlabel\n" + "a b\t1\tmore\n" * 9)
+    (tmp_path / "wide.csv").write_text("sentence,label\n" + "a b,1,\n" * 9)
     pd.DataFrame({"sentence": ["a"], "label": [0]})[:0].to_parquet(tmp_path / "none.parquet")
     for options, message in [
         ({"train": "trian.jsonl"}, "file trian.jsonl does not exist"),
@@ -92,6 +114,8 @@ def test_files_that_cannot_be_used(build, tmp_path):
         ({"train": "train"}, "unknown suffix"),
         ({"train": "empty.jsonl"}, "empty.jsonl cannot be read, or is empty"),
         ({"train": "header.csv"}, "header.csv cannot be read, or is empty"),
+        ({"train": "wide.tsv"}, "wide.tsv cannot be read, or is empty: the rows have more fields than the header"),
+        ({"train": "wide.csv"}, "wide.csv cannot be read, or is empty: the rows have more fields than the header"),
         ({"train": "broken.jsonl"}, "broken.jsonl cannot be read"),
         ({"train": "plain.jsonl.gz"}, "plain.jsonl.gz cannot be read"),
         ({"train": "none.parquet"}, "none.parquet cannot be read, or is empty"),

@@ -13,7 +13,7 @@ from distprune.config import Config
 from distprune.errors import UserError
 from distprune.models.card import model_card
 from distprune.monitor import Monitor
-from distprune.monitor.plots import plot_layers, plot_run
+from distprune.monitor.plots import main_metric, plot_layers, plot_run
 from distprune.monitor.records import environment, read_metrics, write_json
 from distprune.quickstart import Row, comparison_table
 
@@ -76,6 +76,15 @@ def test_plot_has_its_size_and_shows_what_it_should(tmp_path: Path) -> None:
 
     second_metric = [*metrics[:3], validation(20, f1=0.2)]
     assert drawn(path, second_metric) == reference, "the main metric is the first one"
+
+
+def test_the_main_metric_is_the_first_also_where_it_was_not_finite_at_first() -> None:
+    first, second = (
+        {"step": step, "split": "validation", "perplexity": perplexity, "nll": nll}
+        for step, perplexity, nll in ((10, None, 800.0), (20, 3.0, 1.1))
+    )
+    assert main_metric([first, second]) == "perplexity"
+    assert main_metric([first]) == "nll"
 
 
 @pytest.mark.parametrize(

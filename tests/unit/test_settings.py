@@ -111,9 +111,11 @@ def test_a_base_may_be_reached_twice_but_not_from_itself(write) -> None:
         ("model: {path: null}", ["model.path is None; allowed: text"]),
         ("pruning: {sparsity: {x: 1}}", ["pruning.sparsity is {'x': 1}; allowed: a number"]),
         ("deepspeed: {student: 2}", ["deepspeed.student is 2; allowed: a section"]),
+        ("task: {labels: [false, true]}", ["task.labels is [False, True]; allowed: true and false in quotes"]),
+        ("task: {label: true}", ["task.label is True; allowed: true and false in quotes"]),
         ("lr: 5", ["lr is 5; allowed: a section with the keys peak, final"]),
         ("lr:", ["lr is None; allowed: a section"]),
-        ("[1, 2]", ["holds a list"]),
+        ("[1, 2]", ["holds [1, 2]; allowed: sections"]),
         ("lr: [1", ["cannot be read as YAML"]),
         ("lr: {peak: 1}\nlr: {peak: 2}", ["cannot be read as YAML", "duplicate"]),
         ("base: {a: b}", ["base is {'a': 'b'}"]),
@@ -134,7 +136,7 @@ def test_files_that_cannot_be_merged_are_refused(write, text: str, parts: list[s
         ("pruning.sparsty=0.9", "there is no key pruning.sparsty (set to 0.9); did you mean pruning.sparsity?"),
         ("pruning.sparsity=", "pruning.sparsity is None; allowed: a number"),
         ("pruning.sparsity=[1", "no YAML"),
-        ("task.text[0]=x", "allowed: a list of texts"),
+        ("task.text[0]=x", "there is no key task.text[0]"),
         ("base=x.yaml", "there is no key base"),
     ],
 )
@@ -142,6 +144,18 @@ def test_overrides_that_cannot_be_merged_are_refused(override: str, part: str) -
     message = refused(settings.load, None, [override])
     assert repr(override) in message
     assert part in message
+
+
+def test_plain_words_of_a_file_are_texts(write) -> None:
+    config = settings.load(write("pruning: {structure: 2:4}\ntask: {labels: [no, yes]}\nmodel: {revision: 0123}"), [])
+    assert (config.pruning.structure, config.task.labels, config.model.revision) == ("2:4", ["no", "yes"], "0123")
+    assert settings.load(None, ["task.labels=[on, off]"]).task.labels == ["on", "off"]
+
+
+@pytest.mark.parametrize("text", ["2:4", "0123456", "1e5", "12:30", "on", "1_000", "null "])
+def test_a_text_on_the_command_line_stays_as_it_is(text: str) -> None:
+    expected = None if text.strip() == "null" else text
+    assert settings.load(None, [f"model.revision={text}"]).model.revision == expected
 
 
 def test_missing_file_and_directory_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from transformers import (
     AutoTokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     MPNetConfig,
     MPNetForSequenceClassification,
     PreTrainedModel,
@@ -120,6 +122,35 @@ def test_a_shrunk_model_without_a_weight_is_refused(tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(UserError, match=r"lacks weights, or has others .*encoder\.layer\.0\.output\.dense\.weight"):
         load_shrunk(tmp_path / "small", AutoModelForSequenceClassification)
+
+
+def test_a_model_in_bf16_stays_one(tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(write_model(tmp_path / "dense", **SHAPE))
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.output.dense.weight[:, :4] = 0.0
+    model.bfloat16().save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(tmp_path / "dense").save_pretrained(tmp_path / "whole")
+    export.run(str(tmp_path / "whole"), str(tmp_path / "small"), True)
+    small = load_shrunk(tmp_path / "small", AutoModelForSequenceClassification)
+    assert {each.dtype for each in small.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(outputs(small.float()), outputs(model.float()), rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_shrunk_leaves_nothing(tmp_path: Path) -> None:
+    dense = write_model(tmp_path / "dense", **SHAPE)
+    export.run(str(dense), str(tmp_path / "packed"))
+    export.run(str(dense), str(tmp_path / "small"), True)
+    decoder = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, architectures=["GPT2LMHeadModel"])
+    GPT2LMHeadModel(decoder).save_pretrained(tmp_path / "decoder")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "decoder")
+    for name, said in (
+        ("packed", "holds a packed model"),
+        ("small", "holds a shrunk model"),
+        ("decoder", "has no heads and neurons that --shrink knows"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export.run(str(tmp_path / name), str(tmp_path / "out"), True)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:

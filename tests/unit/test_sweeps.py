@@ -12,7 +12,9 @@ from distprune.checkpoints import run_directory
 from distprune.commands.sweep import run as sweep
 from distprune.errors import UserError
 from distprune.sweeps import execute, results
-from distprune.sweeps.spec import check_files, read_sweep
+from distprune.sweeps.data import check_files, hashes_of
+from distprune.sweeps.opened import open_sweep
+from distprune.sweeps.spec import read_sweep
 from tests.unit.sweep_files import row, runs, settings_of, write_sweep
 
 
@@ -71,6 +73,8 @@ def test_settings_are_what_is_not_as_it_is_by_default_and_not_where_files_are(fi
     models = [settings_of(runs(file, f"model.path={path}")[0]) for path in ("/a/x/final", "/b/x/final", "/a/y/final")]
     assert models[0] == models[1]
     assert models[1] != models[2], "every run's model is called final"
+    of_sweeps = [settings_of(runs(file, f'model.path="/a/{name}/lr.peak=1/final"')[0]) for name in ("dense", "gmp")]
+    assert of_sweeps[0] != of_sweeps[1], "and every method's run at a point as the others'"
     on_hub = [settings_of(runs(file, f"task.train={split}")[0]) for split in ("a", "c")]
     assert on_hub[0] != on_hub[1], "splits are no files"
 
@@ -92,7 +96,11 @@ def test_values_come_through_the_command_line_as_they_are(file: Path) -> None:
         ("[0.5, 0.9]", "[0.5, 1.5]", r"after/.*=1.5: pruning.sparsity is 1.5; allowed"),
         ("model.path: dense", "model.path: dens", r"'dens' is unknown \(did you mean 'dense'\?\)"),
         ("model.path: dense", "model.path: after", "after wait for each other's models"),
-        ("{recipe.name: dense}", "{}\n    grid: {lr.peak: [1, 2]}", "fits 2 runs of dense; allowed: one"),
+        (
+            "{recipe.name: dense}",
+            "{}\n    grid: {lr.peak: [1, 2]}",
+            r"the grid of the baseline dense has \['lr.peak'\], and that of after has not",
+        ),
         ("baseline: dense", "baseline: danse", r"baseline 'danse' is unknown \(did you mean 'dense'\?\)"),
         ("baseline: dense", "ranks: 0", "ranks is 0; allowed: at least 1"),
         ("baseline: dense", "rank: 2", "is no sweep: .*rank"),
@@ -167,6 +175,43 @@ def test_results_that_do_not_fit_are_refused(file: Path, change: Any, message: s
     stored.write_text(change(stored.read_text()))
     with pytest.raises(UserError, match=message):
         sweep(str(file), [], [], dry_run=True, only_table=False)
+
+
+def test_results_on_other_data_of_the_same_name_are_refused(file: Path) -> None:
+    stored, (first, *_) = file.parent / "runs" / "results.jsonl", runs(file)
+    overrides = ["task.hub=null"]
+    for folder, text in (("a", "one"), ("b", "two")):
+        (file.parent / folder).mkdir()
+        overrides += [f"task.{split}={file.parent / folder}/{split}.jsonl" for split in ("train", "validation")]
+        for split in ("train", "validation"):
+            (file.parent / folder / f"{split}.jsonl").write_text(text)
+    with_a, with_b = overrides[:3], [overrides[0], *overrides[3:]]
+    opened = open_sweep(str(file), with_a)
+    data = hashes_of(opened.configs[first.name])
+    assert data.keys() == {"task.train train.jsonl", "task.validation validation.jsonl"}
+    results.append(stored, row(first, 0.5, opened.output) | {"settings": opened.settings[first.name], "data": data})
+    open_sweep(str(file), with_a)
+    with pytest.raises(UserError, match=r"measured on another task.train train.jsonl than the one that is there now"):
+        open_sweep(str(file), with_b)
+    (file.parent / "b" / "train.jsonl").unlink()
+    (file.parent / "b" / "validation.jsonl").unlink()
+    assert first.name in open_sweep(str(file), with_b).rows, "another machine, without the data"
+
+
+def test_a_run_has_one_line_also_where_two_sweeps_carry_it_out(file: Path) -> None:
+    stored, first = file.parent / "shared.jsonl", runs(file)[0]
+    opened = open_sweep(str(file), [], str(stored))
+    for metric in (0.5, 0.75):
+        results.append(stored, row(first, metric, opened.output))
+    opened.read()
+    assert opened.rows[first.name]["final_metric"] == 0.5
+
+
+def test_a_model_that_several_runs_have_is_refused(file: Path) -> None:
+    text = file.read_text().replace("baseline: dense", "")
+    file.write_text(text.replace("{recipe.name: dense}", "{}\n    grid: {lr.peak: [1, 2]}"))
+    with pytest.raises(UserError, match="fits 2 runs of dense; allowed: one"):
+        runs(file)
 
 
 def test_a_directory_of_another_run_is_refused(file: Path) -> None:

@@ -5,7 +5,13 @@ from random import Random
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from distprune.config import Config
 from distprune.errors import UserError
@@ -17,11 +23,13 @@ from tests.unit.task_files import PAD, TRAIN, WORDS, ids, labelled, make_tokeniz
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collate_pads_to_the_longest_of_the_batch(build, side):
-    tokenizer = make_tokenizer(padding_side=side)
+    tokenizer = make_tokenizer(cls_last=side == "left")
     tokenizer._pad_token_type_id = 5
     task = build(tokenizer=tokenizer)
     batch = task.collate([task.train[0], task.train[2]])
     short, long = ids("a"), ids("a b c")
+    if side == "left":
+        short, long = ([*row[1:], row[0]] for row in (short, long))
     gap = [PAD] * 2
     expected = [short + gap, long] if side == "right" else [gap + short, long]
     assert batch["input_ids"].tolist() == expected
@@ -33,7 +41,7 @@ def test_collate_pads_to_the_longest_of_the_batch(build, side):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_is_that_of_torch(build, side):
-    task = build(tokenizer=make_tokenizer(padding_side=side))
+    task = build(tokenizer=make_tokenizer(cls_last=side == "left"))
     random = Random(0)
     for _ in range(50):
         rows = [[random.randrange(9) for _ in range(random.randrange(7))] for _ in range(random.randrange(1, 6))]
@@ -41,6 +49,19 @@ def test_padding_is_that_of_torch(build, side):
         assert torch.equal(
             task.stack(rows, 11), pad_sequence(tensors, batch_first=True, padding_value=11, padding_side=side)
         )
+
+
+def test_a_decoders_predictions_do_not_depend_on_the_batch(build):
+    """Its tokenizer names the side for generation, on which GPT-2 would count the padding's places."""
+    task = build(tokenizer=make_tokenizer(padding_side="left"))
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, pad_token_id=PAD)
+    model = GPT2ForSequenceClassification(config).eval()
+    rows = [task.train[i] for i in range(5)]
+    with torch.no_grad():
+        together = task.forward(model, task.collate(rows))
+        alone = torch.cat([task.forward(model, task.collate([row])) for row in rows])
+    torch.testing.assert_close(together, alone)
 
 
 def test_collate_agrees_with_the_tokenizer(build):
