@@ -17,12 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distprune import dist
+from distprune.checkpoints.files import is_checkpoint
 from distprune.config import Config
 from distprune.errors import UserError, unknown
 from distprune.models.files import read_config
-from distprune.models.weights import load_model, set_dropout
+from distprune.models.weights import fill_masters, load_model, set_dropout
 from distprune.pruning.targets import freeze
-from distprune.shards import take_back_empty_step
+from distprune.shards import take_back_empty_step, trained_shards
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -152,6 +153,8 @@ def build_student(
     engine = _initialize("deepspeed.student", model, section, optimizer)
     if stage_of(section) == 0 and dtype_of(section) != torch.float32:
         take_back_empty_step(engine)
+    if dtype_of(section) != torch.float32 and not is_checkpoint(directory):
+        fill_masters(model, directory, dist.agree(lambda: trained_shards(engine)).shards)
     return engine, fresh
 
 

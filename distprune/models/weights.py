@@ -6,7 +6,7 @@ weights (a fresh head) are made by the model's own initialisation, on rank 0, fr
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from distprune import dist
 from distprune.errors import UserError
 from distprune.models.files import Source, match_names, open_source, read_config
-from distprune.shards import full_shape
+from distprune.shards import Shard, full_shape
 
 _TRIM_BYTES = 16 << 20
 
@@ -85,6 +85,25 @@ def load_model(
     _place_buffers(model, sources)
     dist.agree(lambda: _raise_first(failures))
     return model, missing
+
+
+@torch.no_grad()
+def fill_masters(model: PreTrainedModel, directory: Path, shards: Iterable[Shard]) -> None:
+    """Give fp32 weights the values in a model's files, of which bf16 and fp16 weights are only roundings.
+
+    DeepSpeed makes them of those: magnitudes would be equal by the thousand, and the first pruning decided by place.
+
+    Args:
+        model: loaded from the directory.
+        directory: a Hugging Face model directory.
+        shards: this rank's, of the model's trained parameters; those that the files lack stay as they are.
+    """
+    checkpoint = open_source(directory)
+    sources = _sources(model, checkpoint)
+    for shard in shards:
+        if shard.name in sources:
+            stored = checkpoint.read(sources[shard.name])
+            shard.master.copy_(stored.view(-1)[shard.start : shard.end])
 
 
 def _place_buffers(model: PreTrainedModel, sources: dict[str, str]) -> None:

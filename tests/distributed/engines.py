@@ -139,7 +139,7 @@ def reference_masks(scores: dict[str, Tensor], sparsity: Fraction) -> dict[str, 
 
 
 def plain_model(directory: Path, dtype: str = "fp32") -> nn.Module:
-    """Return the model as transformers loads it, with fp32 weights rounded to ``dtype``."""
+    """Return the model as transformers loads it, with fp32 weights rounded to ``dtype``, as forward passes use them."""
     model: nn.Module = AutoModelForSequenceClassification.from_pretrained(directory)
     return model if dtype == "fp32" else model.bfloat16().float()
 

@@ -59,7 +59,7 @@ def test_masks_are_those_of_the_other_weights_and_survivors_keep_their_own(
 ) -> None:
     scores = {name: weight.abs() for name, weight in target_weights(plain_model(trained)).items()}
     for layout in LAYOUTS:
-        own = target_weights(plain_model(directory, layout.dtype))
+        own = target_weights(plain_model(directory))
         for rank in world(size).run(prune_twice, directory, layout, str(trained)):
             for sparsity, (masks, *weights) in zip((Fraction("0.2"), Fraction("0.36")), rank, strict=True):
                 expected = reference_masks(scores, sparsity)

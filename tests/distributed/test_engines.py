@@ -47,20 +47,31 @@ from tests.world import World, Worlds, by_world
 # ------------------------------------------------------------------------------ in
 
 
-def steps_taken(directory: Path, layout: Layout) -> tuple[bool, set[float]]:
-    """Return whether the fp32 weights begin as those of the forward pass, and AdamW's count after one step."""
+def steps_taken(directory: Path, layout: Layout) -> tuple[dict[str, Tensor], dict[str, Tensor], set[float]]:
+    """Return the first fp32 weights, those of the forward pass, and AdamW's count after one step."""
     student = Student(directory, layout, weight_decay=0.5)
-    used = student.forward_weights()
-    same = all(torch.equal(master, used[name].float()) for name, master in student.masters().items())
+    masters, used = student.masters(), student.forward_weights()
     student.step(0)
     counts = {float(state["step"]) for state in student.engine.basic_optimizer.state.values()}
     student.close()
-    return same, counts
+    return masters, used, counts
 
 
-@pytest.mark.parametrize("layout", [Layout(0), Layout(0, "bf16"), Layout(0, "fp16"), Layout(2, "bf16"), Layout(3)])
-def test_no_step_is_taken_before_the_first(world: Worlds, directory: Path, layout: Layout) -> None:
-    assert world(2).run(steps_taken, directory, layout) == [(True, {1.0})] * 2
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(0), Layout(0, "bf16"), Layout(0, "fp16"), Layout(1, "bf16"), Layout(2, "bf16"), Layout(3)]
+    + [Layout(2, "bf16", True), Layout(3, "bf16")],
+)
+def test_a_run_begins_with_the_files_weights_and_takes_no_step_before_the_first(
+    world: Worlds, directory: Path, layout: Layout
+) -> None:
+    stored = target_weights(plain_model(directory))
+    for masters, used, counts in world(2).run(steps_taken, directory, layout):
+        assert masters.keys() == used.keys() == stored.keys()
+        for name, values in stored.items():
+            assert torch.equal(masters[name], values), "not a rounding of them"
+            assert torch.equal(used[name], values.to(used[name].dtype)), "what the forward pass uses is one"
+        assert counts == {1.0}
 
 
 # ------------------------------------------------------------------------------ out

@@ -56,10 +56,9 @@ def climb(directory: Path, layouts: list[Layout]) -> list[list[tuple[int, dict[s
 @pytest.mark.parametrize("kind", ["distinct", "tied"])
 def test_masks_are_the_reference_at_every_layout(world: Worlds, models: dict[str, Path], kind: str, size: int) -> None:
     ranks = world(size).run(climb, models[kind], ALL_LAYOUTS)
-    weights = {dtype: target_weights(plain_model(models[kind], dtype)) for dtype in ("fp32", "bf16")}
+    scores = {name: weight.abs() for name, weight in target_weights(plain_model(models[kind])).items()}
+    total = sum(score.numel() for score in scores.values())
     for layout, *rungs_of_ranks in zip(ALL_LAYOUTS, *ranks, strict=True):
-        scores = {name: weight.abs() for name, weight in weights[layout.dtype].items()}
-        total = sum(score.numel() for score in scores.values())
         for rungs in rungs_of_ranks:
             before = {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
             for sparsity, (count, masks) in zip(LADDER, rungs, strict=True):
@@ -267,7 +266,7 @@ def test_the_clipping_norm_is_that_of_the_masked_gradient(
     world: Worlds, models: dict[str, Path], accumulation: int, size: int
 ) -> None:
     for layout in ALL_LAYOUTS + OTHER_LAYOUTS * (size == 2):
-        norm, whole_norm, moments = plain_clipped_step(plain_model(models["distinct"], layout.dtype), layout.dtype)
+        norm, whole_norm, moments = plain_clipped_step(plain_model(models["distinct"]), layout.dtype)
         assert norm < 0.95 * whole_norm, "the mask must matter"
         assert norm > 2 * CLIP, "clipping must be active"
         rtol = 1e-4 if layout.dtype == "fp32" else 0.03
