@@ -16,7 +16,7 @@ from distprune.pruning.slices import Slice
 
 
 class InverseFisher:
-    """This rank's blocks of the inverse, block * 4 bytes for each weight that it holds."""
+    """This rank's blocks of the inverse, (block + 1) * 4 bytes for each weight that it holds."""
 
     def __init__(
         self, slices: Sequence[Slice], cuts: Mapping[str, Sequence[int]], block: int, samples: int, damping: float
@@ -37,6 +37,8 @@ class InverseFisher:
             )
             for each in slices
         ]
+        self._diagonal = [torch.full((each.end - each.start,), damping, device=each.mask.device) for each in slices]
+        """Of F itself, for each slice."""
         cut = sorted({(name, at // block) for name, places in cuts.items() for at in places if at % block})
         self._row = {key: row for row, key in enumerate(cut)}
         """Of each block that lies on several ranks, its place in what is exchanged."""
@@ -51,16 +53,24 @@ class InverseFisher:
             each.mask.new_zeros(each.end - each.start, dtype=torch.float32) if gradient is None else gradient.float()
             for each, gradient in zip(self.slices, gradients, strict=True)
         ]
+        for diagonal, gradient in zip(self._diagonal, filled, strict=True):
+            diagonal.addcmul_(gradient, gradient, value=1 / self.samples)
         for inverse, gradient in zip(self.inverses, (yield from self._in_blocks(filled)), strict=True):
             product = torch.bmm(inverse, gradient.unsqueeze(2)).squeeze(2)
             scale = self.samples + (gradient * product).sum(1, keepdim=True)
             inverse.baddbmm_(product.unsqueeze(2), (product / scale).unsqueeze(1), alpha=-1)
 
     def diagonals(self) -> list[Tensor]:
-        """Return the inverse's diagonal for each slice, shape [n], > 0."""
+        """Return the inverse's diagonal for each slice, shape [n], > 0.
+
+        It is at least 1 over that of F, where rounding has gone below: it begins at 1 / damping, and where gradients
+        are large the sum cancels.
+        """
         diagonals = [inverse.diagonal(dim1=1, dim2=2) for inverse in self.inverses]
-        smallest = torch.finfo(torch.float32).tiny  # rounding may have gone below 0
-        return [self._of(each, found).clamp(min=smallest) for each, found in zip(self.slices, diagonals, strict=True)]
+        return [
+            torch.maximum(self._of(each, found), 1 / own)
+            for each, found, own in zip(self.slices, diagonals, self._diagonal, strict=True)
+        ]
 
     def times(self, vectors: Sequence[Tensor]) -> Exchange[list[Tensor]]:
         """Return the inverse times a vector, for each slice.

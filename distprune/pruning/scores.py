@@ -250,8 +250,8 @@ class OptimalBrainSurgeon(PositiveScore):
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of each weight around a pruning: its row of its block, the diagonal, and the weight as it was."""
-        return 4 * (self.config.block + 2)
+        """Bytes of each weight around a pruning: its row of its block, both diagonals, and the weight as it was."""
+        return 4 * (self.config.block + 3)
 
     def learn(self, slices: Sequence[Slice], gradients: Sequence[Tensor | None]) -> Exchange[None]:  # noqa: D102
         if self._fisher is None:

@@ -21,7 +21,7 @@ def is_cached(config: Config, task: Task) -> bool:
     return config.teacher.cache is not None and task.cacheable and logits_only
 
 
-def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int) -> Teacher:
+def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int, is_new: bool) -> Teacher:
     """Return the teacher; where a cache is asked for and is not there, it is made. Collective: every rank calls it.
 
     Args:
@@ -29,6 +29,7 @@ def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int) ->
         task: with the tokenised data.
         directory: of the teacher's model, which fits the task.
         micro_batch: examples in a training forward pass on one rank.
+        is_new: whether the run begins: one that goes on does not make its cache again.
 
     Raises:
         UserError: on every rank, where the cache is of something else, damaged, or cannot be written or seen by all.
@@ -39,7 +40,7 @@ def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int) ->
     dtype = dtype_of(config.deepspeed.teacher)
     found = dist.on_main(lambda: cache.fingerprints(directory, task, dtype))
     folder = cache.folder_of(found) if config.teacher.cache == "auto" else Path(config.teacher.cache).expanduser()
-    if config.teacher.rebuild_cache:
+    if config.teacher.rebuild_cache and is_new:
         cache.remove(folder)
     manifest = dist.on_main(lambda: cache.find(folder, found))
     if manifest is None:

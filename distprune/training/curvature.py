@@ -1,5 +1,6 @@
 """Gradients that are taken for a score alone, before a pruning: of the task's loss, and no step follows them."""
 
+from collections.abc import Callable
 from itertools import count, islice
 
 import torch
@@ -11,7 +12,7 @@ from distprune.pruning.pruner import Pruner
 from distprune.training.setup import Setup
 
 
-def estimate(config: Config, setup: Setup, pruner: Pruner, step: int) -> None:
+def estimate(config: Config, setup: Setup, pruner: Pruner, step: int, before_each: Callable[[], None]) -> None:
     """Let the pruner's score know ``fisher.samples`` gradients of whole batches. Collective: every rank calls it.
 
     Args:
@@ -19,13 +20,18 @@ def estimate(config: Config, setup: Setup, pruner: Pruner, step: int) -> None:
         setup: whose student and data are used.
         pruner: whose score is told.
         step: with the seed it says which batches; they are drawn as a run's are, by epochs of their own.
+        before_each: is called on every rank before each of them, and may end it: nothing of the run has changed.
     """
     student, task, world = setup.student, setup.task, setup.world
     seed = stream_seed(config.train.seed, step, [])
     lengths, size = task.train["length"], config.train.batch_size
     batches = (batch for epoch in count() for batch in train_batches(lengths, size, seed, epoch))
     student.train(config.fisher.dropout)
+    for module in student.module.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # this alone and not what is in it: else transformers keeps all activations
     for sample, batch in enumerate(islice(batches, config.fisher.samples)):
+        before_each()
         parts = rank_part(batch, world.rank, world.size, config.train.accumulation)
         for number, rows in enumerate(parts, start=1):
             micro_batch = on_device(task.collate(task.train.__getitems__(rows), seed), student)

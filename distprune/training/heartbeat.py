@@ -5,7 +5,6 @@ device or a connection may have failed: another start, perhaps on other nodes, m
 """
 
 import time
-from contextlib import suppress
 from threading import Event, Thread
 from types import TracebackType
 from typing import Self
@@ -50,12 +49,14 @@ class Heartbeat:
             raise Fault(self._world.rank, error) from error
 
     def _beat(self) -> None:
-        with suppress(RuntimeError):  # rank 0 is gone, and the store with it
-            store = connect_store()
-            beats = 0
-            while not self._ended.wait(PERIOD_S):
-                beats += 1
+        store, beats = None, 0
+        while not self._ended.wait(PERIOD_S):
+            beats += 1
+            try:
+                store = store or connect_store()
                 store.set(f"heartbeat/{self._world.rank}", str(beats))
+            except RuntimeError:  # rank 0 is busy, or gone, and the store with it
+                store = None
 
     def _lost(self) -> list[int]:
         """Return the ranks whose number stays as it is."""

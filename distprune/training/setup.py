@@ -56,12 +56,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     """
     world = dist.detect()
     if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        if dist.on_gpu():  # where attention's fused kernels stay as they are, as torch is only to warn
-            torch.backends.cuda.enable_flash_sdp(False)
-            torch.backends.cuda.enable_mem_efficient_sdp(False)
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        make_deterministic()
     micro_batch = config.train.batch_size // (world.size * config.train.accumulation)
     directory = checkpoint or local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)
@@ -80,7 +75,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     dist.agree(lambda: check_limits(directory, task))
     teacher = None
     if config.distillation.teaches:
-        teacher = _teacher(config, task, directory, micro_batch)
+        teacher = _teacher(config, task, directory, micro_batch, is_new=checkpoint is None)
     student, fresh = build_student(config, directory, task.auto_class, task.model_options(), micro_batch)
     if isinstance(teacher, LiveTeacher):
         put_out_features(config.distillation, student.module, teacher.engine.module)
@@ -88,6 +83,16 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     prunes = bool(plan.ladder) or config.pruning.start_sparse
     pruner = build_pruner(config, student, resumes=checkpoint is not None) if prunes else None
     return Setup(world, task, student, teacher, pruner, plan, fresh, task.fingerprints)
+
+
+def make_deterministic() -> None:
+    """Let torch take the algorithms that give the same bits each time, in this process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if dist.on_gpu():  # where attention's fused kernels stay as they are, as torch is only to warn
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
@@ -232,9 +237,9 @@ def check_limits(directory: Path, task: Task) -> None:
         raise UserError(f"the tokenizer has {tokens} tokens; allowed: up to the model's vocab_size, {embeddings}")
 
 
-def _teacher(config: Config, task: Task, student: Path, micro_batch: int) -> Teacher:
+def _teacher(config: Config, task: Task, student: Path, micro_batch: int, is_new: bool) -> Teacher:
     """Collective: every rank calls it."""
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
     dist.agree(lambda: check_teacher(config, directory, task, student))
-    return teacher_of(config, task, directory, micro_batch)
+    return teacher_of(config, task, directory, micro_batch, is_new)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -37,6 +37,9 @@ from distprune.training.interrupts import Interrupted, StopRequests
 from distprune.training.objective import Losses, Objective
 from distprune.training.setup import Setup
 
+_KEPT = ("metrics", "measured_at", "dense_metrics", "losses", "skipped_steps")
+"""What of a `Trainer` a checkpoint has as it is."""
+
 
 class _Asked(NamedTuple):
     """What a rank may ask all of them for at the end of a step."""
@@ -58,6 +61,8 @@ class Trainer:
     step: int = 0
     best: Best = field(default_factory=Best)
     metrics: dict[str, float] = field(default_factory=dict)
+    measured_at: int = -1
+    """The step of ``metrics``."""
     dense_metrics: dict[str, float] | None = None
     """Of the teacher, or without one of the student before its first pruning."""
     losses: list[list[float]] = field(default_factory=list)
@@ -65,7 +70,6 @@ class Trainer:
     """Of ``step``, those that DeepSpeed left out because fp16's gradients were not finite."""
     seconds_before: float = 0.0
     """What the run took before this process went on with it."""
-    _measured_at: int = -1
     _logged_step: int = 0
     _started_at: float = field(default_factory=time.time)
     _logged_at: float = field(default_factory=time.perf_counter)
@@ -82,23 +86,40 @@ class Trainer:
         """
         plan = self.setup.plan
         self._logged_step, self._logged_at = self.step, time.perf_counter()
+        if self.step > 0 and self._evaluation_is_due() and self.measured_at != self.step:
+            self._evaluate()  # the run was told to stop, and had no time for it
         for batch in self._batches():
             asked = self._optimizer_step(batch)
             if self.step % self.config.train.log_every == 0 or self.step == plan.total_steps:
                 self._log_training()
-            if self.step % plan.eval_every == 0 or self.step == plan.total_steps:
+            if asked.stop and self.step < plan.total_steps:
+                self._stop(asked.requeue)
+            if self._evaluation_is_due():
                 self._evaluate()
-            if asked.save or asked.stop or self._save_is_planned():
+            if asked.save or self._save_is_planned():
                 self._save()
             if self._out_of_patience():
                 break
-            if asked.stop and self.step < plan.total_steps:
-                self.saver.finish()
-                saved = dist.on_main(lambda: newest_step(self.saver.folder))
-                raise Interrupted(self.step, saved, asked.requeue)
-        if self._measured_at != self.step:
+        if self.measured_at != self.step:
             self._evaluate()  # the run has become shorter than it was when it began
         self.saver.finish()
+
+    def _stop(self, requeue: bool) -> NoReturn:
+        """Save and stop. Collective: every rank calls it."""
+        if self.step > 0:
+            self._save()
+            self.saver.finish()
+        saved = dist.on_main(lambda: newest_step(self.saver.folder))
+        raise Interrupted(self.step, saved, requeue)
+
+    def _stop_if_asked(self) -> None:
+        """Stop where any rank was told to, between two steps. Collective: every rank calls it."""
+        stop, requeue = dist.all_sum([float(self.requests.stop), float(self.requests.requeue)])
+        if stop:
+            self._stop(requeue > 0)
+
+    def _evaluation_is_due(self) -> bool:
+        return self.step % self.setup.plan.eval_every == 0 or self.step == self.setup.plan.total_steps
 
     def _batches(self) -> Iterator[list[int]]:
         """Yield the run's global batches, the same on every rank and at every world size."""
@@ -114,7 +135,7 @@ class Trainer:
         world, task = self.setup.world, self.setup.task
         set_learning_rate(student, plan.lr.at(self.step))
         if pruner is not None and pruner.score.learns and self.step in plan.ladder:
-            estimate(self.config, self.setup, pruner, self.step)
+            estimate(self.config, self.setup, pruner, self.step, self._stop_if_asked)
         parts = rank_part(batch, world.rank, world.size, self.config.train.accumulation)
         sums, draw = [0.0] * len(Losses._fields), stream_seed(self.config.train.seed, self.step, [])
         for number, rows in enumerate(parts):
@@ -194,16 +215,15 @@ class Trainer:
         }
         self.losses, self._logged_step, self._logged_at = [], self.step, now
         self.monitor.log(record)
-        self.monitor.progress(
-            self.step, loss=means.total, sparsity=record["sparsity"], lr=record["lr"], **self._main_metric()
-        )
+        main = dict(list(self.metrics.items())[:1])
+        self.monitor.progress(self.step, loss=means.total, sparsity=record["sparsity"], lr=record["lr"], **main)
 
     def _evaluate(self) -> None:
         """Measure, and keep the state where it is the best one at the target sparsity."""
         plan, pruner = self.setup.plan, self.setup.pruner
         started = time.perf_counter()
         self.metrics = evaluate(self.setup.student, self.setup.task, self.config.train.eval_batch_size)
-        self._measured_at = self.step
+        self.measured_at = self.step
         self._logged_at += time.perf_counter() - started  # examples/s are those of training
         layers = {} if pruner is None else pruner.layer_sparsity
         self.monitor.log(
@@ -222,6 +242,7 @@ class Trainer:
         if improved and self.config.train.select == "best":
             directory, checkpoints = self.best.directory(self.run_dir), self.saver.folder
             self._keep(directory)
+            self.saver.finish()  # a checkpoint that is being written may need the former
             dist.write_on_main(lambda: remove_former(directory, checkpoints), directory)
 
     def _keep(self, directory: Path) -> None:
@@ -238,7 +259,7 @@ class Trainer:
     def _save(self) -> None:
         """Begin to write a checkpoint. Collective: every rank calls it."""
         pruner, student = self.setup.pruner, self.setup.student
-        measured = self.at_target and self._measured_at == self.step
+        measured = self.at_target and self.measured_at == self.step
         state = state_of(student, pruner) | {
             "config": asdict(self.config),
             "data": self.setup.data,
@@ -252,24 +273,16 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return where the run stands, for JSON."""
-        return {
-            "best": asdict(self.best),
-            "metrics": self.metrics,
-            "measured_at": self._measured_at,
-            "dense_metrics": self.dense_metrics,
-            "losses": self.losses,
-            "skipped_steps": self.skipped_steps,
-            "seconds": self.seconds,
-        }
+        return {name: getattr(self, name) for name in _KEPT} | {"best": asdict(self.best), "seconds": self.seconds}
 
     def resume(self, checkpoint: Path, manifest: Manifest) -> None:
         """Go on from a checkpoint that the student was loaded from. Collective: every rank calls it."""
         restore(self.setup.student, self.setup.pruner, Pieces(checkpoint), manifest.state)
         state = manifest.state["trainer"]
         self.step, self.best = manifest.step, Best(**state["best"])
-        self.metrics, self.dense_metrics, self.losses = state["metrics"], state["dense_metrics"], state["losses"]
-        self._measured_at, self.skipped_steps = state["measured_at"], state["skipped_steps"]
         self.seconds_before = state["seconds"]
+        for name in _KEPT:
+            setattr(self, name, state[name])
         self.setup.new_weights = manifest.state["new_weights"]
         self.saver.last_step = manifest.step
 
@@ -332,6 +345,3 @@ class Trainer:
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
         return self.at_target and patience is not None and self.best.evaluations_since >= patience
-
-    def _main_metric(self) -> dict[str, Any]:
-        return dict(list(self.metrics.items())[:1])

@@ -57,10 +57,12 @@ def steps_taken(directory: Path, layout: Layout) -> tuple[dict[str, Tensor], dic
     return masters, used, counts
 
 
+LOW = [Layout(stage, "bf16") for stage in (1, 2, 3)]
+
+
 @pytest.mark.parametrize(
     "layout",
-    [Layout(0), Layout(0, "bf16"), Layout(0, "fp16"), Layout(1, "bf16"), Layout(2, "bf16"), Layout(3)]
-    + [Layout(2, "bf16", True), Layout(3, "bf16")],
+    [*(Layout(0, each) for each in ("fp32", "bf16", "fp16")), Layout(2, "bf16", True), Layout(3), *LOW],
 )
 def test_a_run_begins_with_the_files_weights_and_takes_no_step_before_the_first(
     world: Worlds, directory: Path, layout: Layout

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,9 +16,10 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 
+from distprune import dist
 from distprune.checkpoints import files
 from distprune.checkpoints.files import Manifest
-from distprune.training.heartbeat import is_fault
+from distprune.training.heartbeat import Heartbeat, is_fault
 from distprune.training.interrupts import Interrupted
 from tests.distributed.runs import RATE, OnLastRank, run, run_command, run_patched, same_weights, told
 from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
@@ -190,6 +192,67 @@ def test_a_device_that_fails_is_no_end_of_the_run(world: Worlds, task: Path, tmp
 )
 def test_a_fault_is_of_a_device_or_a_connection(error: Exception, expected: bool) -> None:
     assert is_fault(error) == expected
+
+
+def told_to_stop(task: Path, output: Path, *overrides: str) -> tuple[str, bool]:
+    """Run, with SLURM's signal for the last rank within its sixth step. Collective."""
+    signals = OnLastRank(lambda engine: os.kill(os.getpid(), signal.SIGUSR1))
+    try:
+        return str(run_patched(RATE, signals, task, output, *overrides)), False
+    except Interrupted as interrupted:
+        return str(interrupted), interrupted.requeue
+
+
+@pytest.mark.parametrize(
+    ("options", "done"),
+    [
+        (("train.eval_every=6 steps",), 6),
+        (
+            (
+                "pruning.score=obs",
+                "fisher.samples=3",
+                "fisher.block=4",
+                "pruning.start=5 steps",
+                "pruning.end=17 steps",
+            ),
+            5,
+        ),
+    ],
+    ids=["an evaluation is due", "gradients are taken for a score"],
+)
+def test_a_run_that_is_told_to_stop_saves_before_what_takes_long(
+    world: Worlds, task: Path, tmp_path: Path, options: tuple[str, ...], done: int
+) -> None:
+    world(2).run(run, task, tmp_path / "whole", *options)
+    said = world(2).run(told_to_stop, task, tmp_path / "run", *options)
+    assert said == [(f"stopped after step {done}, as asked; the same command goes on from there", True)] * 2
+    assert all(record["step"] < done for record in told(tmp_path / "run") if record["split"] == "validation")
+    world(2).run(run, task, tmp_path / "run", *options)
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
+    assert told(tmp_path / "run") == told(tmp_path / "whole")
+
+
+class BusyStore:
+    """Stands in for the ranks' store: its second request fails."""
+
+    def __init__(self) -> None:
+        self.set_to: list[str] = []
+
+    def set(self, key: str, value: str) -> None:
+        self.set_to.append(value)
+        if len(self.set_to) == 2:
+            raise torch_dist.DistNetworkError("timed out")
+
+
+def test_a_heart_goes_on_beating_behind_a_request_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BusyStore()
+    monkeypatch.setattr("distprune.training.heartbeat.connect_store", lambda: store)
+    monkeypatch.setattr("distprune.training.heartbeat.PERIOD_S", 0.01)
+    with Heartbeat(replace(dist.detect(), size=2)):
+        deadline = time.monotonic() + 20
+        while len(store.set_to) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert store.set_to[:5] == ["1", "2", "3", "4", "5"]
 
 
 @pytest.mark.slow

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distprune import settings
 from distprune.config import FisherConfig
 from distprune.pruning.scores import OptimalBrainSurgeon
+from distprune.training.curvature import estimate
+from distprune.training.setup import prepare
 from tests.distributed.engines import (
     Layout,
     Student,
@@ -121,6 +124,23 @@ def test_gradients_that_are_dropped_leave_no_trace(world: Worlds, directory: Pat
         )
         for name in without:
             assert torch.equal(without[name], dropped[name]), f"{layout}: {name}"
+
+
+def layers_run(task: Path, *overrides: str) -> int:
+    """Return how often a layer runs forward while two gradients are taken of a model of two. Collective."""
+    setup = prepare(settings.load_valid(str(task / "run.yaml"), ["pruning.score=obs", "fisher.samples=2", *overrides]))
+    calls: list[int] = []
+    for layer in setup.student.module.bert.encoder.layer:
+        layer.attention.register_forward_hook(lambda *_: calls.append(1))
+    assert setup.pruner is not None
+    estimate(settings.load_valid(str(task / "run.yaml"), ["fisher.samples=2"]), setup, setup.pruner, 0, lambda: None)
+    setup.student.destroy()
+    return len(calls)
+
+
+def test_activations_are_recomputed_for_its_gradients_where_they_are_in_training(world: Worlds, task: Path) -> None:
+    assert world(1).run(layers_run, task) == [4]
+    assert world(1).run(layers_run, task, "model.activation_checkpointing=true") == [8]
 
 
 @pytest.mark.slow

@@ -87,6 +87,9 @@ def test_a_cache_of_something_else_is_refused_and_made_anew_where_asked(
     (_, said), _ = world(2).run(heard, run, task, tmp_path / "third", *again)
     assert MADE in said
     assert len(list(folder.glob("rank-*"))) == 2
+    assert MADE in cut_off(world, 2, task, tmp_path / "fourth", 5, *again, *EVERY_STEP)
+    (_, said), _ = world(2).run(heard, run, task, tmp_path / "fourth", *again, *EVERY_STEP)
+    assert MADE not in said, "a run that goes on has made it already"
 
 
 def test_a_damaged_cache_is_refused(world: Worlds, task: Path, tmp_path: Path) -> None:

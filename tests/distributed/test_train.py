@@ -42,12 +42,15 @@ STEPS = 50
 FIFTY = ("train.epochs=6.25", "lr.rewind_every=null", "lr.warmup=5 steps", "lr.final=0", "train.eval_every=50 steps")
 
 
-def plain_losses(task: Path) -> list[float]:
+def plain_losses(task: Path, betas: tuple[float, float], eps: float, decay: float) -> list[float]:
     """Fine-tune by a plain PyTorch loop: the same batches and learning rates, nothing else of distprune's."""
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(task / "model")
     model = AutoModelForSequenceClassification.from_pretrained(task / "model").train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    kept = {n for n, _ in model.named_parameters() if n.endswith(".bias") or "LayerNorm" in n}
+    groups = [[each for n, each in model.named_parameters() if (n in kept) == is_kept] for is_kept in (True, False)]
+    decays = [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": decay}]
+    optimizer = torch.optim.AdamW(decays, lr=1e-3, betas=betas, eps=eps)
     lengths = [len(tokenizer(row["sentence"])["input_ids"]) for row in rows]
     batches = [batch for epoch in range(7) for batch in train_batches(lengths, 12, 42, epoch)][:STEPS]
     found = []
@@ -68,7 +71,7 @@ def plain_losses(task: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_without_pruning_the_loss_curve_is_that_of_a_plain_loop(world: Worlds, task: Path, tmp_path: Path) -> None:
-    expected = plain_losses(task)
+    expected = plain_losses(task, (0.9, 0.999), 1e-8, 0.0)
     assert min(expected) < 0.8 * expected[0], "the loss must move"
     world(1).run(run, task, tmp_path / "one", *DENSE, *FIFTY, *stage(0))
     assert losses(tmp_path / "one") == pytest.approx(expected, rel=1e-5)
@@ -76,6 +79,15 @@ def test_without_pruning_the_loss_curve_is_that_of_a_plain_loop(world: Worlds, t
         output = tmp_path / f"stage{number}"
         world(2).run(run, task, output, *DENSE, *FIFTY, *stage(number))
         assert losses(output) == pytest.approx(expected, rel=1e-5), f"stage {number}"
+
+
+@pytest.mark.slow
+def test_the_optimizers_options_are_those_of_a_plain_loop(world: Worlds, task: Path, tmp_path: Path) -> None:
+    """No decay on biases and norms."""
+    expected = plain_losses(task, (0.8, 0.9), 1e-3, 0.3)
+    options = ("optimizer.betas=[0.8,0.9]", "optimizer.eps=1e-3", "optimizer.weight_decay=0.3")
+    world(2).run(run, task, tmp_path / "run", *DENSE, *FIFTY, *options, *stage(2))
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,14 +1,16 @@
 """What distprune adds to DeepSpeed's own start; engines themselves need ranks and are tested in tests/distributed."""
 
+import os
 from types import SimpleNamespace
 
 import deepspeed
 import pytest
 import torch
 
-from distprune import shards
+from distprune import dist, shards
 from distprune.engines import build
 from distprune.errors import UserError
+from distprune.training import setup
 
 
 @pytest.mark.parametrize("kind", [AssertionError, NotImplementedError, ValueError])
@@ -87,3 +89,27 @@ def test_offloaded_gradients_are_waited_for_before_they_are_read(monkeypatch, of
     gradient = parameters.gradient(SimpleNamespace(name="w", start=4, end=8))
     assert gradient.shape == (4,)
     assert happened == (["wait", "read"] if offload else ["read"])
+
+
+@pytest.fixture
+def as_before(monkeypatch):
+    """Give torch's own settings back behind a test that changes them."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    yield
+    torch.use_deterministic_algorithms(False)
+    for enable in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp):
+        enable(True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_deterministic_run_takes_no_algorithm_that_is_not(monkeypatch, as_before, on_gpu):
+    monkeypatch.setattr(dist, "on_gpu", lambda: on_gpu)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    setup.make_deterministic()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    cuda = torch.backends.cuda
+    fused = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled())
+    assert fused == (not on_gpu,) * 3
+    assert cuda.math_sdp_enabled()

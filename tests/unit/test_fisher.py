@@ -79,6 +79,18 @@ def test_blocks_are_those_of_a_plain_inverse_wherever_ranks_cut_them(places: dic
             torch.testing.assert_close(product.double(), wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_the_diagonal_stays_above_its_bound_where_the_sum_cancels() -> None:
+    """The inverse of a positive matrix has on its diagonal at least 1 over the matrix's own."""
+    slices = cut(CUTS[0], random(0))[0]
+    fisher = InverseFisher(slices, CUTS[0], BLOCK, SAMPLES, 1e-7)
+    gradients = [{name: 30 * each for name, each in random(seed).items()} for seed in range(1, SAMPLES + 1)]
+    for each in gradients:
+        answer([fisher.add([each[name] for name in SIZES])])
+    for name, found in zip(SIZES, fisher.diagonals(), strict=True):
+        own = 1e-7 + sum(each[name] ** 2 for each in gradients) / SAMPLES
+        assert bool((found >= 0.999 / own).all()), "rounding has gone below"
+
+
 def test_a_gradient_that_is_not_there_is_zero() -> None:
     slices = cut(CUTS[0], random(0))[0]
     fisher = InverseFisher(slices, CUTS[0], BLOCK, SAMPLES, DAMPING)

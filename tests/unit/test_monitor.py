@@ -31,7 +31,7 @@ VALIDATION = {
 
 
 def config(mode: str = "disabled") -> Config:
-    return Config(wandb=WandbConfig(mode=mode, tags=["tag"]))
+    return Config(wandb=WandbConfig(mode, "project", "entity", None, "group", ["tag"]))
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
@@ -176,6 +176,8 @@ def test_train_and_validation_share_the_step_axis(tmp_path: Path, monkeypatch: p
     options: dict[str, Any] = {}
     monkeypatch.setattr(wandb, "init", lambda **given: options.update(given) or run)
     offline_run(tmp_path / "run")
+    given = {name: options[name] for name in ("mode", "project", "entity", "group", "tags")}
+    assert given | {"name": None} == vars(config("offline").wandb)
     assert ("*", "step") in run.axes
     assert run.logged == [
         {"step": 1, "epoch": 0.5, "train/loss": 0.25, "train/lr": 1e-4, "train/sparsity": 0.5},

@@ -42,7 +42,9 @@ def test_it_is_compiled_into_the_cache_once(cache: Path, monkeypatch: pytest.Mon
 
 
 @needs_a_compiler
-def test_other_code_options_or_cpus_have_another_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_code_options_or_cpus_have_another_file(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     native._compiled()
     with monkeypatch.context() as patch:
         patch.setattr(native, "_OPTIONS", ["-O1", "-shared", "-fPIC"])
@@ -50,7 +52,17 @@ def test_other_code_options_or_cpus_have_another_file(cache: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(native.platform, "machine", lambda: "another")
         native._compiled()
-    assert len(list(cache.iterdir())) == 3
+    with monkeypatch.context() as patch:
+        source = tmp_path / "changed.c"
+        source.write_text(native._SOURCE.read_text() + "// changed\n")
+        patch.setattr(native, "_SOURCE", source)
+        native._compiled()
+    with monkeypatch.context() as patch:
+        read = Path.read_text
+        flags = {"/proc/cpuinfo": "flags\t\t: of another kind of processor"}
+        patch.setattr(Path, "read_text", lambda path, *rest: flags.get(str(path)) or read(path, *rest))
+        native._compiled()
+    assert len(list(cache.iterdir())) == 5
 
 
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/cc"])

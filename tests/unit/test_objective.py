@@ -135,7 +135,10 @@ def test_models_without_attention_are_compared_by_their_logits() -> None:
 
 def test_tokens_without_a_mask_all_count(batch_of) -> None:
     task, batch, rows = batch_of
+    objective = Objective(task, LiveTeacher(model(2, 1), task), DistillationConfig(hidden=1.0))
+    masked = objective.losses(model(2, 0), batch, rows)
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    expected = objective.losses(model(2, 0), batch, rows)
+    assert masked.hidden != expected.hidden, "the batch has padding"
     del batch["attention_mask"]
-    config = DistillationConfig(hidden=1.0)
-    losses = Objective(task, LiveTeacher(model(2, 1), task), config).losses(model(2, 0), batch, rows)
-    assert losses.hidden > 0
+    assert objective.losses(model(2, 0), batch, rows) == expected

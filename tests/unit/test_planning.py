@@ -107,7 +107,7 @@ def test_offload_moves_master_moments_masks_and_gradients_to_the_host() -> None:
     assert cpu.device["master"] == 20 * 4
 
 
-@pytest.mark.parametrize(("score", "held"), [("magnitude", 0), ("movement", 8), ("obs", 4 * 52)])
+@pytest.mark.parametrize(("score", "held"), [("magnitude", 0), ("movement", 8), ("obs", 4 * 53)])
 def test_what_a_score_holds_counts_for_each_weight_to_prune(score: str, held: int) -> None:
     assert build_score(score, 0, FisherConfig(block=50)).bytes_held == held
     kept = memory.peak(need(Layout(2, 2), score_bytes=held)).device

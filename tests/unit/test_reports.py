@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import BertConfig
 
+from distprune.__main__ import main
 from distprune.commands import report
 from distprune.config import Config
 from distprune.errors import UserError
@@ -83,7 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def html(runs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the page about them."""
     path = tmp_path_factory.mktemp("page") / "report.html"
-    report.run(runs, str(path))
+    assert main(["report", *runs, "--html", str(path)]) == 0
     return path
 
 

@@ -1,0 +1,36 @@
+"""What of a configuration may change when a run goes on, and what would make another run of it."""
+
+from dataclasses import asdict, replace
+
+import pytest
+
+from distprune.checkpoints.run_directory import changes
+from distprune.config import Config, describe
+from distprune.errors import UserError
+
+MAY_CHANGE = {
+    *("model.path", "model.revision", "model.tokenizer", "model.activation_checkpointing"),
+    *("task.train", "task.validation", "task.more_validation", "teacher.cache", "teacher.rebuild_cache"),
+    *("train.output", "train.epochs", "train.eval_batch_size", "train.eval_every", "train.accumulation"),
+    *("train.patience", "train.log_every", "train.deterministic", "recipe", "lr", "optimizer", "distillation"),
+    *("deepspeed", "checkpoint", "wandb"),
+}
+"""Keys and whole sections; everything else settles masks, data or the order of the data."""
+
+
+@pytest.mark.parametrize("key", describe())
+def test_a_change_is_said_or_refused(key: str) -> None:
+    section, _, name = key.partition(".")
+    old = asdict(Config())
+    changed = replace(Config(), **{section: replace(getattr(Config(), section), **{name: "another"})})
+    if MAY_CHANGE & {key, section}:
+        assert changes(old, changed) == [f"{key} {old[section][name]!r} -> 'another'"]
+    else:
+        with pytest.raises(UserError, match=f"{key} is 'another', and was .* when the run began; allowed: the same"):
+            changes(old, changed)
+
+
+def test_what_an_older_checkpoint_does_not_know_is_as_it_was() -> None:
+    old = asdict(Config())
+    del old["pruning"]["score"], old["regrowth"]
+    assert changes(old, Config()) == []
