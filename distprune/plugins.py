@@ -31,7 +31,8 @@ def find_class(key: str, name: str, known: Mapping[str, type[T]], base: type[T])
     try:
         kind = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{key} {name!r} cannot be imported: {error}") from error
+        hint = "; allowed: a module in the Python path, as with PYTHONPATH=FOLDER" * isinstance(error, ImportError)
+        raise UserError(f"{key} {name!r} cannot be imported: {error}{hint}") from error
     if not (isinstance(kind, type) and issubclass(kind, base)) or isabstract(kind):
         raise UserError(f"{key} is {name!r}; allowed: {', '.join(known)}, or {others}")
     return kind

@@ -207,12 +207,13 @@ def _until_here(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 def pays(part: Part) -> bool:
-    """Return whether pruning a component pays: where its matrices do at least 5 % of the FLOPs.
+    """Return whether pruning a component pays: where its matrices do at least 5 % of the FLOPs, and are no head.
 
-    Zeros save arithmetic only where there is some; elsewhere they save storage. The measured loss decides nothing, and
-    is said beside it: without training between prunings it is far more than gradual pruning loses.
+    Zeros save arithmetic only where there is some; elsewhere they save storage. The head stays dense by the paper's
+    first guideline, also that of a language model, with its many FLOPs. The measured loss decides nothing, and is said
+    beside it: without training between prunings it is far more than gradual pruning loses.
     """
-    return part.flops_share >= ENOUGH
+    return part.flops_share >= ENOUGH and part.place.component != "head"
 
 
 def reason(part: Part, dense: float, metric: str, is_new: bool) -> str:
@@ -229,8 +230,10 @@ def reason(part: Part, dense: float, metric: str, is_new: bool) -> str:
         f"{part.latency_share:.1%} of the latency"
     )
     why = "" if part.flops else "; a lookup costs no arithmetic, so that only storage is saved"
-    if part.flops and not pays(part):
+    if part.flops and part.flops_share < ENOUGH:
         why = f"; less than {ENOUGH:.0%} of the FLOPs"
+    elif part.place.component == "head":
+        why = "; heads stay dense by the guideline"
     why += "; its weights are new, and their magnitudes mean nothing" * is_new
     measured = ", ".join(f"{value:.4f} at {sparsity:.0%}" for sparsity, value in part.metrics.items())
     verdict = "pays" if pays(part) else "does not pay"

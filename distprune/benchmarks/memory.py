@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from distprune import dist
 from distprune.benchmarks.models import random_batch, write_random_model
 from distprune.benchmarks.timing import peak_bytes
-from distprune.config import Config
+from distprune.config import Config, PruningConfig
 from distprune.engines.build import build_frozen, build_student, decay_groups
 from distprune.errors import UserError
 from distprune.models.weights import skeleton
@@ -22,7 +22,7 @@ from distprune.planning.activations import count
 from distprune.planning.memory import Need
 from distprune.planning.shapes import layout_of, shapes_of
 from distprune.planning.subject import stand_in
-from distprune.pruning.targets import find_targets
+from distprune.pruning.targets import targets_of
 from distprune.training.distill import distillation_loss
 from distprune.training.setup import build_pruner
 
@@ -113,7 +113,7 @@ def _need(folder: Path, section: dict[str, Any], frozen: dict[str, Any] | None, 
     """Return what a plan of the same run is made from."""
     world = dist.detect().size
     model, _ = skeleton(folder, AutoModelForSequenceClassification, {})
-    shapes = shapes_of(model, decay_groups(model, 0.0), find_targets(model, [], []))
+    shapes = shapes_of(model, decay_groups(model, 0.0), targets_of(PruningConfig(), model))
     layout = layout_of("the student", section, world)
     teacher = None
     if frozen is not None:

@@ -37,9 +37,9 @@ def owned_tensors(engine: Any, pruner: Pruner | None) -> dict[str, Tensor]:
         for name, buffer in stored_buffers(engine.module).items():
             add(name, 0, "buffer", buffer.view(-1))
     if pruner is not None:
-        for shard, mask, each in zip(pruner.shards, pruner.masks, pruner.slices, strict=True):
+        for shard, each in zip(pruner.shards, pruner.slices, strict=True):
             if pruner.masked:
-                add(shard.name, shard.own_start, "mask", mask[shard.owned])
+                add(shard.name, shard.own_start, "mask", each.mask[shard.owned])
             if each.state is not None:
                 add(shard.name, shard.own_start, "score", each.state[shard.owned])
             if each.removed is not None:
@@ -84,8 +84,8 @@ def restore(engine: Any, pruner: Pruner | None, pieces: Pieces, state: dict[str,
     set_loss_scaling(engine, state["loss_scaling"])
     if pruner is None:
         return
-    for shard, mask, each in zip(pruner.shards, pruner.masks, pruner.slices, strict=True):
-        _copy(mask, pieces, shard, "mask")
+    for shard, each in zip(pruner.shards, pruner.slices, strict=True):
+        _copy(each.mask, pieces, shard, "mask")
         if each.state is not None:
             _copy(each.state, pieces, shard, "score")
         if each.removed is not None:

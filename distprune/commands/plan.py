@@ -83,7 +83,8 @@ def _hours(subject: Subject, examples_per_s: float | None) -> str:
         examples_per_s = subject.examples_per_s() * world
         source = (
             f"{world} times what one process on this machine's CPU does with its {subject.micro_batch} longest "
-            "examples: its speed, not the job's, without the wire"
+            "examples, in plain torch: its speed, not the job's, without DeepSpeed and the wire, and as if each rank "
+            "had cores of its own"
         )
     took = hours(plan.total_steps, batch_size, examples_per_s)
     return (

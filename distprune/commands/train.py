@@ -6,11 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distprune import dist, settings
 from distprune.checkpoints import run_directory
 from distprune.checkpoints.files import FOLDER, Manifest, clear_behind
 from distprune.checkpoints.resume import newest_whole
 from distprune.config import Config
+from distprune.engines.build import bf16_is_slow, dtype_of
 from distprune.errors import UserError
 from distprune.models.card import model_card
 from distprune.monitor import Monitor
@@ -71,6 +74,8 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
     dist.write_on_main(lambda: _make_ready(run_dir, config, unfinished, before and before[1]), run_dir)
     for note in setup.task.notes if dist.is_main() else ():
         print(f"data: {note}")
+    if dtype_of(config.deepspeed.student) == torch.bfloat16 and bf16_is_slow() and dist.is_main():
+        print("this CPU computes bf16 several times more slowly than fp32: deepspeed.student.bf16.enabled=false")
     if setup.new_weights and dist.is_main():
         print(f"new weights, which {config.model.path} lacks: {', '.join(setup.new_weights)}")
     try:

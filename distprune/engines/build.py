@@ -114,6 +114,12 @@ def _check_dtype(key: str, section: dict[str, Any]) -> None:
         )
 
 
+def bf16_is_slow() -> bool:
+    """Return whether this is a CPU that has no instructions for bf16, where fp32 is several times faster."""
+    flags = Path("/proc/cpuinfo")
+    return not dist.on_gpu() and flags.exists() and "bf16" not in flags.read_text()
+
+
 def _has_bf16(accelerator: Any) -> bool:
     """Return whether the device computes in bf16; torch emulates it on older GPUs, many times slower than fp16."""
     on_cuda = accelerator.device_name() == "cuda"

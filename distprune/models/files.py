@@ -73,7 +73,9 @@ def resolve(path: str, revision: str | None) -> Path:
     local = Path(path).expanduser()
     if local.is_dir():
         if not (local / "config.json").exists():
-            raise UserError(f"{path} holds no config.json; allowed: a Hugging Face model directory or hub id")
+            final = local / "final"
+            hint = f"{final}, the model of that run" if final.exists() else "a Hugging Face model directory or hub id"
+            raise UserError(f"{path} holds no config.json; allowed: {hint}")
         return local
     if local.exists() or path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1:
         raise UserError(f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id")

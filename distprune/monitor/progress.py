@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -20,27 +20,6 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "examples_per_s": lambda value: f"{value:.0f} examples/s",
     "memory_mib": lambda value: f"{value:.0f} MiB",
 }
-
-
-class Progress(Protocol):
-    """What shows the progress of a run."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def log(self, record: Mapping[str, object]) -> None:
-        """Show the result of an evaluation."""
-
-    def move(self, step: int, shown: Mapping[str, object]) -> None:
-        """Show that ``step`` steps are done; values not given again stay as they were."""
-
-
-def for_stdout(total_steps: int) -> Progress:
-    """Return a bar where stdout is a terminal, else plain lines."""
-    return Bar(total_steps, Console()) if sys.stdout.isatty() else Lines(total_steps)
 
 
 class Bar:
@@ -117,6 +96,11 @@ class Lines:
             pace = (time.monotonic() - first_time) / (step - first_step)
             parts.append(f"left {timedelta(seconds=round(pace * (self._total - step)))}")
         print("  ".join(part for part in parts if part), flush=True)
+
+
+def for_stdout(total_steps: int) -> Bar | Lines:
+    """Return a bar where stdout is a terminal, else plain lines."""
+    return Bar(total_steps, Console()) if sys.stdout.isatty() else Lines(total_steps)
 
 
 def evaluation(record: Mapping[str, object]) -> str:

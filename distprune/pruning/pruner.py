@@ -72,8 +72,6 @@ class Pruner:
         self.structure, self.score, self.other_weights = structure, score, other_weights
         self._reads_gradients = score.needs_gradient or regrows
         self.flat_masks = _flat_masks(parameters.shards)
-        by_base = {id(flat.base): flat for flat in self.flat_masks}
-        self.masks = [by_base[id(shard.base)].of(shard) for shard in self.shards]
         self.slices = self._slices()
         self.total = sum(parameters.numel.values())
         self.masked_of = dict.fromkeys(parameters.names, 0)
@@ -188,7 +186,8 @@ class Pruner:
                 apply_mask(flat.master, flat.mask)
         for name in (name for name, number in nans.items() if number):
             raise UserError(
-                f"{name} has scores that are NaN, which have no place in an order; the learning rate may be too high"
+                f"{name} has scores of {type(self.score).__name__} that are NaN, which have no place in an order; "
+                "where the weights are too, the learning rate may be too high"
             )
         self._masks_changed()
         wanted = self.structure.masked_at(sparsity)
@@ -223,7 +222,7 @@ class Pruner:
             every = (shard.master, shard.low_precision, *shard.moments(self.optimizer).values())
             return all(is_masked(held, mask.to(held.device)) for held in every)
 
-        return [shard.name for shard, mask in zip(self.shards, self.masks, strict=True) if not holds(shard, mask)]
+        return [shard.name for shard, each in zip(self.shards, self.slices, strict=True) if not holds(shard, each.mask)]
 
     def state(self) -> dict[str, Any]:
         """Return what is to be saved beside masks and scores, for JSON."""
@@ -245,10 +244,10 @@ class Pruner:
         self._moments_to_zero = set(range(len(self.flat_masks)))
 
     def _mask_gradients(self) -> None:
-        for shard, mask in zip(self.shards, self.masks, strict=True):
+        for shard, each in zip(self.shards, self.slices, strict=True):
             gradient = self.parameters.gradient(shard)
             if gradient is not None:
-                apply_mask(gradient, mask)
+                apply_mask(gradient, each.mask)
         self.parameters.gradients_changed(self.shards)
 
     @torch.no_grad()
@@ -266,9 +265,9 @@ class Pruner:
                 continue
             apply_mask(flat.master, flat.mask)
             if index in self._moments_to_zero:
-                for shard, mask in zip(self.shards, self.masks, strict=True):
+                for shard, each in zip(self.shards, self.slices, strict=True):
                     for moment in shard.moments(optimizer).values() if shard.base is flat.base else ():
-                        apply_mask(moment, mask)
+                        apply_mask(moment, each.mask)
                 self._moments_to_zero.remove(index)
 
     def _masks_changed(self) -> None:
@@ -279,7 +278,7 @@ class Pruner:
 
     def _count(self) -> None:
         """Count the masked weights. Collective: every rank calls it."""
-        owned = [mask[shard.owned] for shard, mask in zip(self.shards, self.masks, strict=True)]
+        owned = [each.mask[shard.owned] for shard, each in zip(self.shards, self.slices, strict=True)]
         self.masked_of = self._per_parameter([count_pruned(mask) for mask in owned])
 
     def _per_parameter(self, numbers: list[int]) -> dict[str, int]:
@@ -319,7 +318,8 @@ class Pruner:
                 torch.zeros_like(shard.master) if self.score.comes_back else None,
             )
 
-        return [of(*each) for each in zip(self.shards, self.masks, strict=True)]
+        by_base = {id(flat.base): flat for flat in self.flat_masks}
+        return [of(shard, by_base[id(shard.base)].of(shard)) for shard in self.shards]
 
 
 def came_back(names: list[str]) -> str:

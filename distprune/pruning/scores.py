@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distprune.config import FisherConfig
+from distprune.errors import UserError
 from distprune.plugins import find_class
 from distprune.pruning.exchange import Exchange, Request
 from distprune.pruning.fisher import InverseFisher
@@ -98,11 +99,11 @@ class Score(ABC):
         """Return the scores, which a class of another package may have wrong.
 
         Raises:
-            TypeError: another type or shape than there should be, by which other weights would go.
+            UserError: another type or shape than there should be, by which other weights would go.
         """
         scores = self.scores(part)
         if scores.dtype != torch.float32 or scores.shape != part.weights.shape:
-            raise TypeError(
+            raise UserError(
                 f"{type(self).__name__}.scores gave {scores.dtype} of shape {list(scores.shape)} for {part.name}; "
                 f"allowed: torch.float32 of shape {list(part.weights.shape)}"
             )
@@ -290,6 +291,29 @@ class OptimalBrainSurgeon(PositiveScore):
 def _shifted(numbers: Tensor, bits: int) -> Tensor:
     """Shift int64 to the right as if it were unsigned."""
     return (numbers >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def try_out(score: Score, slices: Sequence[Slice]) -> None:
+    """Let a score of another package score a few weights, so that its mistakes show before a run begins.
+
+    One that needs to know something of all ranks first is left alone.
+
+    Raises:
+        UserError: it fails.
+    """
+    if score.learns or type(score).prepare is not Score.prepare:
+        return
+    for each in slices[:1]:
+        few = slice(0, min(8, each.end - each.start))
+        weights = each.weights()[few].clone()
+        gradient = torch.zeros_like(weights) if score.needs_gradient else None
+        state = None if each.state is None else each.state[few].clone()
+        try:
+            score.keys(Part(each.name, each.first_index + each.start, weights, gradient, state, each.mask[few]))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{type(score).__name__}.scores fails for {each.name}: {error!r}") from error
 
 
 SCORES: dict[str, type[Score]] = {

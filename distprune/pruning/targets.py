@@ -19,31 +19,18 @@ from distprune.pruning.structures.attention import members
 
 
 def targets_of(pruning: PruningConfig, model: nn.Module) -> list[str]:
-    """Return what `find_targets` finds for a configuration."""
-    return find_targets(model, pruning.include, pruning.exclude, pruning.structure, pruning.components)
-
-
-def find_targets(
-    model: nn.Module,
-    include: list[str],
-    exclude: list[str],
-    structure: str = "unstructured",
-    components: Collection[str] = ENCODER,
-) -> list[str]:
     """Return the names of the parameters to prune, in the model's order, tied ones once.
 
     Args:
+        pruning: whose ``include``, ``exclude``, ``components`` and ``structure`` count. Without ``include`` it is every
+            matrix of the components, of which heads and neurons are parts of their own matrices only.
         model: the student; its parameters may be partitioned.
-        include: regexes (searched) of parameter names; empty: every matrix of the components, of which heads and
-            neurons are parts of their own matrices only.
-        exclude: regexes of names to leave out.
-        structure: as pruning.structure.
-        components: as pruning.components.
 
     Raises:
         UserError: where a regex is malformed or matches nothing, a frozen parameter is asked for, or none is left, or
             a matrix is stored the other way round than the structure asks for.
     """
+    include, exclude, structure, components = pruning.include, pruning.exclude, pruning.structure, pruning.components
     parameters = dict(model.named_parameters())
     chosen = _matching(include, list(parameters), "pruning.include") if include else matrices_of(model, components)
     if structure in ("heads", "neurons") and not include:

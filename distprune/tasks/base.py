@@ -52,7 +52,10 @@ class Task(ABC):
             UserError: the tokenizer has no padding token, and batches need one.
         """
         if self.pads and tokenizer.pad_token_id is None:
-            raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no padding token, which batches need")
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no padding token, which batches need; allowed: "
+                "model.tokenizer with one (tokenizer.pad_token = tokenizer.eos_token; tokenizer.save_pretrained(DIR))"
+            )
         self.tokenizer = tokenizer
         self.more_validation, self.notes = {}, []
 

@@ -17,7 +17,7 @@ from distprune.errors import UserError
 from distprune.models.files import open_source, read_config, resolve, stored_names
 from distprune.models.weights import most_tokens, skeleton
 from distprune.pruning.pruner import Pruner
-from distprune.pruning.scores import build_score
+from distprune.pruning.scores import build_score, try_out
 from distprune.pruning.structures import build_structure
 from distprune.pruning.targets import targets_of
 from distprune.shards import ShardedParameters, shards_of, trained_shards
@@ -133,6 +133,8 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
         directory = local_model(pruning.weights_of, None)
         other_weights = dist.agree(lambda: weights_of(directory, shapes, student.module.base_model_prefix))
     pruner = Pruner(parameters, student.basic_optimizer, structure, score, other_weights, regrows)
+    if ":" in pruning.score:
+        dist.agree(lambda: try_out(score, pruner.slices))
     if pruning.start_sparse and not resumes:
         pruner.adopt_zeros()
         if pruner.masked == 0:

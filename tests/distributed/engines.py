@@ -214,7 +214,7 @@ class Student:
         """Return whole masks, flat, on every rank. Collective."""
         return whole(
             self.names,
-            [(s, mask[s.owned] == PRUNED) for s, mask in zip(self.pruner.shards, self.pruner.masks, strict=True)],
+            [(s, each.mask[s.owned] == PRUNED) for s, each in zip(self.pruner.shards, self.pruner.slices, strict=True)],
         )
 
     def masters(self) -> dict[str, Tensor]:

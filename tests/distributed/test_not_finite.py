@@ -66,4 +66,4 @@ def test_a_nan_weight_is_not_pruned(world: Worlds, task: Path, tmp_path: Path) -
     options = ("pruning.start=6 steps", "distillation.hardness=0")
     said = world(2).run(run_patched, RATE, OnLastRank(poison_weights), task, tmp_path / "run", *options)
     assert len(set(said)) == 1
-    assert said[0].startswith(f"at step 6 {LAYER}.weight has scores that are NaN")
+    assert said[0].startswith(f"at step 6 {LAYER}.weight has scores of Magnitude that are NaN")

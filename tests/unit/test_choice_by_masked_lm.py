@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, PreTrainedTokenizerFast, RobertaConfig
 
+from distprune.config import PruningConfig
 from distprune.errors import UserError
-from distprune.pruning.targets import find_targets
+from distprune.pruning.targets import targets_of
 from tests.unit.task_files import CLS, PAD, SEP, WORDS, ids, make_masked_tokenizer, make_tokenizer
 
 MASK = len(WORDS)
@@ -171,7 +172,7 @@ def test_settings_that_cannot_be_used(blanks):
 def test_a_tied_output_matrix_is_pruned_once(blanks):
     model = blanks().auto_class.from_config(RobertaConfig(vocab_size=MASK + 1, **SIZES))
     assert model.lm_head.decoder.weight is model.roberta.embeddings.word_embeddings.weight
-    names = find_targets(model, [r"word_embeddings|lm_head\.decoder\.weight"], [])
+    names = targets_of(PruningConfig(include=[r"word_embeddings|lm_head\.decoder\.weight"]), model)
     assert names == ["roberta.embeddings.word_embeddings.weight"]
 
 

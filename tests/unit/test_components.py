@@ -23,9 +23,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from distprune.config import COMPONENTS
+from distprune.config import COMPONENTS, PruningConfig
 from distprune.pruning.components import component_matrices, layer_of
-from distprune.pruning.targets import find_targets
+from distprune.pruning.targets import targets_of
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 30}
 BERT = {"token_embedding": 1, "position_embedding": 1, "type_embedding": 1, "attention": 8, "feed_forward": 4}
@@ -83,10 +83,11 @@ def test_all_matrices_of_bert_are_in_a_component():
 
 def test_what_is_pruned_follows_the_components():
     model = BertForSequenceClassification(BertConfig(**SMALL))
-    assert len(find_targets(model, [], [])) == 12
-    assert find_targets(model, [], [], components=["head"]) == ["classifier.weight"]
-    assert find_targets(model, ["pooler.dense.weight"], [], components=["head"]) == ["bert.pooler.dense.weight"]
-    every = find_targets(model, [], [], components=COMPONENTS)
+    assert len(targets_of(PruningConfig(), model)) == 12
+    assert targets_of(PruningConfig(components=["head"]), model) == ["classifier.weight"]
+    chosen = targets_of(PruningConfig(include=["pooler.dense.weight"], components=["head"]), model)
+    assert chosen == ["bert.pooler.dense.weight"]
+    every = targets_of(PruningConfig(components=COMPONENTS), model)
     assert every == [name for name, p in model.named_parameters() if p.dim() == 2]
 
 

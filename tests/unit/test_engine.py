@@ -32,6 +32,16 @@ def test_a_defect_in_its_start_keeps_its_traceback(monkeypatch):
         build._initialize("deepspeed.student", object(), {})
 
 
+@pytest.mark.parametrize(
+    ("flags", "on_gpu", "slow"),
+    [("flags : avx512f", False, True), ("flags : avx512_bf16 amx_bf16", False, False), ("flags : avx2", True, False)],
+)
+def test_a_cpu_without_instructions_for_bf16_is_known(monkeypatch, flags, on_gpu, slow):
+    monkeypatch.setattr(build.Path, "read_text", lambda _: flags)
+    monkeypatch.setattr(dist, "on_gpu", lambda: on_gpu)
+    assert build.bf16_is_slow() == slow
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_gradients_are_reduced_in_place_where_deepspeed_all_reduces_them(stage):
     options = build.with_defaults({"zero_optimization": {"stage": stage}})

@@ -22,8 +22,9 @@ from distprune.pruning.scores import (
     PositiveScore,
     Score,
     build_score,
+    try_out,
 )
-from distprune.pruning.slices import Part
+from distprune.pruning.slices import Part, Slice
 from tests.unit.simulated import answer
 from tests.unit.structures.harness import LAYOUTS, SPLITS, Parameters, Shapes, dense, drawn, slices_of
 
@@ -233,6 +234,37 @@ def test_every_score_is_built_by_its_name_with_the_seed() -> None:
         assert (type(score), score.seed) == (kind, 7)
 
 
+class Broken(Score):
+    needs_gradient = True
+
+    def scores(self, part: Part) -> Tensor:
+        return part.weight.abs() * part.gradient  # type: ignore[attr-defined, no-any-return]
+
+
+class Half(Score):
+    def scores(self, part: Part) -> Tensor:
+        return part.weights.bfloat16()
+
+
+class Whole(Score):
+    def scores(self, part: Part) -> Tensor:
+        return part.weights.abs()
+
+
+def test_a_score_of_another_package_is_tried_before_a_run_begins() -> None:
+    values = torch.arange(20.0)
+    each = Slice("w", 5, 25, 5, 25, 100, torch.full((20,), KEPT, dtype=torch.int8), lambda: values)
+    for score, said in (
+        (Broken(0), "Broken.scores fails for w: AttributeError.*weight"),
+        (Half(0), "Half.scores gave"),
+    ):
+        with pytest.raises(UserError, match=said):
+            try_out(score, [each])
+    try_out(Whole(0), [each])
+    try_out(Half(0), [])
+    assert torch.equal(values, torch.arange(20.0))
+
+
 def test_a_score_of_another_package_is_built_by_its_path() -> None:
     score = build_score(f"{__name__}:SmallButMoving", 7)
     assert (type(score).__name__, score.seed) == ("SmallButMoving", 7)
@@ -271,5 +303,5 @@ def test_what_is_no_score_is_refused(name: str, message: str) -> None:
 @pytest.mark.parametrize("base", [Score, PositiveScore])
 def test_a_score_of_another_kind_of_numbers_is_named(scores: Any, given: str, base: Any) -> None:
     kind = type("Mine", (base,), {"scores": lambda self, part: scores(part)})
-    with pytest.raises(TypeError, match=rf"Mine.scores gave {given} for .*; allowed: torch.float32 of shape \[3\]"):
+    with pytest.raises(UserError, match=rf"Mine.scores gave {given} for .*; allowed: torch.float32 of shape \[3\]"):
         kind().keys(part_of(torch.ones(3)))

@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from distprune.config import PruningConfig
 from distprune.errors import UserError
-from distprune.pruning.targets import find_targets, freeze, matrices_of
+from distprune.pruning.targets import freeze, matrices_of, targets_of
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
 BERT_MATRICES = [
@@ -42,13 +43,13 @@ def bert() -> nn.Module:
 
 
 def test_default_is_every_matrix_of_the_encoder_in_model_order(bert: nn.Module) -> None:
-    assert find_targets(bert, [], []) == BERT_ENCODER
+    assert targets_of(PruningConfig(), bert) == BERT_ENCODER
 
 
 def test_default_leaves_embeddings_head_norms_and_biases_of_a_decoder() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
-    names = find_targets(model, [], [])
+    names = targets_of(PruningConfig(), model)
     modules = {type(model.get_submodule(name.removesuffix(".weight"))) for name in names}
     assert modules == {nn.Linear}
     assert len(names) == 2 * 7
@@ -79,7 +80,7 @@ GPT2 = {"n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 9}
 def test_the_layers_of_many_kinds_are_found(kind: str, sizes: dict[str, int], auto_class: Any, matrices: int) -> None:
     with torch.device("meta"):
         model = auto_class.from_config(AutoConfig.for_model(kind, **sizes))
-    names = find_targets(model, [], [])
+    names = targets_of(PruningConfig(), model)
     numbers = [re.search(r"\.(\d+)\.", name) for name in names]
     assert [number and number[1] for number in numbers] == ["0"] * matrices + ["1"] * matrices
     modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
@@ -93,28 +94,29 @@ def test_a_matrix_that_is_stored_the_other_way_round_is_pruned_weight_by_weight_
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(**GPT2))
     with pytest.raises(UserError, match=r"c_attn.weight is stored as inputs by outputs, which pruning.structure=2:4"):
-        find_targets(model, [], [], "2:4")
-    assert find_targets(model, ["wte"], [], "2:4") == ["transformer.wte.weight"]
+        targets_of(PruningConfig(structure="2:4"), model)
+    assert targets_of(PruningConfig(include=["wte"], structure="2:4"), model) == ["transformer.wte.weight"]
 
 
 def test_include_replaces_the_default_and_keeps_the_models_order(bert: nn.Module) -> None:
-    names = find_targets(bert, [r"pooler\.dense\.weight$", r"layer\.0\..*query\.weight$"], [])
+    names = targets_of(PruningConfig(include=[r"pooler\.dense\.weight$", r"layer\.0\..*query\.weight$"]), bert)
     assert names == ["bert.encoder.layer.0.attention.self.query.weight", "bert.pooler.dense.weight"]
 
 
 def test_exclude_takes_away_from_either(bert: nn.Module) -> None:
-    assert find_targets(bert, [], [r"layer\.1\."]) == BERT_ENCODER[:6]
-    assert find_targets(bert, [r"query"], [r"bias", r"layer\.0"]) == [BERT_ENCODER[6]]
+    assert targets_of(PruningConfig(exclude=[r"layer\.1\."]), bert) == BERT_ENCODER[:6]
+    assert targets_of(PruningConfig(include=[r"query"], exclude=[r"bias", r"layer\.0"]), bert) == [BERT_ENCODER[6]]
 
 
 def test_a_tied_weight_is_pruned_once() -> None:
     with torch.device("meta"):
         model = BertForMaskedLM(BertConfig(**SIZES))
     model.cls.predictions.decoder.weight = model.bert.embeddings.word_embeddings.weight
-    assert find_targets(model, [r"word_embeddings|decoder\.weight$"], []) == ["bert.embeddings.word_embeddings.weight"]
+    names = targets_of(PruningConfig(include=[r"word_embeddings|decoder\.weight$"]), model)
+    assert names == ["bert.embeddings.word_embeddings.weight"]
     layers = model.bert.encoder.layer
     layers[1].output.dense.weight = layers[0].output.dense.weight
-    assert find_targets(model, [], []) == BERT_ENCODER[:-1]
+    assert targets_of(PruningConfig(), model) == BERT_ENCODER[:-1]
 
 
 def test_a_linear_outside_of_a_numbered_stack_is_no_layer() -> None:
@@ -128,7 +130,7 @@ def test_a_linear_outside_of_a_numbered_stack_is_no_layer() -> None:
 )
 def test_a_regex_that_cannot_be_meant_is_refused(bert: nn.Module, key: str, pattern: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        find_targets(bert, **{"include": [], "exclude": [], key: [pattern]})
+        targets_of(PruningConfig(**{key: [pattern]}), bert)
     assert f"pruning.{key}: {pattern!r}" in str(caught.value)
 
 
@@ -137,19 +139,19 @@ def test_heads_that_are_not_known_in_an_architecture_are_refused(structure: str)
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9))
     with pytest.raises(UserError, match=f"pruning.structure is {structure}, and none are known in a GPT2LMHeadModel"):
-        find_targets(model, [], [], structure)
+        targets_of(PruningConfig(structure=structure), model)
 
 
 def test_heads_of_other_components_are_none_that_are_not_known(bert: nn.Module) -> None:
     with pytest.raises(UserError, match=r"no weight is left .* pruning.components=\['feed_forward'\]"):
-        find_targets(bert, [], [], "heads", ["feed_forward"])
+        targets_of(PruningConfig(structure="heads", components=["feed_forward"]), bert)
 
 
 def test_nothing_left_is_refused(bert: nn.Module) -> None:
     with pytest.raises(UserError, match=r"no weight is left to prune with pruning.include=\['query'\]"):
-        find_targets(bert, ["query"], ["bert"])
+        targets_of(PruningConfig(include=["query"], exclude=["bert"]), bert)
     with pytest.raises(UserError, match="no weight is left"):
-        find_targets(nn.Linear(2, 2), [], [])
+        targets_of(PruningConfig(), nn.Linear(2, 2))
 
 
 def test_frozen_parameters_are_fixed_and_cannot_be_pruned(bert: nn.Module) -> None:
@@ -157,8 +159,8 @@ def test_frozen_parameters_are_fixed_and_cannot_be_pruned(bert: nn.Module) -> No
     fixed = {name for name, parameter in bert.named_parameters() if not parameter.requires_grad}
     assert fixed == {name for name, _ in bert.named_parameters() if "embeddings" in name or "layer.0." in name}
     with pytest.raises(UserError, match=r"layer\.0\..*query\.weight is to be pruned, but model\.freeze"):
-        find_targets(bert, [], [])
-    assert find_targets(bert, [], [r"layer\.0\."]) == BERT_ENCODER[6:]
+        targets_of(PruningConfig(), bert)
+    assert targets_of(PruningConfig(exclude=[r"layer\.0\."]), bert) == BERT_ENCODER[6:]
 
 
 def test_freeze_refuses_what_matches_nothing(bert: nn.Module) -> None:
@@ -172,4 +174,4 @@ def test_the_order_of_regexes_does_not_matter(chosen: set[str], order: list[str]
         model = BertForSequenceClassification(BertConfig(**SIZES))
     include = [rf"layer\.\d\.{name}\.weight" for name in order if name in chosen]
     wanted = [name for name in BERT_ENCODER if name.split(".", 4)[4].removesuffix(".weight") in chosen]
-    assert find_targets(model, include, []) == wanted
+    assert targets_of(PruningConfig(include=include), model) == wanted

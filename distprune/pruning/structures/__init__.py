@@ -14,9 +14,7 @@ from distprune.pruning.structures.blocks import Blocks, tiles
 from distprune.pruning.structures.n_of_m import NOfM
 from distprune.pruning.structures.unstructured import Unstructured
 
-__all__ = ["STRUCTURE_NAMES", "Choice", "Structure", "build_structure"]
-
-STRUCTURE_NAMES = "unstructured, N:M (N kept of each M, e.g. 2:4), RxC (blocks, e.g. 4x1), heads or neurons"
+__all__ = ["Choice", "Structure", "build_structure"]
 
 
 def build_structure(
@@ -51,7 +49,7 @@ def build_structure(
         return Blocks(heads(shapes, attention_heads), cuts)
     if name == "neurons":
         return Blocks(neurons(shapes), cuts)
-    raise UserError(f"pruning.structure is {name!r}; allowed: {STRUCTURE_NAMES}")
+    raise UserError(f"pruning.structure is {name!r}; allowed: unstructured, N:M, RxC, heads or neurons")
 
 
 def _check_n_of_m(config: PruningConfig, kept: int, of: int, first: tuple[str, tuple[int, ...]]) -> None:

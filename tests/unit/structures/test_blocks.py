@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distprune.errors import UserError
 from distprune.pruning.masks import KEPT, PRUNED
 from distprune.pruning.scores import PositiveScore
 from distprune.pruning.slices import Part
@@ -181,5 +182,5 @@ class Double(PositiveScore):
     [("4x1", MATRICES), ("2:4", MATRICES), ("heads", bert_heads()), ("neurons", bert_neurons())],
 )
 def test_a_score_of_the_wrong_type_is_refused_in_every_structure(structure: str, shapes: Shapes) -> None:
-    with pytest.raises(TypeError, match=r"Double\.scores gave torch\.float64"):
+    with pytest.raises(UserError, match=r"Double\.scores gave torch\.float64"):
         prune(drawn(shapes, 8), shapes, Fraction("0.5"), score=Double, structure=structure, heads=HEADS)
