@@ -46,12 +46,14 @@ class LostRanks(Exception):
     Args:
         ranks: which.
         speaks: whether this is the rank that is to say so.
+        error: that this rank met with.
     """
 
-    def __init__(self, ranks: list[int], speaks: bool):
+    def __init__(self, ranks: list[int], speaks: bool, error: BaseException):
         who = f"rank {ranks[0]} does" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} do"
         super().__init__(
-            f"{who} not answer any more; the run ends, and the same command goes on from its newest checkpoint"
+            f"{who} not answer any more; the run ends, and the same command goes on from its newest checkpoint "
+            f"({type(error).__name__} here: {' '.join(str(error).split()):.200})"
         )
         self.speaks = speaks
 

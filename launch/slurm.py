@@ -28,7 +28,6 @@ from distprune import settings, yaml12
 from distprune.config import Config
 from distprune.errors import UserError
 from distprune.sweeps import results
-from distprune.sweeps.data import check_files
 from distprune.sweeps.opened import Opened, expand, open_sweep
 from distprune.sweeps.spec import Method, Sweep
 
@@ -208,16 +207,14 @@ def sweep_work(sweep: Opened, overrides: list[str]) -> Work:
     Raises:
         UserError: where its run directories or its files do not fit, or nothing is left to run.
     """
-    sweep.check_directories(sweep.runs)
-    missing = results.still_to_run(sweep.runs, sweep.rows, sweep.output, sweep.settings)
-    missing = [each for each in missing if not results.is_finished(each, sweep.output)]
+    missing = [each for each in sweep.missing(sweep.settings) if not results.is_finished(each, sweep.output)]
+    sweep.check_can_begin(missing)
     command = ["python", "-m", "distprune", "sweep", str(sweep.path), *overrides, "--table"]
     if not missing:
         raise UserError(f"every run of {sweep.path} has ended; allowed: {shlex.join(command[2:])}")
     wave_of: dict[str, int] = {}
     waves: list[list[Config]] = []
     for each in missing:
-        check_files(each, sweep.configs[each.name])
         wave = max((wave_of[name] + 1 for name in each.models.values() if name in wave_of), default=0)
         wave_of[each.name] = wave
         if wave == len(waves):

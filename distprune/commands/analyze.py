@@ -48,6 +48,8 @@ def _teacher(
     directory = local_model(path, config.teacher.revision)
     dist.agree(lambda: check_teacher(config, directory, task, student))
     size = config.train.eval_batch_size
+    if dist.is_main():
+        print(f"the teacher is run on {min(rows, len(task.train)):,} training rows", flush=True)
     engine = build_frozen(config.deepspeed.teacher, directory, task.auto_class, task.model_options(), size)
     means = soften(engine, task, sorted(temperatures or TEMPERATURES), rows, size, config.train.seed)
     best = recommended(means)

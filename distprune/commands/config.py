@@ -26,7 +26,7 @@ def run(config_path: str | None, overrides: list[str]) -> None:
 def annotate(config: Config) -> str:
     """Return the configuration as YAML with each key's meaning as a comment above it."""
     meanings = describe()
-    lines: list[str] = []
+    lines = ["# Times are '2 epochs', '0.1 epochs' or '500 steps'; a number alone counts epochs.", ""]
     sections: Any = OmegaConf.to_container(OmegaConf.structured(config))
     for section, keys in sections.items():
         lines.append(f"{section}:  # {getattr(config, section).__doc__.splitlines()[0]}")

@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 from distprune.checkpoints import run_directory
 from distprune.errors import UserError, written
 from distprune.sweeps import results
-from distprune.sweeps.data import check_files
 from distprune.sweeps.execute import Outcome, carry_out, check_room
 from distprune.sweeps.means import differences_of, means_of
 from distprune.sweeps.opened import Opened, open_sweep
@@ -53,17 +52,13 @@ def run(
         print("".join(f"no result: {each.name}\n" for each in runs if each.name not in rows), end="")
         _report(opened)
         return
-    opened.check_directories(runs)
     names = _chosen([each.name for each in runs], only)
-    missing = results.still_to_run(runs, rows, opened.output, names)
+    missing = opened.missing(names)
     print(f"{len(names)} runs, {sum(name in rows for name in names)} with a result, {len(missing)} to run")
     if dry_run:
         print("".join(f"{each.name}\n" for each in missing), end="")
         return
-    for each in missing:
-        check_files(each, opened.configs[each.name])
-        if (holder := run_directory.holder_of(opened.output / each.name)) is not None:
-            raise UserError(f"{each.name} is still under way in {holder}; allowed: once that has ended")
+    opened.check_can_begin(missing)
     outcome = _run(missing, opened)
     if any(each.name in rows for each in runs):
         _report(opened)

@@ -45,7 +45,7 @@ def model_card(
         rows = f"""
 | pruned weights | {summary["masked_weights"]:,} of {summary["prunable_weights"]:,} ({sparsity:.2%}) |
 | zeros in the prunable matrices, as written | {summary["zeros_in_file"]:,} |
-| sparsity of the encoder's matrices | {summary["encoder_sparsity"]:.2%} |
+| sparsity of the layers' matrices | {summary["encoder_sparsity"]:.2%} |
 | sparsity of the whole model | {summary["model_sparsity"]:.2%} |"""
         stored = "The pruned weights are stored as zeros: the file is as large as the dense one. "
     return f"""---

@@ -1,13 +1,14 @@
 """A sweep with everything that is known of it before a run begins: its runs, their settings, and the results so far."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from distprune.checkpoints import run_directory
 from distprune.config import Config
 from distprune.errors import UserError
 from distprune.sweeps import results
-from distprune.sweeps.data import check_data, hashes_of
+from distprune.sweeps.data import check_data, check_files, hashes_of
 from distprune.sweeps.results import Row, Settings
 from distprune.sweeps.spec import Run, Sweep, read_sweep, runs_of
 
@@ -47,6 +48,26 @@ class Opened:
             UserError: with the first of them.
         """
         results.check_directories(runs, self.settings, self.derived, self.output)
+
+    def missing(self, names: Collection[str]) -> list[Run]:
+        """Return the runs to carry out for those of these names: with the runs whose models they need.
+
+        Raises:
+            UserError: a run directory holds another run than the sweep's.
+        """
+        self.check_directories(self.runs)
+        return results.still_to_run(self.runs, self.rows, self.output, names)
+
+    def check_can_begin(self, runs: Iterable[Run]) -> None:
+        """Refuse runs whose data are not there, and runs that are still under way by themselves.
+
+        Raises:
+            UserError: with the first of them.
+        """
+        for each in runs:
+            check_files(each, self.configs[each.name])
+            if (holder := run_directory.holder_of(self.output / each.name)) is not None:
+                raise UserError(f"{each.name} is still under way in {holder}; allowed: once that has ended")
 
     def read(self) -> None:
         """Read the results.

@@ -44,7 +44,8 @@ class Heartbeat:
         self._ended.set()
         if lost:
             speaker = min(set(range(self._world.size)) - set(lost))
-            raise LostRanks(lost, speaker == self._world.rank) from error
+            assert error is not None
+            raise LostRanks(lost, speaker == self._world.rank, error) from error
         if error is not None and is_fault(error):
             raise Fault(self._world.rank, error) from error
 
