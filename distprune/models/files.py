@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil, prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -117,17 +118,28 @@ class ModelFiles:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, on the CPU."""
-        file = self.file_of[name]
-        if self._open is None or self._open[0] != file:
-            self._open = (file, self._opening(file))
-        tensor: Tensor = self._open[1].get_tensor(name)
+        tensor: Tensor = self._reader(name).get_tensor(name)
         return tensor
+
+    def part(self, name: str, start: int, end: int) -> Tensor:
+        """Return the elements ``[start, end)`` of one flattened tensor, on the CPU; only their rows are read."""
+        rows = self._reader(name).get_slice(name)
+        columns = prod(rows.get_shape()[1:])
+        first = start // columns
+        read: Tensor = rows[first : ceil(end / columns)]
+        return read.flatten()[start - first * columns : end - first * columns]
 
     def shape(self, name: str) -> list[int]:
         """Return the shape of one tensor, without reading it."""
         with self._opening(self.file_of[name]) as reader:
             shape: list[int] = reader.get_slice(name).get_shape()
         return shape
+
+    def _reader(self, name: str) -> Any:
+        file = self.file_of[name]
+        if self._open is None or self._open[0] != file:
+            self._open = (file, self._opening(file))
+        return self._open[1]
 
     def _files(self) -> list[Path]:
         """Return the files that there must be: those of the index, or the only one."""

@@ -20,7 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from distprune import dist
 from distprune.errors import UserError
-from distprune.models.files import Source, match_names, open_source, read_config
+from distprune.models.files import ModelFiles, Source, match_names, open_source, read_config
 from distprune.shards import Shard, full_shape
 
 _TRIM_BYTES = 16 << 20
@@ -98,12 +98,11 @@ def fill_masters(model: PreTrainedModel, directory: Path, shards: Iterable[Shard
         directory: a Hugging Face model directory.
         shards: this rank's, of the model's trained parameters; those that the files lack stay as they are.
     """
-    checkpoint = open_source(directory)
+    checkpoint = ModelFiles(directory)
     sources = _sources(model, checkpoint)
     for shard in shards:
         if shard.name in sources:
-            stored = checkpoint.read(sources[shard.name])
-            shard.master.copy_(stored.view(-1)[shard.start : shard.end])
+            shard.master.copy_(checkpoint.part(sources[shard.name], shard.start, shard.end))
 
 
 def _place_buffers(model: PreTrainedModel, sources: dict[str, str]) -> None:

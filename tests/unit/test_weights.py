@@ -93,6 +93,16 @@ def test_pairs_are_of_what_is_wanted_and_there(wanted: list[str], available: lis
 # ------------------------------------------------------------------------------------------------- ModelFiles
 
 
+@pytest.mark.parametrize("shape", [(12,), (3, 4), (2, 3, 2)], ids=str)
+def test_a_part_of_a_tensor_is_read_by_its_rows(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    whole = torch.arange(12.0)
+    save_file({"w": whole.view(shape)}, tmp_path / "model.safetensors")
+    model = ModelFiles(tmp_path)
+    for start in range(13):
+        for end in range(start, 13):
+            assert torch.equal(model.part("w", start, end), whole[start:end])
+
+
 def test_a_checkpoint_of_one_file_gives_its_tensors(model_dir: Path) -> None:
     tensors = load_file(model_dir / "model.safetensors")
     checkpoint = ModelFiles(model_dir)
