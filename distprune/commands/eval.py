@@ -46,4 +46,6 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
         zeros, weights = (sum(counts[name][part] for name in stored.values()) for part in (0, 1))
         line = {"model": model_dir, **metrics, "encoder_zeros": zeros, "encoder_weights": weights}
         print(json.dumps(finite(line), allow_nan=False))
+        if (remark := task.remark(metrics)) is not None:
+            print(remark, file=sys.stderr)
     dist.shutdown()

@@ -157,3 +157,5 @@ def _write_reports(trainer: Trainer, summary: dict[str, Any]) -> None:
         f"{summary['metric_name']} {summary['final_metric']:.4f} at sparsity {summary['sparsity_masked']:.4f} "
         f"-> {run_dir / 'final'}, {run_dir / 'summary.json'}, {run_dir / 'plot.png'}"
     )
+    if (remark := task.remark(summary["final_metrics"])) is not None:
+        print(remark)

@@ -125,6 +125,10 @@ class Task(ABC):
             data: the rows.
         """
 
+    def remark(self, metrics: dict[str, float]) -> str | None:
+        """Return a sentence where metrics of the evaluation data are those of a model that has learnt nothing."""
+        return None
+
     @abstractmethod
     def check_labels(self, model_config: PretrainedConfig, who: str) -> None:
         """Check that a trained model predicts what the task asks for; ``who`` names it in the message."""

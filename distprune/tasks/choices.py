@@ -15,7 +15,7 @@ from distprune.config import Config, TaskConfig
 from distprune.errors import UserError, unknown
 from distprune.tasks.base import Batch, Example, Task
 from distprune.tasks.data import Split, check_text, count_train, load_splits, prepared, quiet
-from distprune.tasks.metrics import check_suited, measure
+from distprune.tasks.metrics import check_suited, constant_remark, measure
 from distprune.tasks.rows import screen
 
 TOKENS = ("input_ids", "token_type_ids")
@@ -145,6 +145,9 @@ class ChoiceTask(Task):
     def metrics(self, predictions: torch.Tensor, data: Dataset) -> dict[str, float]:
         """Return the accuracy of scores [N, C]."""
         return measure(["accuracy"], predictions, torch.tensor(data["label"][:]), regression=False)
+
+    def remark(self, metrics: dict[str, float]) -> str | None:  # noqa: D102
+        return constant_remark(metrics, self.validation["label"][:])
 
     def check_labels(self, model_config: PretrainedConfig, who: str) -> None:
         """Check nothing: a model's configuration does not say which choices it was trained on."""

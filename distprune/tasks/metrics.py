@@ -1,6 +1,7 @@
 """What is measured on the evaluation data, by scikit-learn and SciPy."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,14 @@ from distprune.errors import UserError, unknown
 Measure = Callable[[Any, Any], float]
 
 LOWER_IS_BETTER = {"nll", "perplexity"}
+
+
+def constant_remark(metrics: dict[str, float], labels: Sequence[int]) -> str | None:
+    """Return a sentence where an accuracy is no better than that of always giving the most frequent label."""
+    share = max(Counter(labels).values()) / len(labels)
+    if metrics.get("accuracy", 1.0) > share:
+        return None
+    return f"accuracy {metrics['accuracy']:.4f}: no better than the most frequent label alone, {share:.4f}"
 
 
 def _accuracy(labels: Any, predicted: Any) -> float:

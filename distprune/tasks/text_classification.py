@@ -12,7 +12,7 @@ from distprune.errors import UserError
 from distprune.tasks.base import Batch, Example, Task
 from distprune.tasks.data import Split, check_text, count_train, load_splits, prepared, quiet
 from distprune.tasks.labels import encode_numbers, find_classes
-from distprune.tasks.metrics import check_metrics, measure
+from distprune.tasks.metrics import check_metrics, constant_remark, measure
 from distprune.tasks.tokens import tokenize
 
 
@@ -75,6 +75,9 @@ class TextClassification(Task):
         """Return ``task.metrics`` of logits [N, C], in their order."""
         labels = torch.tensor(data["label"][:])
         return measure(self.metric_names, predictions, labels, regression=self.classes is None)
+
+    def remark(self, metrics: dict[str, float]) -> str | None:  # noqa: D102
+        return None if self.classes is None else constant_remark(metrics, self.validation["label"][:])
 
     @classmethod
     def count_train(cls, config: Config) -> int | None:

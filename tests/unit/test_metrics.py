@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distprune.errors import UserError
-from distprune.tasks.metrics import check_metrics, measure
+from distprune.tasks.metrics import check_metrics, constant_remark, measure
 
 CLASSIFICATION = ["accuracy", "f1", "macro_f1", "matthews"]
 REGRESSION = ["pearson", "spearman"]
@@ -78,6 +78,14 @@ def test_diverged_regression_gives_zero():
 def test_unsuitable_metrics_are_refused(names, num_labels, regression, message):
     with pytest.raises(UserError, match=message):
         check_metrics(names, num_labels, regression)
+
+
+@pytest.mark.parametrize(("accuracy", "said"), [(0.8, False), (0.75, True), (0.5, True)])
+def test_a_model_that_gives_one_answer_is_told_of(accuracy, said):
+    remark = constant_remark({"f1": 0.9, "accuracy": accuracy}, [0, 1, 1, 1])
+    expected = f"accuracy {accuracy:.4f}: no better than the most frequent label alone, 0.7500"
+    assert remark == (expected if said else None)
+    assert constant_remark({"f1": 0.0}, [0, 1]) is None
 
 
 def test_suitable_metrics_pass():
