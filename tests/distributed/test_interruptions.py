@@ -207,15 +207,10 @@ def told_to_stop(task: Path, output: Path, *overrides: str) -> tuple[str, bool]:
     ("options", "done"),
     [
         (("train.eval_every=6 steps",), 6),
-        (
-            (
-                "pruning.score=obs",
-                "fisher.samples=3",
-                "fisher.block=4",
-                "pruning.start=5 steps",
-                "pruning.end=17 steps",
-            ),
+        pytest.param(
+            ("pruning.score=obs", "fisher.samples=3", "pruning.start=5 steps", "pruning.end=17 steps"),
             5,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["an evaluation is due", "gradients are taken for a score"],

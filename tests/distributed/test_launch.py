@@ -92,9 +92,8 @@ STARTERS: dict[str, tuple[Starter, int]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "launcher", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed", "torchrun", "srun"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["none", "deepspeed", "torchrun", "srun"])
 def test_a_run_finds_out_who_started_it(task: Path, tmp_path: Path, launcher: str) -> None:
     starter, size = STARTERS[launcher]
     done = starter(["train", task / "run.yaml", f"train.output={tmp_path / 'run'}", "train.epochs=2.5"], tmp_path)

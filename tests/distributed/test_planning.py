@@ -7,11 +7,12 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from distprune import dist
+from distprune.config import PruningConfig
 from distprune.engines.build import build_frozen, decay_groups
 from distprune.models.weights import skeleton
 from distprune.planning.held import mask_bytes, state_bytes, weight_bytes
 from distprune.planning.shapes import layout_of, shapes_of
-from distprune.pruning.targets import find_targets
+from distprune.pruning.targets import targets_of
 from distprune.shards import held_bytes
 from tests.distributed.engines import ALL_LAYOUTS, Layout, Student
 from tests.distributed.runs import run_command
@@ -25,7 +26,7 @@ def student_as_planned(directory: Path, layout: Layout) -> tuple[dict[str, int],
     found = held_bytes(student.engine)
     student.close()
     model, _ = skeleton(directory, AutoModelForSequenceClassification, {"num_labels": 2})
-    shapes = shapes_of(model, decay_groups(model, 0.0), find_targets(model, [], []))
+    shapes = shapes_of(model, decay_groups(model, 0.0), targets_of(PruningConfig(), model))
     planned = layout_of("student", layout.section, dist.detect().size)
     states = {"weights": weight_bytes(shapes, planned)} | state_bytes(shapes, planned)
     return found, masks, states, mask_bytes(shapes, planned)
