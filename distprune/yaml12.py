@@ -14,8 +14,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for name, _ in node.value:
-            if name.tag == "tag:yaml.org,2002:merge":
-                continue
+            if name.tag == "tag:yaml.org,2002:merge" or not isinstance(name, yaml.ScalarNode):
+                continue  # a key that is no scalar is refused below
             key = self.construct_object(name, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {key}", name.start_mark)

@@ -118,6 +118,7 @@ def test_a_base_may_be_reached_twice_but_not_from_itself(write) -> None:
         ("[1, 2]", ["holds [1, 2]; allowed: sections"]),
         ("lr: [1", ["cannot be read as YAML"]),
         ("lr: {peak: 1}\nlr: {peak: 2}", ["cannot be read as YAML", "duplicate"]),
+        ("? [a]\n: 1", ["cannot be read as YAML", "unhashable key"]),
         ("base: {a: b}", ["base is {'a': 'b'}"]),
         ("base: [1]", ["base is [1]"]),
         ("base: gone.yaml", ["gone.yaml does not exist"]),
