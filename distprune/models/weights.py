@@ -182,7 +182,10 @@ def _check_match(
     if not sources:
         raise UserError(f"no weight in {checkpoint.directory} belongs to a {type(model).__name__}")
     if missing and not new_allowed:
-        raise UserError(f"{checkpoint.directory} lacks weights of a {type(model).__name__}: {', '.join(missing[:5])}")
+        raise UserError(
+            f"{checkpoint.directory} lacks weights of a {type(model).__name__}: {', '.join(missing[:5])}; allowed: a "
+            "model that was fine-tuned for the task"
+        )
     prefix = model.base_model_prefix + "."
     # Checkpoints of language models have no pooler; it is trained with the head. A decoder's head is no new one.
     lost = [name for name in missing if (name.startswith(prefix) and "pooler" not in name) or model.can_generate()]

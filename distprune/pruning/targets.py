@@ -38,7 +38,7 @@ def targets_of(pruning: PruningConfig, model: nn.Module) -> list[str]:
         if not chosen and not members(sorted(matrices_of(model)), structure):
             raise UserError(
                 f"pruning.structure is {structure}, and none are known in a {type(model).__name__}; allowed: "
-                "unstructured, or an encoder as BERT, RoBERTa, ELECTRA, DistilBERT, MPNet"
+                "another structure, or an encoder as BERT, RoBERTa, ELECTRA, DistilBERT, MPNet"
             )
     left_out = _matching(exclude, list(parameters), "pruning.exclude") if exclude else set()
     names = [name for name in parameters if name in chosen and name not in left_out]
