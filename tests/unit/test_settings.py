@@ -147,18 +147,6 @@ def test_overrides_that_cannot_be_merged_are_refused(override: str, part: str) -
     assert part in message
 
 
-def test_plain_words_of_a_file_are_texts(write) -> None:
-    config = settings.load(write("pruning: {structure: 2:4}\ntask: {labels: [no, yes]}\nmodel: {revision: 0123}"), [])
-    assert (config.pruning.structure, config.task.labels, config.model.revision) == ("2:4", ["no", "yes"], "0123")
-    assert settings.load(None, ["task.labels=[on, off]"]).task.labels == ["on", "off"]
-
-
-@pytest.mark.parametrize("text", ["2:4", "0123456", "1e5", "12:30", "on", "1_000", "null "])
-def test_a_text_on_the_command_line_stays_as_it_is(text: str) -> None:
-    expected = None if text.strip() == "null" else text
-    assert settings.load(None, [f"model.revision={text}"]).model.revision == expected
-
-
 def test_missing_file_and_directory_are_refused(tmp_path: Path) -> None:
     assert "does not exist" in refused(settings.load, str(tmp_path / "gone.yaml"), [])
     assert "cannot be read" in refused(settings.load, str(tmp_path), [])

@@ -12,8 +12,6 @@ from distprune.checkpoints import run_directory
 from distprune.commands.sweep import run as sweep
 from distprune.errors import UserError
 from distprune.sweeps import execute, results
-from distprune.sweeps.data import check_files, hashes_of
-from distprune.sweeps.opened import open_sweep
 from distprune.sweeps.spec import read_sweep
 from tests.unit.sweep_files import row, runs, settings_of, write_sweep
 
@@ -177,36 +175,6 @@ def test_results_that_do_not_fit_are_refused(file: Path, change: Any, message: s
         sweep(str(file), [], [], dry_run=True, only_table=False)
 
 
-def test_results_on_other_data_of_the_same_name_are_refused(file: Path) -> None:
-    stored, (first, *_) = file.parent / "runs" / "results.jsonl", runs(file)
-    overrides = ["task.hub=null"]
-    for folder, text in (("a", "one"), ("b", "two")):
-        (file.parent / folder).mkdir()
-        overrides += [f"task.{split}={file.parent / folder}/{split}.jsonl" for split in ("train", "validation")]
-        for split in ("train", "validation"):
-            (file.parent / folder / f"{split}.jsonl").write_text(text)
-    with_a, with_b = overrides[:3], [overrides[0], *overrides[3:]]
-    opened = open_sweep(str(file), with_a)
-    data = hashes_of(opened.configs[first.name])
-    assert data.keys() == {"task.train train.jsonl", "task.validation validation.jsonl"}
-    results.append(stored, row(first, 0.5, opened.output) | {"settings": opened.settings[first.name], "data": data})
-    open_sweep(str(file), with_a)
-    with pytest.raises(UserError, match=r"measured on another task.train train.jsonl than the one that is there now"):
-        open_sweep(str(file), with_b)
-    (file.parent / "b" / "train.jsonl").unlink()
-    (file.parent / "b" / "validation.jsonl").unlink()
-    assert first.name in open_sweep(str(file), with_b).rows, "another machine, without the data"
-
-
-def test_a_run_has_one_line_also_where_two_sweeps_carry_it_out(file: Path) -> None:
-    stored, first = file.parent / "shared.jsonl", runs(file)[0]
-    opened = open_sweep(str(file), [], str(stored))
-    for metric in (0.5, 0.75):
-        results.append(stored, row(first, metric, opened.output))
-    opened.read()
-    assert opened.rows[first.name]["final_metric"] == 0.5
-
-
 def test_a_model_that_several_runs_have_is_refused(file: Path) -> None:
     text = file.read_text().replace("baseline: dense", "")
     file.write_text(text.replace("{recipe.name: dense}", "{}\n    grid: {lr.peak: [1, 2]}"))
@@ -298,16 +266,6 @@ def test_a_run_whose_name_looks_like_a_pattern_is_found_by_it(file: Path, capsys
 def test_a_sweeps_runs_are_a_group_in_wandb_unless_another_is_given(file: Path) -> None:
     groups = [runs(file, *given)[0].load(Path("out")).wandb.group for given in ((), ("wandb.group=mine",))]
     assert groups == ["sweep", "mine"]
-
-
-def test_validation_data_that_a_holdout_replaces_need_not_be_there(file: Path, tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").touch()
-    data = (f"task.hub=null task.train={tmp_path}/train.jsonl").split()
-    (run, *_) = runs(file, *data, "task.validation=gone.jsonl")
-    with pytest.raises(UserError, match=r"task.validation is 'gone.jsonl', which is not there"):
-        check_files(run, run.load(tmp_path))
-    (run, *_) = runs(file, *data, "task.validation=gone.jsonl", "task.holdout=0.1")
-    check_files(run, run.load(tmp_path))
 
 
 class Process:

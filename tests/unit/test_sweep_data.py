@@ -1,0 +1,56 @@
+"""Local data of a sweep's runs, and results that are shared."""
+
+from pathlib import Path
+
+import pytest
+
+from distprune.errors import UserError
+from distprune.sweeps import results
+from distprune.sweeps.data import check_files, hashes_of
+from distprune.sweeps.opened import open_sweep
+from tests.unit.sweep_files import row, runs, write_sweep
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write_sweep(tmp_path)
+
+
+def test_results_on_other_data_of_the_same_name_are_refused(file: Path) -> None:
+    stored, (first, *_) = file.parent / "runs" / "results.jsonl", runs(file)
+    overrides = ["task.hub=null"]
+    for folder, text in (("a", "one"), ("b", "two")):
+        (file.parent / folder).mkdir()
+        overrides += [f"task.{split}={file.parent / folder}/{split}.jsonl" for split in ("train", "validation")]
+        for split in ("train", "validation"):
+            (file.parent / folder / f"{split}.jsonl").write_text(text)
+    with_a, with_b = overrides[:3], [overrides[0], *overrides[3:]]
+    opened = open_sweep(str(file), with_a)
+    data = hashes_of(opened.configs[first.name])
+    assert data.keys() == {"task.train train.jsonl", "task.validation validation.jsonl"}
+    results.append(stored, row(first, 0.5, opened.output) | {"settings": opened.settings[first.name], "data": data})
+    open_sweep(str(file), with_a)
+    with pytest.raises(UserError, match=r"measured on another task.train train.jsonl than the one that is there now"):
+        open_sweep(str(file), with_b)
+    (file.parent / "b" / "train.jsonl").unlink()
+    (file.parent / "b" / "validation.jsonl").unlink()
+    assert first.name in open_sweep(str(file), with_b).rows, "another machine, without the data"
+
+
+def test_a_run_has_one_line_also_where_two_sweeps_carry_it_out(file: Path) -> None:
+    stored, first = file.parent / "shared.jsonl", runs(file)[0]
+    opened = open_sweep(str(file), [], str(stored))
+    for metric in (0.5, 0.75):
+        results.append(stored, row(first, metric, opened.output))
+    opened.read()
+    assert opened.rows[first.name]["final_metric"] == 0.5
+
+
+def test_validation_data_that_a_holdout_replaces_need_not_be_there(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").touch()
+    data = (f"task.hub=null task.train={tmp_path}/train.jsonl").split()
+    (run, *_) = runs(file, *data, "task.validation=gone.jsonl")
+    with pytest.raises(UserError, match=r"task.validation is 'gone.jsonl', which is not there"):
+        check_files(run, run.load(tmp_path))
+    (run, *_) = runs(file, *data, "task.validation=gone.jsonl", "task.holdout=0.1")
+    check_files(run, run.load(tmp_path))
