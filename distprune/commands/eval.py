@@ -45,7 +45,7 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
         stored = match_names(sorted(matrices_of(engine.module)), list(counts), engine.module.base_model_prefix)
         zeros, weights = (sum(counts[name][part] for name in stored.values()) for part in (0, 1))
         line = {"model": model_dir, **metrics, "encoder_zeros": zeros, "encoder_weights": weights}
-        print(json.dumps(finite(line), allow_nan=False))
         if (remark := task.remark(metrics)) is not None:
             print(remark, file=sys.stderr)
+        print(json.dumps(finite(line), allow_nan=False))
     dist.shutdown()
