@@ -47,7 +47,7 @@ def plain_losses(task: Path, betas: tuple[float, float], eps: float, decay: floa
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(task / "model")
     model = AutoModelForSequenceClassification.from_pretrained(task / "model").train()
-    kept = {n for n, _ in model.named_parameters() if n.endswith(".bias") or "LayerNorm" in n}
+    kept = {n for n, _ in model.named_parameters() if n.endswith(".bias") or "LayerNorm" in n}  # from decay
     groups = [[each for n, each in model.named_parameters() if (n in kept) == is_kept] for is_kept in (True, False)]
     decays = [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": decay}]
     optimizer = torch.optim.AdamW(decays, lr=1e-3, betas=betas, eps=eps)
@@ -83,7 +83,6 @@ def test_without_pruning_the_loss_curve_is_that_of_a_plain_loop(world: Worlds, t
 
 @pytest.mark.slow
 def test_the_optimizers_options_are_those_of_a_plain_loop(world: Worlds, task: Path, tmp_path: Path) -> None:
-    """No decay on biases and norms."""
     expected = plain_losses(task, (0.8, 0.9), 1e-3, 0.3)
     options = ("optimizer.betas=[0.8,0.9]", "optimizer.eps=1e-3", "optimizer.weight_decay=0.3")
     world(2).run(run, task, tmp_path / "run", *DENSE, *FIFTY, *options, *stage(2))
