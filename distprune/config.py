@@ -197,7 +197,7 @@ class RegrowthConfig:
 class FisherConfig:
     """The Fisher matrix behind pruning.score obs, estimated before each pruning from batches of their own."""
 
-    block: int = key(50, "consecutive weights of a block; 1: the diagonal. A rank holds 4 * block bytes a weight")
+    block: int = key(50, "consecutive weights of a block; 1: the diagonal. A rank holds 4 * (block + 3) bytes a weight")
     samples: int = key(1024, "gradients, each the mean of a batch of train.batch_size examples")
     damping: float = key(1e-7, "added to the diagonal, > 0")
     dropout: bool = key(False, "leave dropout on, as SMC-Bench does")
@@ -207,7 +207,7 @@ class FisherConfig:
 class DistillationConfig:
     """Knowledge distillation: (1 - hardness) * task loss + hardness * T^2 KL(teacher || student), and features."""
 
-    hardness: float = key(0.0, "weight of the teacher's loss, [0, 1]; 0, as the next ones, loads no teacher")
+    hardness: float = key(0.0, "weight of the teacher's loss, [0, 1]; 0 here, in hidden and in attention: no teacher")
     temperature: float = key(5.5, "softening T of both distributions, > 0")
     hidden: float = key(0.0, "weight of the squared error of hidden states; needs a live teacher of the same width")
     attention: float = key(0.0, "weight of the divergence of attention; needs a live teacher with as many heads")
