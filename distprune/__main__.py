@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from distprune import __version__
-from distprune.errors import LOST, STOPPED, LostRanks, UserError
+from distprune.errors import LOST, STOPPED, CannotGoOn, UserError
 from distprune.training import allocator
 from distprune.training.interrupts import Interrupted
 
@@ -52,7 +52,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if _is_main():
             print(f"distprune: error: {error}", file=sys.stderr)
         return 2
-    except LostRanks as lost:
+    except CannotGoOn as lost:
         if lost.speaks:
             print(f"distprune: error: {lost}", file=sys.stderr)
         return LOST
@@ -114,7 +114,7 @@ def _options(argv: Sequence[str]) -> dict[str, Any]:
     if late:
         options["overrides"] += late
     path = options.get("config_path")
-    if options["command"] in ("config", "doctor") and path and "=" in path and not Path(path).exists():
+    if options["command"] in ("config", "doctor", "oneshot") and path and "=" in path and not Path(path).exists():
         options["config_path"], options["overrides"] = None, [path, *options["overrides"]]
     return options
 
@@ -147,7 +147,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--examples-per-s", type=float, metavar="X", help="over all ranks; left out: measured here")
     _configurable(plan)
 
-    _oneshot(commands.add_parser("oneshot", help="prune a model directory without training"))
+    oneshot = commands.add_parser("oneshot", help="prune a model directory without training")
+    oneshot.add_argument("model_dir", metavar="MODEL_DIR", help="Hugging Face model directory or hub id")
+    oneshot.add_argument("out", metavar="OUT", help="new directory for the pruned copy")
+    _configurable(oneshot, optional=True)
 
     export = commands.add_parser("export", help="a checkpoint as a model; a model packed, or unpacked, or shrunk")
     export.add_argument("source", metavar="DIR", help="checkpoint, model directory, or one that is packed")
@@ -178,19 +181,6 @@ def _sweep(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument("--only", action="append", default=[], metavar="PATTERN", help="runs' names, e.g. 'gmp/*=0.9'")
     sweep.add_argument("--dry-run", action="store_true", help="only say what would run")
     sweep.add_argument("--table", action="store_true", dest="only_table", help="only table and plot of what has ended")
-
-
-def _oneshot(oneshot: argparse.ArgumentParser) -> None:
-    oneshot.add_argument("model_dir", metavar="MODEL_DIR", help="Hugging Face model directory or hub id")
-    oneshot.add_argument("out", metavar="OUT", help="new directory for the pruned copy")
-    oneshot.add_argument("--sparsity", type=float, required=True, metavar="S", help="part that is zero, [0, 1)")
-    for name in ("include", "exclude", "groups"):
-        oneshot.add_argument(f"--{name}", action="append", default=[], metavar="REGEX", help=f"as pruning.{name}")
-    for name, default in (("structure", "unstructured"), ("scope", "global"), ("score", "magnitude")):
-        oneshot.add_argument(f"--{name}", default=default, metavar="NAME", help=f"as pruning.{name} [%(default)s]")
-    oneshot.add_argument("--start-sparse", action="store_true", help="as pruning.start_sparse")
-    oneshot.add_argument("--seed", type=int, default=42, metavar="N", help="of data and random scores [%(default)s]")
-    oneshot.add_argument("--config", metavar="FILE", help="whose data give the gradients that a score needs")
 
 
 def _analyze(analyze: argparse.ArgumentParser) -> None:

@@ -5,8 +5,9 @@ length in training time is written ``2`` or ``"2 epochs"`` (fractions allowed) o
 A file's ``base`` names files that are merged before it (distprune/settings.py).
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, get_type_hints
 
 # Deliberately free of torch, deepspeed and transformers: `distprune config` answers at once.
 
@@ -21,6 +22,8 @@ COMPONENTS = (
     "head",
 )
 ENCODER = COMPONENTS[:2]
+
+T = TypeVar("T")
 
 
 def key(default: Any, help: str) -> Any:
@@ -261,13 +264,31 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
-def describe(schema: type = Config, prefix: str = "") -> dict[str, str]:
-    """Return the meaning of every key, by its dotted path."""
-    meanings: dict[str, str] = {}
-    for entry in fields(schema):
-        path = prefix + entry.name
-        if is_dataclass(entry.type):
-            meanings |= describe(entry.type, path + ".")  # type: ignore[arg-type]
-        else:
-            meanings[path] = entry.metadata["help"]
-    return meanings
+SECTIONS: dict[str, Any] = get_type_hints(Config)
+"""The class of each section."""
+
+
+def dotted(sections: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    """Return what sections hold, by dotted key."""
+    return {f"{section}.{name}": each for section, held in sections.items() for name, each in held.items()}
+
+
+def describe() -> dict[str, str]:
+    """Return the meaning of every key, by dotted key."""
+    return dotted(
+        {name: {each.name: each.metadata["help"] for each in fields(kind)} for name, kind in SECTIONS.items()}
+    )
+
+
+def value_of(config: Config, key: str, default: Any = None) -> Any:
+    """Return the value at a dotted key; ``default`` for an option of DeepSpeed that is not set."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part, default) if isinstance(value, dict) else getattr(value, part, default)
+    return value
+
+
+def set_value(config: Config, key: str, value: Any) -> None:
+    """Set the value of a dotted key."""
+    section, name = key.split(".")
+    setattr(getattr(config, section), name, value)

@@ -17,10 +17,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
-from safetensors import SafetensorError
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from distprune.errors import UserError
+from distprune.errors import UserError, written
 
 T = TypeVar("T")
 _SHOWN = 80
@@ -189,10 +188,8 @@ def write_on_main(action: Callable[[], object], target: Path) -> None:
 
     def write() -> None:
         if is_main():
-            try:
+            with written(target):
                 action()
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{target} cannot be written: {error}") from error
 
     agree(write)
 

@@ -1,4 +1,4 @@
-"""What is not a bug: an input that the user can mend, and ranks that are lost."""
+"""What is not a bug: an input that the user can mend, and ranks or devices that are lost."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,11 +24,11 @@ def written(path: Path | str) -> Iterator[None]:
     """Refuse a file that cannot be written within a ``with``.
 
     Raises:
-        UserError: in place of the OSError or SafetensorError, or of the ValueError for a suffix that is not known.
+        UserError: in place of the OSError or SafetensorError.
     """
     try:
         yield
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{str(path)!r} cannot be written: {error}") from error
 
 
@@ -40,34 +40,14 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> UserError:
     return UserError(f"{what} {given!r} is unknown{hint}; allowed: {', '.join(names)}")
 
 
-class LostRanks(Exception):
-    """Other ranks do not answer any more.
+class CannotGoOn(Exception):
+    """This rank cannot go on, and the same command can: other ranks are lost, or its device or a connection failed.
 
     Args:
-        ranks: which.
+        what: happened, without a full stop.
         speaks: whether this is the rank that is to say so.
-        error: that this rank met with.
     """
 
-    def __init__(self, ranks: list[int], speaks: bool, error: BaseException):
-        who = f"rank {ranks[0]} does" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} do"
-        super().__init__(
-            f"{who} not answer any more; the run ends, and the same command goes on from its newest checkpoint "
-            f"({type(error).__name__} here: {' '.join(str(error).split()):.200})"
-        )
+    def __init__(self, what: str, speaks: bool):
+        super().__init__(f"{what}; the run ends, and the same command goes on from its newest checkpoint")
         self.speaks = speaks
-
-
-class Fault(LostRanks):
-    """A rank's device, or its connection to others, has failed: nothing that the user or the code could mend.
-
-    Args:
-        rank: that it was seen on.
-        error: of torch.
-    """
-
-    def __init__(self, rank: int, error: BaseException):
-        Exception.__init__(
-            self, f"rank {rank}: {error}; the run ends, and the same command goes on from its newest checkpoint"
-        )
-        self.speaks = True

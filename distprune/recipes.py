@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from distprune.config import COMPONENTS, Config
+from distprune.config import COMPONENTS, Config, set_value
 from distprune.errors import UserError, unknown
 
 
@@ -49,7 +49,8 @@ def gmp(config: Config, given: Collection[str]) -> Values:
     if not 0 < sparsity < 1:
         raise UserError(f"pruning.sparsity is {sparsity}; allowed where recipe.name is gmp: more than 0, less than 1")
     values = _replicated(config, given, replicas_for(sparsity), "2, and 1 for each halving of what survives")
-    epochs, total = _decimal(config.recipe.epochs), _decimal(_value(config, given, values, "train.epochs"))
+    total = _decimal(config.train.epochs if "train.epochs" in given else values["train.epochs"].value)
+    epochs = _decimal(config.recipe.epochs)
     if total < 2 * epochs:
         raise UserError(f"the recipe gmp has {total} epochs; allowed: at least two replicas of {epochs} epochs")
     return values | {
@@ -199,16 +200,20 @@ RECIPES: dict[str, Callable[[Config, Collection[str]], Values]] = {
 }
 
 
-def derive(config: Config, given: Collection[str]) -> Values:
-    """Return everything that the configuration's recipe says, also where other values are given.
+def apply(config: Config, given: Collection[str]) -> Values:
+    """Set what the recipe derives and is not given, and note those keys in ``recipe.derived``.
 
     Args:
         config: with what is given, and defaults elsewhere.
         given: the dotted keys that are given.
 
+    Returns:
+        Everything that the recipe says, also where other values are given.
+
     Raises:
         UserError: an unknown recipe, or one that does not fit what is given.
     """
+    config.recipe.derived = []
     if config.recipe.name is None:
         return {}
     if config.recipe.name not in RECIPES:
@@ -216,30 +221,12 @@ def derive(config: Config, given: Collection[str]) -> Values:
     for key, epochs in (("recipe.epochs", config.recipe.epochs), ("train.epochs", config.train.epochs)):
         if not 0 < epochs < math.inf:
             raise UserError(f"{key} is {epochs}; allowed: more than 0")
-    return RECIPES[config.recipe.name](config, given)
-
-
-def apply(config: Config, given: Collection[str]) -> Values:
-    """Set what the recipe derives and is not given, and note those keys in ``recipe.derived``.
-
-    Returns:
-        Everything that the recipe says, as `derive`.
-
-    Raises:
-        UserError: as `derive`.
-    """
-    values = derive(config, given)
+    values = RECIPES[config.recipe.name](config, given)
     derived = {key: each.value for key, each in values.items() if key not in given}
     for key, value in derived.items():
-        section, name = key.split(".")
-        setattr(getattr(config, section), name, value)
+        set_value(config, key, value)
     config.recipe.derived = sorted(derived)
     return values
-
-
-def _value(config: Config, given: Collection[str], values: Values, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name) if key in given else values[key].value
 
 
 def _answers(config: Config) -> bool:

@@ -4,6 +4,7 @@ A file may build on others: ``base: [task.yaml, recipe.yaml]``, or a single one,
 itself that are merged before it, in that order.
 """
 
+from collections.abc import Iterable
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,16 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distprune import recipes, yaml12
-from distprune.checks import CHECKS, value_of
-from distprune.config import Config
+from distprune.checks import CHECKS, Check
+from distprune.config import SECTIONS, Config, dotted, value_of
 from distprune.errors import UserError
 
 Layer = dict[Any, Any]
 
-SECTIONS: dict[str, Any] = get_type_hints(Config)
-TYPES = {
-    f"{section}.{name}": kind for section, schema in SECTIONS.items() for name, kind in get_type_hints(schema).items()
-}
+TYPES: dict[str, Any] = dotted({section: get_type_hints(schema) for section, schema in SECTIONS.items()})
 _DEFAULTS = OmegaConf.structured(Config)
 
 TYPE_WORDS = {
@@ -101,13 +99,17 @@ def load_valid(path: str | None, overrides: list[str]) -> Config:
     return config
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, checks: Iterable[Check] = CHECKS) -> None:
     """Refuse values and combinations that no run can have, as far as the data do not matter.
+
+    Args:
+        config: with everything set.
+        checks: where only a part of it is used, those of that part.
 
     Raises:
         UserError: with the first key that is wrong, its value and what is allowed.
     """
-    for check in CHECKS:
+    for check in checks:
         if not check.holds(config):
             raise UserError(f"{check.key} is {value_of(config, check.key)!r}; allowed: {check.allowed}")
 

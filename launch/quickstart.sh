@@ -20,7 +20,7 @@ python -m distprune.synthetic "$run/task"
 say "2/5 train the dense model on $ranks ranks, ZeRO-2"
 launch/local.sh -n "$ranks" configs/quickstart_dense.yaml
 say "3/5 prune it once to $sparsity, without training"
-distprune oneshot "$run/dense/final" "$run/oneshot" --sparsity "$sparsity"
+distprune oneshot "$run/dense/final" "$run/oneshot" pruning.sparsity="$sparsity"
 # The result is the last line: DeepSpeed may print before it.
 distprune eval "$run/oneshot" configs/quickstart_gradual.yaml | tail -n 1 >"$run/oneshot.json"
 say "4/5 prune it gradually to $sparsity with distillation: student ZeRO-2, teacher sharded at ZeRO-3"

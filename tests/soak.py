@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.processes import BIN, REPOSITORY, environment, srun_variables, steps
 from tests.distributed.runs import write_task
-from tests.distributed.test_interruptions import steps
-from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
 
 PRUNINGS = range(4, 400, 4)
 OPTIONS = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distprune import settings
-from distprune.config import Config
+from distprune.config import Config, dotted
 from distprune.errors import UserError
 
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
@@ -125,18 +125,17 @@ def changes(old: dict[str, Any], config: Config) -> list[str]:
     Raises:
         UserError: where the rest of the run would have another model, target or data than its beginning.
     """
-    found = []
-    for section, values in asdict(config).items():
-        for name, value in values.items():
-            key, before = f"{section}.{name}", old.get(section, {}).get(name, value)
-            if value == before:
-                continue
-            if (key.startswith(_FIXED) or key in _FIXED_KEYS) and key not in _FREE:
-                raise UserError(
-                    f"{key} is {value!r}, and was {before!r} when the run began; allowed: the same, or another "
-                    "train.output for another run"
-                )
-            found.append(f"{key} {before!r} -> {value!r}")
+    found, then = [], dotted(old)
+    for key, value in dotted(asdict(config)).items():
+        before = then.get(key, value)
+        if value == before:
+            continue
+        if (key.startswith(_FIXED) or key in _FIXED_KEYS) and key not in _FREE:
+            raise UserError(
+                f"{key} is {value!r}, and was {before!r} when the run began; allowed: the same, or another "
+                "train.output for another run"
+            )
+        found.append(f"{key} {before!r} -> {value!r}")
     return found
 
 

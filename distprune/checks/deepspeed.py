@@ -1,7 +1,7 @@
 """DeepSpeed's options: those that distprune sets itself, and layouts that it does not know."""
 
-from distprune.checks.check import Check, value_of
-from distprune.config import Config
+from distprune.checks.check import Check
+from distprune.config import Config, value_of
 
 # DeepSpeed's options that distprune sets, with the keys that it sets them from.
 OWNED = {

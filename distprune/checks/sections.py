@@ -6,8 +6,8 @@ from math import inf
 from operator import le, lt
 from typing import Any
 
-from distprune.checks.check import Check, value_of
-from distprune.config import COMPONENTS, Config
+from distprune.checks.check import Check
+from distprune.config import COMPONENTS, Config, value_of
 from distprune.durations import Duration, parse
 
 

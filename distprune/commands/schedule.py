@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune import recipes, settings
-from distprune.checks import value_of
-from distprune.config import Config
+from distprune.config import Config, value_of
 from distprune.errors import UserError
 from distprune.monitor.plots import save_png
 from distprune.tasks import task_kind

@@ -24,7 +24,7 @@ from transformers import (
 
 from distprune.checkpoints.files import is_checkpoint
 from distprune.checkpoints.pieces import Pieces
-from distprune.errors import UserError
+from distprune.errors import UserError, written
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 SHRUNK = "shrunk.json"
@@ -92,13 +92,14 @@ def begin_directory(target: Path) -> Path:
     """Return an empty directory beside a new one; it is given that one's name once it is complete.
 
     Raises:
-        UserError: the new one exists.
+        UserError: the new one exists, or cannot be made.
     """
     if target.exists():
         raise UserError(f"{str(target)!r} exists; allowed: a new directory")
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with written(target):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     return partial
 
 

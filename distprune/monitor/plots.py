@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from distprune.errors import written
+from distprune.errors import UserError, written
 
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # of Okabe and Ito: colour-blind safe
 COLORS = (BLUE, RED, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -40,14 +40,17 @@ def plot_run(metrics: Metrics, path: Path, dense: float | None, title: str) -> N
     figure.savefig(path, format="png")
 
 
-def save_png(figure: Figure, path: str) -> None:
+def save_png(figure: Figure, path: str | Path) -> None:
     """Write a figure where a user says; another suffix that matplotlib knows gives that kind of file.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or has a suffix that matplotlib does not know.
     """
-    with written(path):
-        figure.savefig(path)
+    try:
+        with written(path):
+            figure.savefig(path)
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} cannot be written: {error}") from error
 
 
 def series(metrics: Metrics, name: str, split: str | None = None) -> tuple[list[int], list[float]]:

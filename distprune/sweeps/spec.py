@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distprune import settings, yaml12
-from distprune.config import Config
+from distprune.config import Config, dotted
 from distprune.errors import UserError, unknown
 
 SEED = "train.seed"
@@ -26,8 +26,7 @@ MODELS = ("model.path", "teacher.path", "pruning.weights_of")
 """Keys that may get the model of another run."""
 _FILES = (*MODELS, "model.tokenizer", "task.train", "task.validation", "task.more_validation")
 """Keys of which only the file's or folder's name counts, and not where it is."""
-_FREE = ("train.output", "teacher.cache", "teacher.rebuild_cache", "recipe.derived")
-_FREE_SECTIONS = ("checkpoint", "wandb")
+_FREE = ("train.output", "teacher.cache", "teacher.rebuild_cache", "recipe.derived", "checkpoint.", "wandb.")
 
 
 @dataclass
@@ -98,15 +97,12 @@ class Run:
 
         Files and folders are named by their last part, models of other runs by those.
         """
-        default: dict[str, Any] = asdict(Config())
-        found = {}
-        for section, values in asdict(config).items():
-            for name, value in values.items():
-                key = f"{section}.{name}"
-                if value == default[section][name] or key in _FREE or section in _FREE_SECTIONS:
-                    continue
-                is_file = key in _FILES and not (key.startswith("task.") and config.task.hub)
-                found[key] = self.models.get(key) or (_last_parts(value) if is_file else value)
+        default, found = dotted(asdict(Config())), {}
+        for key, value in dotted(asdict(config)).items():
+            if value == default[key] or key.startswith(_FREE):
+                continue
+            is_file = key in _FILES and not (key.startswith("task.") and config.task.hub)
+            found[key] = self.models.get(key) or (_last_parts(value) if is_file else value)
         return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 

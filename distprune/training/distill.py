@@ -4,7 +4,6 @@ Its parameters matter (paper, guideline 3). At the usual temperatures of 1 or 2 
 one-hot, and says little more than the label: the reason that GMP* (arXiv 2210.06384) has for a higher one.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -87,10 +86,3 @@ def attention_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 def _mean_over_rows(values: Tensor, mask: Tensor) -> Tensor:
     """Return the mean over rows of their means over tokens: the same for any way to cut a batch into equal parts."""
     return ((values * mask).sum(-1) / mask.sum(-1)).mean()
-
-
-def mix(task_loss: Tensor, distillation: Tensor | None, hardness: float) -> Tensor:
-    """Return ``(1 - hardness) * task + hardness * distillation``; the task loss where there is no teacher."""
-    if distillation is None:
-        return task_loss
-    return torch.lerp(task_loss, distillation, hardness)

@@ -13,18 +13,18 @@ import torch
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from distprune.dist import World, connect_store
-from distprune.errors import Fault, LostRanks
+from distprune.errors import CannotGoOn
 
 PERIOD_S = 1.0
 PATIENCE_S = 5.0
 
 
 class Heartbeat:
-    """Beats within a ``with``; a collective that fails there raises `LostRanks` where ranks are lost.
+    """Beats within a ``with``; a collective that fails there names the ranks that are lost.
 
     Raises:
-        LostRanks: in place of the RuntimeError of a backend, where ranks do not beat any more.
-        Fault: in place of that of a device or a connection, where they do.
+        CannotGoOn: in place of the RuntimeError of a backend, where ranks do not beat any more, and of the error of a
+            device or a connection, where they do.
     """
 
     def __init__(self, world: World):
@@ -43,11 +43,12 @@ class Heartbeat:
         lost = self._lost() if isinstance(error, RuntimeError) and self._world.size > 1 else []
         self._ended.set()
         if lost:
+            who = f"rank {lost[0]} does" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} do"
+            here = f"{type(error).__name__} here: {' '.join(str(error).split()):.200}"
             speaker = min(set(range(self._world.size)) - set(lost))
-            assert error is not None
-            raise LostRanks(lost, speaker == self._world.rank, error) from error
+            raise CannotGoOn(f"{who} not answer any more ({here})", speaker == self._world.rank) from error
         if error is not None and is_fault(error):
-            raise Fault(self._world.rank, error) from error
+            raise CannotGoOn(f"rank {self._world.rank}: {error}", speaks=True) from error
 
     def _beat(self) -> None:
         store, beats = None, 0

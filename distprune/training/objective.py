@@ -11,7 +11,7 @@ from distprune.config import DistillationConfig
 from distprune.errors import UserError
 from distprune.tasks.base import Batch, Task
 from distprune.teachers.choose import Teacher
-from distprune.training.distill import attention_loss, distillation_loss, hidden_loss, layer_pairs, mix
+from distprune.training.distill import attention_loss, distillation_loss, hidden_loss, layer_pairs
 
 
 class Losses(NamedTuple):
@@ -51,7 +51,7 @@ class Objective:
         target = self._teacher.outputs(batch, rows, **self._options)
         distilled = distillation_loss(logits, target.logits, self._config.temperature)
         hidden, attention = self._features(outputs, target.outputs, batch) if self._options else (zero, zero)
-        total = mix(task_loss, distilled, self._config.hardness)
+        total = torch.lerp(task_loss, distilled, self._config.hardness)
         total = total + self._config.hidden * hidden + self._config.attention * attention
         return Losses(total, task_loss, distilled, hidden, attention)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.processes import REPOSITORY, environment
 from tests.distributed.runs import write_task
-from tests.distributed.test_launch import REPOSITORY, environment
 
 SBATCH_OPTIONS = shlex.split(os.environ.get("DISTPRUNE_TEST_SBATCH", ""))
 """What this cluster wants of every job, e.g. --partition=test."""
@@ -95,7 +95,7 @@ def node() -> Iterator[Callable[[str, str], None]]:
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a small task; its run takes a while."""
-    return write_task(tmp_path_factory.mktemp("task"))
+    return write_task(tmp_path_factory.mktemp("task"), hardness=0.5)
 
 
 @pytest.fixture(scope="session")

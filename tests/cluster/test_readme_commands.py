@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from tests.cluster.conftest import SBATCH_OPTIONS
-from tests.distributed.test_launch import environment
-from tests.test_readme import SLURM, commands, make_workplace
+from tests.distributed.processes import environment
+from tests.readme import SLURM, commands, make_workplace
 
 
 def test_the_commands_for_a_cluster_run(tmp_path: Path) -> None:

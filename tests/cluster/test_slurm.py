@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import HEAD, HOSTFILE, LONG, SBATCH_OPTIONS, Job
+from tests.distributed.processes import REPOSITORY, environment, steps
 from tests.distributed.runs import same_weights, told
-from tests.distributed.test_interruptions import steps
-from tests.distributed.test_launch import REPOSITORY, environment
 
 Submit = Callable[..., Job]
 

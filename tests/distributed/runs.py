@@ -23,8 +23,9 @@ from tests.world import Worlds
 
 TRAIN, VALIDATION = 96, 61  # no world size above 1 divides 61
 
-
-DENSE = ("pruning.sparsity=0", "distillation.hardness=0")
+DENSE = ("pruning.sparsity=0",)
+TAUGHT = ("distillation.hardness=0.5",)
+"""Overrides for a run with a teacher, which takes half as long again."""
 
 
 def stage(student: int, teacher: int = 3) -> tuple[str, str]:
@@ -35,8 +36,8 @@ def stage(student: int, teacher: int = 3) -> tuple[str, str]:
     )
 
 
-def write_task(directory: Path) -> Path:
-    """Write sentences, a student that is its own teacher, and the configuration of a run of 24 steps."""
+def write_task(directory: Path, hardness: float = 0.0) -> Path:
+    """Write sentences, a model, and the configuration of a run of 24 steps, in which the model may teach itself."""
     rows = examples(TRAIN + VALIDATION, seed=5)
     for name, part in (("train", rows[:TRAIN]), ("validation", rows[TRAIN:])):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -52,7 +53,7 @@ task:
 train: {{epochs: 3, batch_size: 12, eval_batch_size: 8, eval_every: 4 steps, log_every: 1}}
 lr: {{peak: 1.0e-3, rewind_every: 1 epochs}}
 pruning: {{sparsity: 0.9, initial: 0.5, start: 4 steps, end: 16 steps, every: 4 steps}}
-distillation: {{hardness: 0.5, temperature: 2.0}}
+distillation: {{hardness: {hardness}, temperature: 2.0}}
 deepspeed:
   student: {{zero_optimization: {{stage: 2, stage3_param_persistence_threshold: 0}}}}
   teacher: {{zero_optimization: {{stage: 3, stage3_param_persistence_threshold: 0}}}}

@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from distprune.commands import analyze
 from distprune.errors import UserError
+from tests.distributed.runs import TAUGHT
 from tests.world import Worlds
 
 
@@ -19,7 +20,7 @@ def analyse(task: Path, folder: Path, *overrides: str, rows: int = 50) -> str:
             analyze.run(
                 "teacher",
                 str(task / "run.yaml"),
-                list(overrides),
+                [*TAUGHT, *overrides],
                 png=str(folder / "t.png"),
                 json_path=str(folder / "t.json"),
                 rows=rows,

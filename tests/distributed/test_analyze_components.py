@@ -99,7 +99,12 @@ def analyse(task: Path, folder: Path, *given: str, **options: Any) -> str:
 def one_shot_metric(task: Path, folder: Path, include: str) -> float:
     """Collective."""
     with patch("distprune.dist.shutdown"):
-        oneshot.run(str(task / "model"), str(folder / "pruned"), 0.8, [include], [])
+        oneshot.run(
+            str(task / "model"),
+            str(folder / "pruned"),
+            None,
+            ["pruning.sparsity=0.8", f"pruning.include=['{include}']"],
+        )
         _, said = heard(evaluation.run, str(folder / "pruned"), str(task / "run.yaml"), [])
     metric: float = json.loads(said.splitlines()[-1])["accuracy"]
     return metric

@@ -20,7 +20,7 @@ from tests.distributed.engines import (
 from tests.distributed.runs import DENSE, run, stage
 from tests.world import Worlds, by_world
 
-AT_ONCE = (*DENSE[1:], 'pruning.start="0 steps"', 'pruning.end="0 steps"')
+AT_ONCE = ('pruning.start="0 steps"', 'pruning.end="0 steps"')
 STANDSTILL = ("lr.peak=1e-30", "lr.final=0")
 """A learning rate at which no weight of fp32 changes."""
 LAYOUTS = [Layout(0), Layout(1, "bf16"), Layout(2), Layout(2, "bf16", True), Layout(3), Layout(3, "bf16")]

@@ -14,18 +14,17 @@ from distprune import dist
 from distprune.commands import doctor
 from distprune.config import Config
 from tests.distributed.engines import write_model
-from tests.distributed.runs import run_command
-from tests.distributed.test_launch import BIN, start
+from tests.distributed.processes import BIN, start
+from tests.distributed.runs import TAUGHT, run_command
 from tests.world import Worlds
 
-TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "distprune"]
 CHECKS = ["versions", "devices", "network", "shared disk", "free disk", "locks", "compiler", "hub", "wandb"]
 
 
 @pytest.mark.slow
 def test_prepare_leaves_nothing_to_fetch_or_compile(world: Worlds, task: Path, tmp_path: Path) -> None:
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
-    done = start([BIN / "distprune", "prepare", task / "run.yaml"], **cache)
+    done = start([BIN / "distprune", "prepare", task / "run.yaml", *TAUGHT], **cache)
     assert done.returncode == 0, done.stderr
     lines = [line.partition(" ") for line in done.stdout.splitlines()]
     assert [name for name, *_ in lines[:4]] == ["model", "teacher", "data", "code"]
@@ -37,22 +36,21 @@ def test_prepare_leaves_nothing_to_fetch_or_compile(world: Worlds, task: Path, t
         (f"pruning.weights_of={other}", "has shape"),
         (f"teacher.path={other} distillation.hidden=1", "the student has hidden states of 16 and the teacher"),
     ):
-        ((status, said),) = world(1).run(run_command, "prepare", task / "run.yaml", *overrides.split())
+        ((status, said),) = world(1).run(run_command, "prepare", task / "run.yaml", *TAUGHT, *overrides.split())
         assert (status, part in said) == (2, True), said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", [[BIN / "distprune"], TORCHRUN])
-def test_doctor_says_a_line_for_each_check(launch: list[Any], tmp_path: Path) -> None:
-    done = start([*launch, "doctor", f"train.output={tmp_path}/runs/mine"], HF_HUB_OFFLINE="1")
-    lines = [line for line in done.stdout.splitlines() if re.match(r"ok  |FAIL", line)]
+@pytest.mark.parametrize("size", [1, 2])
+def test_doctor_says_a_line_for_each_check(world: Worlds, size: int, tmp_path: Path) -> None:
+    (status, said), *_ = world(size).run(run_command, "doctor", f"train.output={tmp_path}/runs/mine")
+    lines = [line for line in said.splitlines() if re.match(r"ok  |FAIL", line)]
     assert [re.split(r"[ :]+", line, maxsplit=1)[1].split(":")[0] for line in lines] == CHECKS
     bad = [line for line in lines if line.startswith("FAIL") and "free disk" not in line]
     assert not bad
-    ranks = 2 if launch is TORCHRUN else 1
-    assert f"devices: {ranks} ranks on 1 nodes (" in done.stdout
-    assert ("network: there is one rank alone" in done.stdout) == (ranks == 1)
-    assert done.returncode == (2 if "FAIL" in done.stdout else 0)
+    assert f"devices: {size} ranks on 1 nodes (" in said
+    assert ("network: there is one rank alone" in said) == (size == 1)
+    assert status == (2 if "FAIL" in said else 0)
     assert not list((tmp_path / "runs").iterdir()), "nothing is left over"
 
 

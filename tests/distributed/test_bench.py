@@ -7,8 +7,8 @@ import pytest
 
 from distprune.benchmarks import memory
 from distprune.errors import UserError
+from tests.distributed.processes import BIN, Command, start
 from tests.distributed.runs import run_command
-from tests.distributed.test_launch import BIN, Command, start
 from tests.world import Worlds
 
 TORCHRUN: Command = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "distprune"]

@@ -122,7 +122,10 @@ def test_the_command_knows_a_checkpoint(tmp_path: Path, trained: Any, capsys: py
         (lambda: export.run(latest, str(tmp_path / "model")), "exists; allowed: a new directory"),
         (lambda: export.run(latest, str(tmp_path / "small"), shrinking=True), "is a checkpoint; export it first"),
         (lambda: export.run(str(tmp_path / "model"), str(tmp_path / "x"), packing=True), "--packed is for checkpoints"),
-        (lambda: oneshot.run(latest, str(tmp_path / "x"), 0.5, [], []), "is a checkpoint; allowed: a model directory"),
+        (
+            lambda: oneshot.run(latest, str(tmp_path / "x"), None, ["pruning.sparsity=0.5"]),
+            "is a checkpoint; allowed: a model directory",
+        ),
     ):
         with pytest.raises(UserError, match=said):
             call()

@@ -198,7 +198,7 @@ def from_sparse(directory: Path, layout: Layout) -> list[dict[str, Tensor]]:
 
 @pytest.mark.slow
 def test_zeros_from_before_do_not_come_back(world: Worlds, directory: Path, tmp_path: Path) -> None:
-    oneshot.run(str(directory), str(tmp_path / "sparse"), 0.3, [], [])
+    oneshot.run(str(directory), str(tmp_path / "sparse"), None, ["pruning.sparsity=0.3"])
     for layout in (Layout(0), Layout(2), Layout(3)):
         first, *later = world(2).run(from_sparse, tmp_path / "sparse", layout)[0]
         assert any(mask.any() for mask in first.values())

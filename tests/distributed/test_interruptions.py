@@ -3,15 +3,13 @@
 import os
 import re
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import psutil
 import pytest
 import torch
 import torch.distributed as torch_dist
@@ -21,61 +19,12 @@ from distprune.checkpoints import files
 from distprune.checkpoints.files import Manifest
 from distprune.training.heartbeat import Heartbeat, is_fault
 from distprune.training.interrupts import Interrupted
+from tests.distributed.processes import BIN, Started, srun_variables, steps
 from tests.distributed.runs import RATE, OnLastRank, run, run_command, run_patched, same_weights, told
-from tests.distributed.test_launch import BIN, REPOSITORY, environment, srun_variables
 from tests.world import Worlds
 
 # Long enough that a signal on a fast machine comes before the end.
 LONG = ("train.epochs=12", "checkpoint.steps=20", "train.log_every=1", "train.eval_every=3 epochs")
-
-
-class Started:
-    """A run in processes of its own, in a session of its own."""
-
-    def __init__(self, command: list[str], log: Path, **variables: str):
-        self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                env=environment(**variables),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # A shell's background job ignores it, with all that it starts, and no script can trap it then.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 120) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert self.process.poll() is None, self.said
-            assert time.monotonic() < deadline, self.said
-            time.sleep(0.02)
-
-    def end(self, timeout: float = 60) -> int:
-        return self.process.wait(timeout)
-
-
-@pytest.fixture
-def begin(tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    """Return a function that starts a run; what is left of it is killed."""
-    every: list[Started] = []
-
-    def of(command: list[str], **variables: str) -> Started:
-        every.append(Started(command, tmp_path / f"log-{len(every)}", **variables))
-        return every[-1]
-
-    yield of
-    for each in every:
-        if each.process.poll() is None:
-            for child in psutil.Process(each.process.pid).children(recursive=True):
-                child.kill()
-            each.process.kill()
 
 
 def local(task: Path, output: Path, ranks: int = 2) -> list[str]:
@@ -85,11 +34,6 @@ def local(task: Path, output: Path, ranks: int = 2) -> list[str]:
 
 def alone(task: Path, output: Path) -> list[str]:
     return [str(BIN / "distprune"), "train", str(task / "run.yaml"), f"train.output={output}", *LONG]
-
-
-def steps(output: Path) -> int:
-    path = output / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def checkpoints(output: Path) -> list[str]:

@@ -15,7 +15,7 @@ from distprune.monitor import Monitor
 from distprune.pruning.pruner import Pruner
 from distprune.training.setup import prepare
 from tests.distributed.engines import write_model
-from tests.distributed.runs import DENSE, RATE, OnLastRank, run, run_patched, stage
+from tests.distributed.runs import DENSE, RATE, TAUGHT, OnLastRank, run, run_patched, stage
 from tests.distributed.test_not_finite import poison_weights
 from tests.world import Worlds
 
@@ -23,7 +23,7 @@ LAYER = "bert.encoder.layer.1.output.dense"
 MISTAKES: dict[str, tuple[str, str]] = {
     "missing file": ("task.train=gone.jsonl", "gone.jsonl does not exist"),
     "missing model": ("model.path=gone/", "'gone/' is not a directory"),
-    "missing teacher": ("teacher.path=gone/", "'gone/' is not a directory"),
+    "missing teacher": ("teacher.path=gone/; {taught}", "'gone/' is not a directory"),
     "wrong column": ("task.text=[sentense]", "did you mean 'sentence'?"),
     "label out of range": ("task.validation={root}/range.jsonl", "label 2 in column 'label'"),
     "empty split": ("task.validation={root}/empty.jsonl", "empty.jsonl"),
@@ -36,19 +36,19 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "target that is frozen": ("model.freeze=[encoder]", "model.freeze keeps it fixed"),
     "nothing left to train": ("model.freeze=['.*']", "model.freeze is ['.*'], which matches every parameter"),
     "checkpointing that the model cannot do": (
-        "model.path={root}/mpnet; teacher.path={root}/mpnet; model.activation_checkpointing=true",
+        "model.path={root}/mpnet; model.activation_checkpointing=true",
         "model.activation_checkpointing is True; allowed: false for a MPNetForSequenceClassification",
     ),
     "model's configuration": ("model.path={root}/no-config", "no-config/config.json is not a model's configuration"),
     "teacher's configuration": (
-        "teacher.path={root}/no-config",
+        "teacher.path={root}/no-config; {taught}",
         "no-config/config.json is not a model's configuration",
     ),
     "task": ("task.name=poetry", "task.name 'poetry' is unknown"),
     "metric": ("task.metrics=[pearson]", "metric 'pearson' does not suit classification"),
-    "teacher's label count": ("teacher.path={root}/three-labels", "the teacher has 3 labels and the task 2"),
+    "teacher's label count": ("teacher.path={root}/three-labels; {taught}", "the teacher has 3 labels and the task 2"),
     "model's order of labels": ("model.path={root}/turned; task.labels=[no,yes]", "labels are in the order yes, no"),
-    "teacher's tokenizer": ("teacher.path={root}/other-words", "the teacher's vocabulary"),
+    "teacher's tokenizer": ("teacher.path={root}/other-words; {taught}", "the teacher's vocabulary"),
     "option of DeepSpeed": (
         "deepspeed.student.zero_optimisation.stage=3",
         "option of deepspeed.student 'zero_optimisation' is unknown (did you mean 'zero_optimization'?)",
@@ -63,10 +63,13 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "tokenizer larger than the embeddings": ("model.tokenizer={root}/more-words", "up to the model's vocab_size"),
     "example longer than the positions": ("model.path={root}/few-positions", "up to the model's 8"),
-    "example longer than the teacher's positions": ("teacher.path={root}/few-positions", "up to the model's 8"),
+    "example longer than the teacher's positions": (
+        "teacher.path={root}/few-positions; {taught}",
+        "up to the model's 8",
+    ),
     "tokenizer": ("model.tokenizer={root}/gone", "gone' gives no tokenizer: "),
     "run directory that is a file": ("train.output={root}/range.jsonl", "is a file; allowed: a new or empty directory"),
-    "run directory on a disk that is read-only": ("train.output=/sys/run", "/sys/run cannot be written"),
+    "run directory on a disk that is read-only": ("train.output=/sys/run", "'/sys/run' cannot be written"),
     "row without text": ("task.train={root}/no-text.jsonl", "have no value in column 'sentence': row 2; allowed: none"),
     "row that is no text": ("task.train={root}/no-unicode.jsonl", "surrogate pair in string is invalid. in row 1"),
     "run directory in use": ("train.output={root}", "is not empty"),
@@ -103,7 +106,9 @@ def test_a_mistake_is_one_sentence_on_every_rank_before_any_step(
     world: Worlds, task: Path, mistaken: Path, tmp_path: Path, kind: str
 ) -> None:
     override, part = MISTAKES[kind]
-    first, second = world(2).run(run, task, tmp_path / "run", *override.format(root=mistaken).split("; "))
+    first, second = world(2).run(
+        run, task, tmp_path / "run", *override.format(root=mistaken, taught=TAUGHT[0]).split("; ")
+    )
     assert isinstance(first, str), "the run went through"
     assert first == second
     assert part.format(root=mistaken) in first
@@ -206,7 +211,7 @@ class FullDisk:
 def test_a_model_that_cannot_be_written_stops_every_rank(world: Worlds, task: Path, tmp_path: Path) -> None:
     said = world(2).run(run_patched, "distprune.models.export.save", FullDisk(0), task, tmp_path / "run")
     assert len(set(said)) == 1
-    assert "model.safetensors cannot be written: [Errno 28] No space left on device" in said[0]
+    assert "model.safetensors' cannot be written: [Errno 28] No space left on device" in said[0]
 
 
 class Rising:
@@ -225,7 +230,7 @@ def run_until_full(task: Path, output: Path, *options: str) -> str:
 
 
 def test_the_best_state_stays_until_the_next_one_is_complete(world: Worlds, task: Path, tmp_path: Path) -> None:
-    output, options = tmp_path / "run", ("train.select=best", "train.eval_every=1 steps", "distillation.hardness=0")
+    output, options = tmp_path / "run", ("train.select=best", "train.eval_every=1 steps")
     said = world(1).run(run_until_full, task, output, *options)
     assert "No space left" in said[0]
     pruned = load_file(output / "best" / "step-00000017" / "model.safetensors")[f"{LAYER}.weight"]
@@ -240,7 +245,7 @@ def full_disk(*_: Any) -> None:
 def test_a_run_that_failed_in_its_last_second_ends_with_its_best_state(
     world: Worlds, task: Path, tmp_path: Path
 ) -> None:
-    output, options = tmp_path / "run", ("train.select=best", "distillation.hardness=0")
+    output, options = tmp_path / "run", ("train.select=best",)
     said = world(1).run(run_patched, "distprune.commands.train.plot_run", full_disk, task, output, *options)
     assert "No space left" in said[0]
     best = load_file(output / "final" / "model.safetensors")

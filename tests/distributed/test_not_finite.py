@@ -63,7 +63,6 @@ def test_gradients_that_are_not_finite_stop_every_rank(
 
 
 def test_a_nan_weight_is_not_pruned(world: Worlds, task: Path, tmp_path: Path) -> None:
-    options = ("pruning.start=6 steps", "distillation.hardness=0")
-    said = world(2).run(run_patched, RATE, OnLastRank(poison_weights), task, tmp_path / "run", *options)
+    said = world(2).run(run_patched, RATE, OnLastRank(poison_weights), task, tmp_path / "run", "pruning.start=6 steps")
     assert len(set(said)) == 1
     assert said[0].startswith(f"at step 6 {LAYER}.weight has scores of Magnitude that are NaN")

@@ -15,7 +15,7 @@ from distprune.planning.shapes import layout_of, shapes_of
 from distprune.pruning.targets import targets_of
 from distprune.shards import held_bytes
 from tests.distributed.engines import ALL_LAYOUTS, Layout, Student
-from tests.distributed.runs import run_command
+from tests.distributed.runs import TAUGHT, run_command
 from tests.world import Worlds, by_world
 
 
@@ -64,7 +64,7 @@ def planned(world: Worlds, task: Path, *arguments: str) -> tuple[int, str]:
 
 
 def test_a_plan_is_printed(world: Worlds, task: Path) -> None:
-    overrides = ["deepspeed.student.zero_optimization.offload_optimizer.device=cpu", "train.accumulation=2"]
+    overrides = [*TAUGHT, "deepspeed.student.zero_optimization.offload_optimizer.device=cpu", "train.accumulation=2"]
     status, said = planned(world, task, "--world", "3", "--examples-per-s", "2", *overrides)
     assert status == 0, said
     for part in (

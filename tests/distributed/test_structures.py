@@ -102,12 +102,18 @@ def digests(directory: Path, layout: Layout, combinations: list[tuple[str, str]]
 
 @pytest.mark.parametrize("size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3, 4))])
 def test_one_mask_for_each_structure_and_score_at_every_layout(world: Worlds, model: Path, size: int) -> None:
-    """The digests are those of the file: masks on disk depend on them, whatever the stage, the world or the version."""
-    combinations = [(structure, score) for structure in STRUCTURES for score in SCORES]
+    """The digests are those of the file: masks on disk depend on them, whatever the stage, the world or the version.
+
+    On three and four ranks: every structure by magnitude, and every score over all matrices.
+    """
+    every = [(structure, score) for structure in STRUCTURES for score in SCORES]
+    cross = [(structure, score) for structure, score in every if structure == "global" or score == "magnitude"]
     expected = json.loads(GOLDEN.read_text())
+    combinations = every if size <= 2 else cross
     for stage in range(4):
         for found in world(size).run(digests, model, Layout(stage), combinations):
-            assert found == expected, f"ZeRO-{stage}"
+            assert found == {" ".join(each): expected[" ".join(each)] for each in combinations}, f"ZeRO-{stage}"
+    assert len(expected) == len(every)
     assert len({expected[f"global {score}"] for score in SCORES}) == len(SCORES), "each score prunes in its own way"
     assert len({expected[f"{structure} magnitude"] for structure in STRUCTURES}) == len(STRUCTURES)
 
@@ -256,7 +262,7 @@ def start_sparse(directory: Path, layout: Layout, sparsity: float) -> tuple[int,
 def test_the_zeros_of_a_sparse_model_stay_or_are_pruned_further(
     world: Worlds, model: Path, tmp_path: Path, sparsity: float, size: int
 ) -> None:
-    oneshot.run(str(model), str(tmp_path / "sparse"), 0.4, [], [])
+    oneshot.run(str(model), str(tmp_path / "sparse"), None, ["pruning.sparsity=0.4"])
     for layout in (Layout(0, "bf16"), Layout(1), Layout(2), Layout(3)):
         (first, masks), *_ = world(size).run(start_sparse, tmp_path / "sparse", layout, sparsity)
         total = sum(mask.numel() for mask in masks.values())

@@ -1,4 +1,4 @@
-"""Sweeps in processes of their own: stopped and gone on with, and one run that fails among others."""
+"""A sweep in processes of its own: stopped and gone on with, with runs that fail among others."""
 
 import json
 import shutil
@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.processes import BIN, Started, start
 from tests.distributed.runs import run_command
-from tests.distributed.test_interruptions import Started, begin  # noqa: F401 - a fixture
-from tests.distributed.test_launch import BIN, start
 from tests.world import Worlds
 
 
@@ -23,7 +22,7 @@ output: {folder / "runs"}
 results: {folder / "kept" / "results.jsonl"}
 ranks: 1
 baseline: dense
-set: {{train.log_every: 1, train.epochs: 8, distillation.hardness: 0}}
+set: {{train.log_every: 1, train.epochs: 8}}
 grid: {{train.seed: [1, 2]}}
 methods:
   dense: {{set: {{pruning.sparsity: 0}}}}
@@ -34,12 +33,14 @@ methods:
     return path
 
 
+BROKEN = """  broken: {set: {train.batch_size: 1000}}
+  behind: {models: {model.path: broken}}
+"""
+
+
 @pytest.mark.slow
-def test_a_sweep_stops_goes_on_and_then_needs_its_lines_alone(
-    begin: Callable[..., Started],  # noqa: F811
-    world: Worlds,
-    task: Path,
-    tmp_path: Path,
+def test_a_sweep_stops_goes_on_past_runs_that_fail_and_then_needs_its_lines_alone(
+    begin: Callable[..., Started], world: Worlds, task: Path, tmp_path: Path
 ) -> None:
     path = write_sweep(task, tmp_path)
     command = [str(BIN / "distprune"), "sweep", str(path)]
@@ -52,10 +53,15 @@ def test_a_sweep_stops_goes_on_and_then_needs_its_lines_alone(
     assert started.end() == 75, started.said
     assert "dense/train.seed=2 has stopped with status 75, and can go on" in started.said
     assert [json.loads(line)["run"] for line in kept.read_text().splitlines()] == ["dense/train.seed=1"]
-    path.write_text(alone)
+    path.write_text(alone.replace("ranks: 1", "ranks: 1\nat_once: 2") + BROKEN)
     done = start([*command])
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
+    log = tmp_path / "runs" / "broken" / "train.seed=1.log"
+    assert f"2 of 7 runs failed, see their logs: broken/train.seed=1 ({log}), " in done.stderr
+    assert "not run without them: behind/train.seed=1, behind/train.seed=2" in done.stderr
+    assert "train.batch_size is 1000" in log.read_text()
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    rows.sort(key=lambda row: (row["method"] == "after", row["point"]["train.seed"]))
     assert [row["method"] for row in rows] == ["dense", "dense", "after", "after"]
     assert "going on with the run in" in second.with_name(second.name + ".log").read_text()
     assert [row["world_size"] for row in rows] == [2, 1, 1, 1]
@@ -63,6 +69,7 @@ def test_a_sweep_stops_goes_on_and_then_needs_its_lines_alone(
     assert [row["masked_weights"] for row in rows[2:]] == [rows[2]["prunable_weights"] // 2] * 2
     assert "| after |  |" in done.stdout
     assert kept.with_suffix(".png").exists()
+    path.write_text(alone)
     whole = kept.read_text()
     kept.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     ((status, said),) = world(1).run(run_command, "sweep", path)
@@ -73,21 +80,3 @@ def test_a_sweep_stops_goes_on_and_then_needs_its_lines_alone(
     ((status, said),) = world(1).run(run_command, "sweep", path)
     assert (status, "4 runs, 4 with a result, 0 to run" in said) == (0, True), said
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".lock"]
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_is_named_with_its_log_and_the_others_go_on(task: Path, tmp_path: Path) -> None:
-    broken = """  broken: {set: {train.batch_size: 1000}}
-  behind: {models: {model.path: broken}}
-"""
-    path = write_sweep(task, tmp_path, broken)
-    path.write_text(path.read_text().replace("ranks: 1", "ranks: 2\nat_once: 2").replace("[1, 2]", "[1]"))
-    done = start([BIN / "distprune", "sweep", path])
-    assert done.returncode == 2, done.stdout + done.stderr
-    log = tmp_path / "runs" / "broken" / "train.seed=1.log"
-    assert f"1 of 4 runs failed, see their logs: broken/train.seed=1 ({log})" in done.stderr
-    assert "not run without them: behind/train.seed=1" in done.stderr
-    assert "train.batch_size is 1000" in log.read_text()
-    rows = [json.loads(line) for line in (tmp_path / "kept" / "results.jsonl").read_text().splitlines()]
-    assert [row["run"] for row in rows] == ["dense/train.seed=1", "after/train.seed=1"]
-    assert [row["world_size"] for row in rows] == [2, 2]

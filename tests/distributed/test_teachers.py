@@ -13,7 +13,18 @@ from transformers import AutoTokenizer, DistilBertConfig, DistilBertForSequenceC
 
 from distprune import dist
 from tests.distributed.engines import write_model
-from tests.distributed.runs import EVERY_STEP, cut_off, heard, records, run, run_patched, same_weights, stage
+from tests.distributed.runs import (
+    DENSE,
+    EVERY_STEP,
+    TAUGHT,
+    cut_off,
+    heard,
+    records,
+    run,
+    run_patched,
+    same_weights,
+    stage,
+)
 from tests.world import Worlds
 
 MADE = "the teacher's outputs for 96 training rows are computed once"
@@ -26,7 +37,7 @@ def task(task: Path) -> Path:
     return task
 
 
-SHORT = ("pruning.sparsity=0", "train.epochs=1")
+SHORT = (*DENSE, *TAUGHT, "train.epochs=1")
 
 
 def cached(task: Path, folder: Path) -> tuple[str, ...]:
@@ -197,6 +208,6 @@ def test_a_student_may_be_of_another_kind_than_its_teacher(world: Worlds, task: 
     DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "distil")
     tokenizer.save_pretrained(tmp_path / "distil")
     assert "token_type_ids" in AutoTokenizer.from_pretrained(tmp_path / "distil")("a film")
-    summary, _ = world(2).run(run, task, tmp_path / "run", f"model.path={tmp_path}/distil", *stage(3))
+    summary, _ = world(2).run(run, task, tmp_path / "run", f"model.path={tmp_path}/distil", *TAUGHT, *stage(3))
     assert len(summary["layers"]) == 2 * 6
     assert summary["zeros_in_file"] == math.floor(0.9 * summary["prunable_weights"])

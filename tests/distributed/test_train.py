@@ -28,7 +28,7 @@ from distprune.engines.evaluate import evaluate
 from distprune.tasks.metrics import measure
 from distprune.training.setup import load_task, local_model
 from tests.distributed.engines import write_model
-from tests.distributed.runs import DENSE, VALIDATION, records, run, run_patched, stage
+from tests.distributed.runs import DENSE, TAUGHT, VALIDATION, records, run, run_patched, stage
 from tests.world import Worlds, by_world
 
 
@@ -94,12 +94,12 @@ def test_the_optimizers_options_are_those_of_a_plain_loop(world: Worlds, task: P
 def test_a_pruned_and_distilled_run_is_the_same_at_every_world_and_stage(
     world: Worlds, task: Path, tmp_path: Path, size: int
 ) -> None:
-    world(1).run(run, task, tmp_path / "one", *stage(0, 0))
+    world(1).run(run, task, tmp_path / "one", *TAUGHT, *stage(0, 0))
     expected = losses(tmp_path / "one")
     thresholds = [record["threshold"] for record in records(tmp_path / "one", "train")]
     for student, teacher in ((0, 0), (1, 3), (2, 3), (3, 3)):
         output = tmp_path / f"{student}-{teacher}"
-        world(size).run(run, task, output, *stage(student, teacher))
+        world(size).run(run, task, output, *TAUGHT, *stage(student, teacher))
         assert losses(output) == pytest.approx(expected, rel=1e-4)
         assert [record["threshold"] for record in records(output, "train")] == pytest.approx(thresholds, rel=1e-3)
 
@@ -119,9 +119,9 @@ def test_accumulation_and_activation_checkpointing_change_nothing(
 
 @pytest.fixture(scope="module")
 def as_configured(world: Worlds, task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """Return the directory of a run on two ranks without any override, and what it returned on each."""
+    """Return the directory of a run on two ranks with a teacher, and what it returned on each."""
     output = tmp_path_factory.mktemp("as-configured") / "run"
-    return output, world(2).run(run, task, output)
+    return output, world(2).run(run, task, output, *TAUGHT)
 
 
 def test_the_learning_rate_and_the_sparsity_are_those_of_the_plan(as_configured: tuple[Path, list[Any]]) -> None:
@@ -204,7 +204,7 @@ def test_only_states_at_the_target_sparsity_are_chosen(world: Worlds, task: Path
     output = tmp_path / "run"
     # The target is reached at step 16, so the evaluations after steps 20 and 24 are the first that may be chosen.
     values = [0.95, 0.9, 0.85, 0.8, 0.6, 0.5]
-    options = ("distillation.hardness=0", "train.select=best")
+    options = ("train.select=best",)
     summary, _ = world(2).run(run_patched, "distprune.training.train.evaluate", Falling(values), task, output, *options)
     assert (summary["final_step"], summary["final_metric"]) == (20, 0.6)
     assert summary["masked_weights"] == summary["zeros_in_file"] == math.floor(0.9 * summary["prunable_weights"])
@@ -213,7 +213,7 @@ def test_only_states_at_the_target_sparsity_are_chosen(world: Worlds, task: Path
 
 def test_patience_starts_at_the_target(world: Worlds, task: Path, tmp_path: Path) -> None:
     values = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
-    options = ("distillation.hardness=0", "train.patience=2", "train.epochs=4.5")
+    options = ("train.patience=2", "train.epochs=4.5")
     summary, _ = world(2).run(
         run_patched, "distprune.training.train.evaluate", Falling(values), task, tmp_path / "run", *options
     )
@@ -231,7 +231,7 @@ def test_a_run_directory_holds_what_was_promised(task: Path, as_configured: tupl
     names = {"config.yaml", "metrics.jsonl", "summary.json", "final", "plot.png", "layers.png", "checkpoints", ".lock"}
     assert {path.name for path in output.iterdir()} == names
     assert settings.load(str(output / "config.yaml"), []) == settings.load(
-        str(task / "run.yaml"), [f"train.output={output}"]
+        str(task / "run.yaml"), [f"train.output={output}", *TAUGHT]
     )
 
     assert summary["masked_weights"] == math.floor(0.9 * summary["prunable_weights"])
@@ -294,8 +294,7 @@ print(model(**tokenizer("the film was superb .", return_tensors="pt")).logits.sh
 
 
 def test_without_hardness_no_teacher_is_loaded(world: Worlds, task: Path, tmp_path: Path) -> None:
-    options = ("distillation.hardness=0", "teacher.path=no/such/model")
-    summary, _ = world(2).run(run, task, tmp_path / "run", *options)
+    summary, _ = world(2).run(run, task, tmp_path / "run", "teacher.path=no/such/model")
     assert summary["teacher"] is None
     assert "teacher" not in summary["bytes_per_rank"]
     assert summary["dense_metric"] == records(tmp_path / "run", "validation")[0]["accuracy"], "the student's, dense"
@@ -331,7 +330,7 @@ def test_bf16_and_offload_run_to_the_target(world: Worlds, task: Path, tmp_path:
     offload = "deepspeed.student.zero_optimization.offload_optimizer.device=cpu"
     bf16 = ("deepspeed.student.bf16.enabled=true", "deepspeed.teacher.bf16.enabled=true")
     for number, options in enumerate(([*bf16, *stage(3)], [offload, *stage(2)], [*bf16, offload, *stage(3)])):
-        summary, _ = world(2).run(run, task, tmp_path / f"run{number}", *options)
+        summary, _ = world(2).run(run, task, tmp_path / f"run{number}", *TAUGHT, *options)
         assert summary["zeros_in_file"] == math.floor(0.9 * summary["prunable_weights"])
         assert all(math.isfinite(loss) for loss in losses(tmp_path / f"run{number}"))
 
@@ -340,7 +339,7 @@ def test_bf16_and_offload_run_to_the_target(world: Worlds, task: Path, tmp_path:
 def test_teacher_and_student_hold_fewer_bytes_on_more_ranks(world: Worlds, task: Path, tmp_path: Path) -> None:
     held: dict[int, dict[str, Any]] = {}
     for size in (1, 2, 4):
-        summary = world(size).run(run, task, tmp_path / f"run{size}", *stage(3, 3))[0]
+        summary = world(size).run(run, task, tmp_path / f"run{size}", *TAUGHT, *stage(3, 3))[0]
         held[size] = summary["bytes_per_rank"]
     for part, kind in (("student", "weights"), ("student", "master"), ("student", "moments"), ("teacher", "weights")):
         one = held[1][part][0][kind]

@@ -29,11 +29,13 @@ def mib_kept(switch: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not allocator._has_huge_pages(), reason="this system has no huge pages")
 def test_large_tensors_go_back_to_the_system_when_they_are_freed() -> None:
     assert mib_kept("1") < 10, "50 tensors of 2 MiB were freed"
 
 
+@pytest.mark.slow
 def test_the_switch_of_torch_puts_it_off() -> None:
     assert mib_kept("0") > 90
 

@@ -38,16 +38,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-ONESHOT = {
-    "include": [],
-    "structure": "unstructured",
-    "scope": "global",
-    "groups": [],
-    "score": "magnitude",
-    "start_sparse": False,
-    "seed": 42,
-    "config": None,
-}
 BENCH = {"threads": 1, "json_path": None}
 
 
@@ -78,8 +68,12 @@ def calls(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
             {"config_path": "run.yaml", "overrides": [], "examples": None, "png": "x=1.png"},
         ),
         (
-            ["oneshot", "m", "out", "--sparsity", "0.5", "--exclude", "a", "--exclude", "b"],
-            {"model_dir": "m", "out": "out", "sparsity": 0.5, "exclude": ["a", "b"]} | ONESHOT,
+            ["oneshot", "m", "out", "a=1", "b=2"],
+            {"model_dir": "m", "out": "out", "config_path": None, "overrides": ["a=1", "b=2"]},
+        ),
+        (
+            ["oneshot", "m", "out", "run.yaml", "a=1"],
+            {"model_dir": "m", "out": "out", "config_path": "run.yaml", "overrides": ["a=1"]},
         ),
         (["export", "m", "out"], {"source": "m", "out": "out", "shrinking": False, "packing": False}),
         (["export", "m", "out", "--shrink"], {"source": "m", "out": "out", "shrinking": True, "packing": False}),

@@ -312,6 +312,7 @@ for config.task.limit in (10, None):
 """
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_tokens_in_the_cache(build, tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     build(tokenizer=AutoTokenizer.from_pretrained("tokenizer"), limit=10)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distprune.training.distill import distillation_loss, mix
+from distprune.training.distill import distillation_loss
 
 logits = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=3, max_size=3), min_size=2, max_size=2).map(
     torch.tensor
@@ -83,21 +83,3 @@ def test_sharp_teachers_stay_finite() -> None:
 def test_regression_is_the_squared_error_at_any_temperature(temperature: float) -> None:
     student, teacher = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [2.5]])
     assert float(distillation_loss(student, teacher, temperature)) == pytest.approx((4 + 0.25) / 2)
-
-
-@given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 1))
-def test_hardness_weighs_the_two_losses(task: float, distillation: float, hardness: float) -> None:
-    mixed = mix(torch.tensor(task), torch.tensor(distillation), hardness)
-    assert float(mixed) == pytest.approx((1 - hardness) * task + hardness * distillation, rel=1e-5, abs=1e-5)
-
-
-def test_the_ends_of_hardness_are_one_loss_and_its_gradient() -> None:
-    for hardness, wanted in ((0.0, [1.0, 0.0]), (1.0, [0.0, 1.0]), (0.25, [0.75, 0.25])):
-        losses = torch.tensor([0.3, 0.7], requires_grad=True)
-        mix(losses[0], losses[1], hardness).backward()
-        assert losses.grad.tolist() == wanted
-
-
-def test_without_a_teacher_the_task_loss_is_left() -> None:
-    loss = torch.tensor(0.3)
-    assert mix(loss, None, 1.0) is loss

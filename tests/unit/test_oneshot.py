@@ -12,7 +12,12 @@ from transformers import AutoModelForSequenceClassification
 
 from distprune.commands import oneshot
 from distprune.errors import UserError
+from distprune.models import pruned
 from tests.distributed.engines import reference_masks, write_model
+
+
+def prune(source: Path, out: Path, *overrides: str) -> None:
+    oneshot.run(str(source), str(out), None, list(overrides))
 
 
 @pytest.mark.parametrize("levels", [None, 100])
@@ -24,7 +29,7 @@ def test_the_smallest_weights_are_zero_and_nothing_else_changed(
     model = AutoModelForSequenceClassification.from_pretrained(source)
     model.save_pretrained(tmp_path / "sharded", max_shard_size=shard_size)
     assert (len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1) == (shard_size == "5KB")
-    oneshot.run(str(tmp_path / "sharded"), str(out), 0.29, [], [])
+    prune(tmp_path / "sharded", out, "pruning.sparsity=0.29")
     dense = dict(model.named_parameters())
     targets = {n: p.detach().abs() for n, p in dense.items() if "encoder.layer" in n and p.dim() == 2}
     masks = reference_masks(targets, Fraction("0.29"))
@@ -40,21 +45,30 @@ def test_the_smallest_weights_are_zero_and_nothing_else_changed(
 def test_stored_precision_is_kept(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(write_model(tmp_path / "dense")).bfloat16()
     model.save_pretrained(tmp_path / "bf16")
-    oneshot.run(str(tmp_path / "bf16"), str(tmp_path / "out"), 0.5, [], [])
+    prune(tmp_path / "bf16", tmp_path / "out", "pruning.sparsity=0.5")
     assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "out" / "model.safetensors").values())
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0])
-def test_an_impossible_sparsity_is_refused(tmp_path: Path, sparsity: float) -> None:
-    with pytest.raises(UserError, match="allowed"):
-        oneshot.run(str(tmp_path), str(tmp_path / "out"), sparsity, [], [])
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ("pruning.sparsity=-0.1", r"pruning.sparsity is -0.1; allowed: at least 0 and less than 1"),
+        ("pruning.sparsity=1.0", r"pruning.sparsity is 1.0; allowed: at least 0 and less than 1"),
+        ("", r"pruning.sparsity is 0.0; allowed without training: more than 0"),
+        ("pruning.sparsity=0.5 pruning.weights_of=m", r"pruning.weights_of is 'm'; allowed without training: null"),
+        ("pruning.sparsity=0.5 pruning.scope=heads", r"pruning.scope is 'heads'; allowed: global, layer, tensor"),
+    ],
+)
+def test_what_cannot_be_pruned_so_is_refused(tmp_path: Path, overrides: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        prune(tmp_path, tmp_path / "out", *overrides.split())
 
 
 def test_what_is_said_of_the_dense_model_is_left_behind(tmp_path: Path) -> None:
     source = write_model(tmp_path / "dense")
     for name in ("README.md", "pruning.json", "pytorch_model.bin"):
         (source / name).write_text("dense")
-    oneshot.run(str(source), str(tmp_path / "out"), 0.5, [], [])
+    prune(source, tmp_path / "out", "pruning.sparsity=0.5")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "pruning.json"} <= names
     assert not {"README.md", "pytorch_model.bin"} & names
@@ -63,7 +77,8 @@ def test_what_is_said_of_the_dense_model_is_left_behind(tmp_path: Path) -> None:
 
 def test_regexes_find_the_names_that_a_run_finds(tmp_path: Path) -> None:
     source = write_model(tmp_path / "dense")
-    oneshot.run(str(source), str(tmp_path / "out"), 0.5, [r"^bert\.encoder.*query\.weight$"], ["classifier"])
+    patterns = (r"pruning.include=['^bert\.encoder.*query\.weight$']", "pruning.exclude=[classifier]")
+    prune(source, tmp_path / "out", "pruning.sparsity=0.5", *patterns)
     zeros = {name: int((each == 0).sum()) for name, each in load_file(tmp_path / "out" / "model.safetensors").items()}
     assert sum(zeros.values()) == 100
     assert all("query" in name for name, number in zeros.items() if number)
@@ -74,32 +89,32 @@ def test_a_copy_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     source, out = write_model(tmp_path / "dense"), tmp_path / "out"
-    monkeypatch.setattr(oneshot, "save", full)
+    monkeypatch.setattr(pruned, "save", full)
     with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
-        oneshot.run(str(source), str(out), 0.5, [], [])
+        prune(source, out, "pruning.sparsity=0.5")
     assert not out.exists()
     monkeypatch.undo()
-    oneshot.run(str(source), str(out), 0.5, [], [])
+    prune(source, out, "pruning.sparsity=0.5")
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["dense", "out"]
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     source = write_model(tmp_path / "dense")
     with pytest.raises(UserError, match="exists"):
-        oneshot.run(str(source), str(source), 0.5, [], [])
+        prune(source, source, "pruning.sparsity=0.5")
 
 
 @pytest.mark.parametrize("start_sparse", [False, True])
 def test_zeros_of_a_sparse_model_stay_where_that_is_asked_for(tmp_path: Path, start_sparse: bool) -> None:
     source = write_model(tmp_path / "dense")
-    oneshot.run(str(source), str(tmp_path / "first"), 0.3, [], [])
-    again = {"score": "random", "start_sparse": start_sparse}
-    oneshot.run(str(tmp_path / "first"), str(tmp_path / "second"), 0.5, [], [], **again)
+    prune(source, tmp_path / "first", "pruning.sparsity=0.3")
+    again = ("pruning.score=random", f"pruning.start_sparse={str(start_sparse).lower()}")
+    prune(tmp_path / "first", tmp_path / "second", "pruning.sparsity=0.5", *again)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
     names = [name for name in first if "encoder.layer" in name and first[name].dim() == 2]
     zeros = sum(int((second[name] == 0).sum()) for name in names)
     wanted = sum(second[name].numel() for name in names) // 2
     assert zeros == wanted if start_sparse else zeros > wanted, "a random mask falls on other weights"
-    oneshot.run(str(tmp_path / "first"), str(tmp_path / "third"), 0.1, [], [], **again)
+    prune(tmp_path / "first", tmp_path / "third", "pruning.sparsity=0.1", *again)
     third = load_file(tmp_path / "third" / "model.safetensors")
     assert all(torch.equal(third[name], first[name]) for name in names) == start_sparse

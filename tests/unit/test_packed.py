@@ -38,7 +38,7 @@ def test_a_sparse_model_is_smaller_packed_and_the_same_unpacked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = write_model(tmp_path / "dense", hidden_size=64, intermediate_size=128, num_attention_heads=4)
-    oneshot.run(str(model), str(tmp_path / "sparse"), 0.9, [], [])
+    oneshot.run(str(model), str(tmp_path / "sparse"), None, ["pruning.sparsity=0.9"])
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "sparse").save_pretrained(
         tmp_path / "sharded", max_shard_size="60KB"
     )

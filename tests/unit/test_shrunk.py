@@ -38,8 +38,10 @@ def outputs(model: PreTrainedModel) -> torch.Tensor:
 
 def test_heads_and_neurons_that_were_pruned_are_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense = write_model(tmp_path / "dense", **SHAPE)
-    oneshot.run(str(dense), str(tmp_path / "heads"), 0.5, [], [], structure="heads")
-    oneshot.run(str(tmp_path / "heads"), str(tmp_path / "both"), 0.75, [], [], structure="neurons")
+    oneshot.run(str(dense), str(tmp_path / "heads"), None, ["pruning.sparsity=0.5", "pruning.structure=heads"])
+    oneshot.run(
+        str(tmp_path / "heads"), str(tmp_path / "both"), None, ["pruning.sparsity=0.75", "pruning.structure=neurons"]
+    )
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "both")
     export.run(str(tmp_path / "both"), str(tmp_path / "small"), True)
     said = capsys.readouterr().out

@@ -1,0 +1,90 @@
+"""What tests start as processes of their own."""
+
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+BIN = Path(sys.prefix) / "bin"
+Command = list[str | Path]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return this process's environment without a launcher's variables, and with some others."""
+    launchers = ("SLURM_", "RANK", "WORLD_")
+    kept = {name: each for name, each in os.environ.items() if name == "SLURM_CONF" or not name.startswith(launchers)}
+    return kept | {"VENV": sys.prefix, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | variables
+
+
+def start(command: Command, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=REPOSITORY,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def srun_variables(tasks: int, tmp_path: Path) -> list[dict[str, str]]:
+    """Return what srun sets for each task on one node, and a PATH with a scontrol."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir(exist_ok=True)
+    scontrol.write_text("#!/bin/sh\necho localhost\n")
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IEXEC)
+    slurm = {
+        "SLURM_JOB_ID": str(random.randrange(10000)),
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_STEP_NUM_TASKS": str(tasks),
+        "SLURM_STEP_TASKS_PER_NODE": str(tasks),
+        "SLURM_NODEID": "0",
+        "SLURM_JOB_NODELIST": "localhost",
+        "PATH": f"{scontrol.parent}{os.pathsep}{environment()['PATH']}",
+    }
+    return [slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(tasks)]
+
+
+class Started:
+    """A run in processes of its own, in a session of its own."""
+
+    def __init__(self, command: list[str], log: Path, **variables: str):
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=environment(**variables),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # A shell's background job ignores it, with all that it starts, and no script can trap it then.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.02)
+
+    def end(self, timeout: float = 60) -> int:
+        return self.process.wait(timeout)
+
+
+def steps(output: Path) -> int:
+    """Return how many lines a run has logged."""
+    path = output / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
