@@ -211,19 +211,25 @@ def on_main(action: Callable[[], T]) -> T:
 def local_first() -> Iterator[None]:
     """Let local rank 0 of each node go first, so that the others find its cache. Collective: every rank calls it.
 
-    They wait in the store, and not in a collective, whose time is limited: data may take hours to tokenise.
+    They wait in the store, and so do all for the slowest node in the end, not in a collective, whose time is limited:
+    data may take hours to tokenise.
     """
     if not torch_dist.is_initialized():
         yield
         return
-    turn, first = f"local_first/{next(_turns)}/{socket.gethostname()}", detect().local_rank == 0
+    number, first = next(_turns), detect().local_rank == 0
+    turn, met = f"local_first/{number}/{socket.gethostname()}", f"local_first/{number}/met"
     if not first:
         connect_store().wait([turn], timedelta(days=1))
     try:
         yield
     finally:
+        store = connect_store()
         if first:
-            connect_store().set(turn, "done")
+            store.set(turn, "done")
+        if store.add(f"{met}/ranks", 1) == detect().size:
+            store.set(met, "all")
+        store.wait([met], timedelta(days=1))
 
 
 def connect_store() -> TCPStore:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Write a SLURM job for a configuration, or an array of jobs over a grid or a sweep's file, and submit it.
 
-    python launch/slurm.py CONFIG [key=value ...] --nodes 2 --gpus-per-node 8 --time 8:00:00 --partition gpu
+    python launch/slurm.py CONFIG [key=value ...] --nodes 2 --gpus-per-node 8 --cpus-per-task 8 --time 8:00:00
     python launch/slurm.py CONFIG --sweep pruning.sparsity=0.8,0.9 --sweep train.seed=1,2,3 --dry-run
-    python launch/slurm.py SWEEP [key=value ...] --gpus-per-node 1
+    python launch/slurm.py SWEEP [key=value ...] --gpus-per-node 1 --cpus-per-task 8
 
 Into a folder beside ``train.output``, or the sweep's ``output`` (its name and ``.job``), go the script, the
 configurations as they are now, and the code's revision. Of a sweep (docs/sweeps.md) the runs without a result are

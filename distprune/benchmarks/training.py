@@ -18,7 +18,7 @@ import torch
 from distprune import dist, settings
 from distprune.benchmarks import huggingface
 from distprune.benchmarks.models import write_random_model
-from distprune.engines.build import with_defaults
+from distprune.engines.build import let_go, with_defaults
 from distprune.synthetic import tokenizer
 from distprune.training.setup import prepare
 from distprune.training.train import Trainer as OurTrainer
@@ -169,6 +169,6 @@ def _ours(overrides: list[str]) -> float:
     clock: Any = _Clock()
     trainer = OurTrainer(config, setup, clock, Path(config.train.output))
     trainer.run()
-    setup.student.destroy()
+    let_go(setup.student)
     ends: list[float] = clock.ends
     return (setup.plan.total_steps - huggingface.WARM_UP) * config.train.batch_size / (ends[-1] - ends[0])

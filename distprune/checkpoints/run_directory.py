@@ -65,6 +65,16 @@ def write_config(run_dir: Path, config: Config) -> None:
     partial.rename(run_dir / CONFIG)
 
 
+def refuse_unseen(run_dir: Path) -> None:
+    """Refuse a directory that this rank does not see, and whose checkpoints would never be complete.
+
+    Raises:
+        UserError: with what to do.
+    """
+    if not (run_dir / CONFIG).exists():
+        raise UserError(f"train.output {str(run_dir)!r} is not seen on all nodes; allowed: a folder on a shared disk")
+
+
 def lock(run_dir: Path) -> None:
     """Keep every other run out of a directory, until `unlock` or the end of the process, however that comes.
 

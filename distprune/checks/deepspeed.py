@@ -35,6 +35,10 @@ def _unset(key: str, instead: str) -> Check:
     return Check(key, f"nothing; use {instead} instead", lambda c: value_of(c, key) is None)
 
 
+def _absent(key: str, reason: str) -> Check:
+    return Check(key, f"nothing: {reason}", lambda c: value_of(c, key) is None)
+
+
 def _section(key: str) -> Check:
     return Check(key, "a section of options", lambda c: isinstance(value_of(c, key, {}), dict))
 
@@ -63,6 +67,8 @@ def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:
     return (
         *(_unset(f"{root}.{name}", instead) for name, instead in OWNED.items()),
         *(_section(f"{root}.{name}") for name in READ_SECTIONS),
+        _absent(f"{root}.tensor_parallel", "its ranks would need the same rows, and each has its own"),
+        _absent(f"{zero}.zenflow", "it updates weights where pruned ones would come back"),
         Check(
             f"{zero}.stage",
             f"one of {', '.join(map(str, stages))}",

@@ -160,7 +160,8 @@ def build_student(
     if stage_of(section) == 0 and dtype_of(section) != torch.float32:
         take_back_empty_step(engine)
     if dtype_of(section) != torch.float32 and not is_checkpoint(directory):
-        fill_masters(model, directory, dist.agree(lambda: trained_shards(engine)).shards)
+        shards = dist.agree(lambda: trained_shards(engine)).shards
+        dist.agree(lambda: fill_masters(model, directory, shards))
     return engine, fresh
 
 
@@ -207,6 +208,14 @@ def _initialize(key: str, model: PreTrainedModel, section: dict[str, Any], optim
     except (AssertionError, NotImplementedError, ValueError) as error:
         raise UserError(f"DeepSpeed refuses the options of {key}: {' '.join(str(error).split())}") from error
     return engine
+
+
+def let_go(engine: Any) -> None:
+    """Destroy an engine, and free its weights: lists and caches of DeepSpeed refer to a module at ZeRO-3 for good."""
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        for held in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            held.data = held.new_empty(0)
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

@@ -24,6 +24,7 @@ from distprune.models.files import ModelFiles, Source, match_names, open_source,
 from distprune.shards import Shard, full_shape
 
 _TRIM_BYTES = 16 << 20
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class _StreamedParameters(nn.Module):
@@ -71,6 +72,7 @@ def load_model(
     sources = _sources(model, checkpoint)
     missing = [name for name, _ in model.named_parameters() if name not in sources]
     dist.agree(lambda: _check_match(model, checkpoint, sources, missing, new_weights_allowed))
+    dist.agree(lambda: _check_tied(model, checkpoint) if dist.is_main() else None)
 
     torch.manual_seed(seed)
     failures: list[UserError] = []
@@ -97,12 +99,19 @@ def fill_masters(model: PreTrainedModel, directory: Path, shards: Iterable[Shard
         model: loaded from the directory.
         directory: a Hugging Face model directory.
         shards: this rank's, of the model's trained parameters; those that the files lack stay as they are.
+
+    Raises:
+        UserError: this rank's files are not those that rank 0 has read.
     """
     checkpoint = ModelFiles(directory)
     sources = _sources(model, checkpoint)
-    for shard in shards:
-        if shard.name in sources:
-            shard.master.copy_(checkpoint.part(sources[shard.name], shard.start, shard.end))
+    for shard in (each for each in shards if each.name in sources):
+        values = checkpoint.part(sources[shard.name], shard.start, shard.end).to(shard.low_precision.device)
+        if not torch.equal(values.to(shard.low_precision.dtype), shard.low_precision):
+            raise UserError(
+                f"{shard.name} in {directory} is not what rank 0 has read there; allowed: the same model on all nodes"
+            )
+        shard.master.copy_(values)
 
 
 def _place_buffers(model: PreTrainedModel, sources: dict[str, str]) -> None:
@@ -136,11 +145,14 @@ def _trimmed(stream: Iterator[nn.Parameter]) -> Iterator[nn.Parameter]:
 def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, Source]:
     """Build the model with parameters on the meta device, and open its checkpoint."""
     config = read_config(directory, options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{directory} is a quantized model; allowed: one with weights of fp32, bf16 or fp16")
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             # In fp32: the type of the config's own would be that of computed buffers, and another after a resume.
             model = auto_class.from_config(config, dtype=torch.float32)
         model.tie_weights()  # accelerate's empty parameters are each their own
+        model.config.use_cache = False  # of keys and values, which only generation reads
     except Exception as error:  # transformers raises many kinds, some over several lines
         reason = " ".join(str(error).split())
         raise UserError(f"{directory} does not describe a model for {auto_class.__name__}: {reason}") from error
@@ -162,11 +174,29 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     return positions - max(padding) - 1 if padding else positions
 
 
+def _stored(model: PreTrainedModel, checkpoint: Source) -> dict[str, str]:
+    """Return the stored name of each parameter and buffer that is stored under its own; tied ones have several."""
+    names = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
+    return match_names(names, list(checkpoint.file_of), model.base_model_prefix)
+
+
+def _check_tied(model: PreTrainedModel, checkpoint: Source) -> None:
+    """Refuse tied weights that are stored with other values: transformers would not tie them, and one would be lost."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for name, stored in _stored(model, checkpoint).items():
+        one = first.setdefault(id(parameters[name]), stored) if name in parameters else stored
+        if one != stored and not torch.equal(checkpoint.read(one), checkpoint.read(stored)):
+            raise UserError(
+                f"{one} and {stored} in {checkpoint.directory} differ, and are one weight by its config.json; allowed: "
+                "equal ones, or tie_word_embeddings: false in config.json"
+            )
+
+
 def _sources(model: PreTrainedModel, checkpoint: Source) -> dict[str, str]:
     """Return the stored name of each parameter and buffer; a tied one may be stored under any of its names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = [*parameters, *(name for name, _ in model.named_buffers())]
-    stored = match_names(names, list(checkpoint.file_of), model.base_model_prefix)
+    stored = _stored(model, checkpoint)
     of_parameter = {id(parameters[name]): source for name, source in stored.items() if name in parameters}
     tied = {name: of_parameter[id(each)] for name, each in parameters.items() if id(each) in of_parameter}
     return tied | stored
@@ -234,6 +264,9 @@ def _fill(target: Tensor, name: str, stored_name: str, checkpoint: Source, failu
                 f"and {list(target.shape)} in the model"
             )
         )
+    elif target.is_floating_point() and stored.dtype not in _FLOATS:
+        kind = str(stored.dtype).removeprefix("torch.")
+        failures.append(UserError(f"{name} in {checkpoint.directory} is of {kind}; allowed: fp32, bf16, fp16 or fp64"))
     elif stored.is_floating_point() and not torch.isfinite(stored).all():
         failures.append(UserError(f"{name} in {checkpoint.directory} holds NaN or infinite values"))
     else:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from distprune.config import Config
@@ -20,6 +20,8 @@ from distprune.tasks.tokens import check_max_length, mapped
 IGNORED = -100
 MASKED, KEPT = 0.8, 0.1
 """What becomes of the tokens that are predicted, as in BERT; the others are replaced by random ones."""
+_TOKENS_AT_ONCE = 1 << 28
+"""The lists that datasets makes of an array are counted in 32 bits."""
 
 
 class LanguageModelling(Task):
@@ -146,8 +148,13 @@ class LanguageModelling(Task):
                 f"column {column!r} of {origin} gives no block: it has {len(joined)} tokens; "
                 f"allowed: at least task.max_length, {self._length}"
             )
-        lengths = np.full(len(blocks), self._length)
-        return Dataset.from_dict({"input_ids": blocks, "length": lengths, "_row": np.arange(len(blocks))})
+        size = max(1, _TOKENS_AT_ONCE // self._length)
+        return concatenate_datasets([self._rows(blocks, at, at + size) for at in range(0, len(blocks), size)])
+
+    def _rows(self, blocks: npt.NDArray[Any], start: int, end: int) -> Dataset:
+        numbers = np.arange(len(blocks))[start:end]
+        lengths = np.full(len(numbers), self._length)
+        return Dataset.from_dict({"input_ids": blocks[start:end], "length": lengths, "_row": numbers})
 
     def is_text(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Return which tokens are not special."""
@@ -203,10 +210,6 @@ class CausalLM(LanguageModelling):
         """Return the tokens, and as ``labels`` the next ones; -100 at the end of a block."""
         ids = torch.tensor([row["input_ids"] for row in rows])
         return {"input_ids": ids, "labels": F.pad(ids[:, 1:], (0, 1), value=IGNORED)}
-
-    def run(self, engine: Any, batch: Batch, **options: bool) -> Any:
-        """Return a model's outputs, without the keys and values that only generation reads. Collective at ZeRO-3."""
-        return super().run(engine, batch, use_cache=False, **options)
 
 
 def mask_token(tokenizer: PreTrainedTokenizerBase) -> int:

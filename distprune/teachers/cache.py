@@ -11,6 +11,7 @@ import shutil
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -148,17 +149,21 @@ class CachedTeacher:
     def __init__(self, folder: Path, manifest: CacheManifest, task: Task, device: torch.device):
         self._task, self._device, self._metrics = task, device, manifest.metrics
         self._values: list[Any] = []
-        self._places: dict[int, tuple[int, int, list[int]]] = {}
-        for number, entry in enumerate(manifest.files):
+        rows, shapes, starts, files_of = [], [], [], []
+        for entry in manifest.files:
             reader: Any = safe_open(folder / entry.name, framework="pt")
+            held = reader.get_tensor("rows")
+            if len(held) == 0:
+                continue
+            rows.append(held)
+            shapes.append(reader.get_tensor("shapes"))
+            sizes = shapes[-1].prod(1)
+            starts.append(sizes.cumsum(0) - sizes)
+            files_of.append(torch.full(held.shape, len(self._values), dtype=torch.int32))
             self._values.append(reader.get_slice("values"))
-            start = 0
-            for row, shape in zip(
-                reader.get_tensor("rows").tolist(), reader.get_tensor("shapes").tolist(), strict=True
-            ):
-                self._places[row] = (number, start, shape)
-                start += torch.Size(shape).numel()
-        assert self._places.keys() == set(range(manifest.rows)), f"{folder} lacks rows"
+        order = torch.cat(rows).argsort()
+        assert torch.equal(torch.cat(rows)[order], torch.arange(manifest.rows)), f"{folder} lacks rows"
+        self._shapes, self._starts, self._files = (torch.cat(each)[order] for each in (shapes, starts, files_of))
 
     def outputs(self, batch: Batch, rows: list[int], **options: bool) -> Taught:
         """Return the teacher's logits for a batch.
@@ -172,8 +177,8 @@ class CachedTeacher:
         return Taught(self._task.join([self._read(row) for row in rows], batch).to(self._device))
 
     def _read(self, row: int) -> Tensor:
-        number, start, shape = self._places[row]
-        values: Tensor = self._values[number][start : start + torch.Size(shape).numel()]
+        shape, start = self._shapes[row].tolist(), int(self._starts[row])
+        values: Tensor = self._values[int(self._files[row])][start : start + prod(shape)]
         return values.reshape(shape)
 
     def measure(self, batch_size: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from distprune import dist
 from distprune.config import Config
-from distprune.engines.build import build_frozen, dtype_of
+from distprune.engines.build import build_frozen, dtype_of, let_go
 from distprune.errors import UserError
 from distprune.tasks.base import Task
 from distprune.teachers import cache
@@ -56,7 +56,7 @@ def _build(config: Config, task: Task, directory: Path, folder: Path, found: Fin
     if dist.is_main():
         print(f"the teacher's outputs for {len(task.train):,} training rows are computed once, into {folder}")
     cache.build(folder, LiveTeacher(engine, task), task, found, batch_size)
-    engine.destroy()
+    let_go(engine)
 
     def made() -> CacheManifest:
         manifest = cache.find(folder, found)

@@ -1,8 +1,10 @@
 """Models from a directory into memory: every tensor once, cut up as it is read."""
 
 import gc
+import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +21,9 @@ from transformers import (
     BartForSequenceClassification,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
 )
 
 from distprune import dist
@@ -26,6 +31,7 @@ from distprune.errors import UserError
 from distprune.models.weights import load_model
 from tests.distributed.engines import (
     Layout,
+    Student,
     plain_model,
     write_model,
 )
@@ -105,6 +111,9 @@ def edited(directory: Path, target: Path, change: Callable[[dict[str, Tensor]], 
     return target
 
 
+DECODER = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+
+
 def load_decoder(directory: Path) -> Any:
     """Load a decoder, where a new head may be made; return its head, or what was refused."""
     try:
@@ -124,8 +133,7 @@ def load_decoder(directory: Path) -> Any:
 
 def test_a_decoders_head_is_none_that_may_be_new(world: Worlds, tmp_path: Path) -> None:
     """GPT-NeoX stores it under another name than transformers calls it by."""
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=20, **shape))
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=20, **DECODER))
     model.save_pretrained(tmp_path)
     (head,) = world(1).run(load_decoder, tmp_path)
     assert torch.equal(head, model.get_output_embeddings().weight)
@@ -149,6 +157,22 @@ def test_others_wait_for_the_first_of_their_node_outside_of_collectives(world: W
         assert world(3).run(in_turn, tmp_path / str(turn)) == [True] * 3
 
 
+def done_when_a_node_goes_on(folder: Path) -> int:
+    """Work on a node of one rank, of which that of rank 1 is slow; return how many have when this one goes on."""
+    world = dist.detect()
+    node = replace(world, local_rank=0)
+    barrier = patch("torch.distributed.barrier", side_effect=AssertionError("its time is limited"))
+    with patch("socket.gethostname", lambda: f"node-{world.rank}"), patch.object(dist, "detect", lambda: node), barrier:
+        with dist.local_first():
+            time.sleep(world.rank == 1)
+            (folder / str(world.rank)).touch()
+        return len(list(folder.iterdir()))
+
+
+def test_nodes_wait_for_the_slowest_outside_of_collectives(world: Worlds, tmp_path: Path) -> None:
+    assert world(3).run(done_when_a_node_goes_on, tmp_path) == [3] * 3
+
+
 LAYER = "bert.encoder.layer.1.intermediate.dense.weight"
 
 
@@ -159,8 +183,9 @@ LAYER = "bert.encoder.layer.1.intermediate.dense.weight"
         (lambda t: t[LAYER].view(-1)[5].fill_(torch.nan), f"{LAYER} in "),
         (lambda t: t.pop(LAYER), "lacks weights of"),
         (lambda t: [t.pop(name) for name in list(t)], "no weight in"),
+        (lambda t: t.update({LAYER: (t[LAYER] * 100).to(torch.int8)}), "is of int8; allowed: fp32, bf16, fp16 or fp64"),
     ],
-    ids=["shape", "nan", "missing", "empty"],
+    ids=["shape", "nan", "missing", "empty", "integers"],
 )
 @pytest.mark.parametrize("stage", [0, 3])
 def test_broken_weights_are_refused_on_every_rank_with_the_same_sentence(
@@ -171,6 +196,62 @@ def test_broken_weights_are_refused_on_every_rank_with_the_same_sentence(
         said = world(2).run(load, broken, stage, 0, new_allowed)
         assert len(set(said)) == 1
         assert message in said[0]
+
+
+def test_a_quantized_model_is_refused(world: Worlds, directory: Path, tmp_path: Path) -> None:
+    quantized = edited(directory, tmp_path / "quantized", lambda _: None)
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    (said,) = world(1).run(load, quantized, 0)
+    assert "is a quantized model; allowed: one with weights of fp32, bf16 or fp16" in said
+
+
+def keeps_keys_and_values(directory: Path) -> bool:
+    model, _ = load_model(
+        directory,
+        AutoModelForSequenceClassification,
+        {"num_labels": 2},
+        dtype=torch.float32,
+        zero3=None,
+        seed=0,
+        new_weights_allowed=True,
+    )
+    return "past_key_values" in model(torch.arange(6)[None])
+
+
+def test_keys_and_values_that_only_generation_reads_are_not_kept(world: Worlds, tmp_path: Path) -> None:
+    LlamaModel(LlamaConfig(vocab_size=20, pad_token_id=0, **DECODER)).save_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    assert "past_key_values" in plain(torch.arange(6)[None]), "it is what the model would do"
+    assert world(1).run(keeps_keys_and_values, tmp_path) == [False]
+
+
+def test_tied_weights_that_are_stored_with_other_values_are_refused(world: Worlds, tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, tie_word_embeddings=False, **DECODER))
+    model.save_pretrained(tmp_path)
+    (head,) = world(1).run(load_decoder, tmp_path)
+    assert torch.equal(head, model.lm_head.weight)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    said = world(2).run(load_decoder, tmp_path)
+    assert len(set(said)) == 1
+    assert "model.embed_tokens.weight and lm_head.weight" in said[0]
+    assert "are one weight by its config.json" in said[0]
+
+
+def student_of_its_node(root: Path) -> str:
+    """Build a student of which each rank has a copy of its own."""
+    with pytest.raises(UserError) as caught:
+        Student(root / str(dist.detect().rank), Layout(2, "bf16"))
+    return str(caught.value)
+
+
+def test_nodes_with_other_copies_of_a_model_are_refused(world: Worlds, directory: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        edited(directory, tmp_path / str(rank), lambda t: t[LAYER].view(-1)[-1].add_(rank))  # noqa: B023
+    said = world(2).run(student_of_its_node, tmp_path)
+    assert len(set(said)) == 1
+    assert f"{LAYER} in {tmp_path / '1'} is not what rank 0 has read there" in said[0]
 
 
 def load_tied(directory: Path, stage: int) -> Any:

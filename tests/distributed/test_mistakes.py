@@ -1,5 +1,6 @@
 """Mistakes and accidents: one sentence on every rank, before any step where it can be known, and nothing saved."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,21 @@ def test_of_two_runs_with_one_directory_the_second_is_refused(world: Worlds, tas
     assert len(set(said)) == 1
     assert "is another run's by now; allowed: a new or empty directory" in said[0]
     assert (output / "config.yaml").read_text() == "another run's"
+
+
+def run_in_a_folder_of_its_own(task: Path, root: Path) -> str:
+    """Run where each rank has a disk of its own. Collective."""
+    folder = root / str(dist.detect().rank)
+    folder.mkdir()
+    with contextlib.chdir(folder):
+        return str(run(task, Path("run")))
+
+
+def test_a_run_directory_that_a_node_does_not_see_is_refused(world: Worlds, task: Path, tmp_path: Path) -> None:
+    said = world(2).run(run_in_a_folder_of_its_own, task, tmp_path)
+    assert len(set(said)) == 1
+    assert "train.output 'run' is not seen on all nodes; allowed: a folder on a shared disk" in said[0]
+    assert not list(tmp_path.rglob("step-*"))
 
 
 class FullDisk:

@@ -11,7 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DistilBertConfig, DistilBertForSequenceClassification
 
-from distprune import dist
+from distprune import dist, settings
+from distprune.teachers import choose
+from distprune.training.setup import prepare
 from tests.distributed.engines import write_model
 from tests.distributed.runs import (
     DENSE,
@@ -68,6 +70,31 @@ def test_a_cached_teacher_teaches_as_a_live_one_at_every_world_size(world: World
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "live"), rel=1e-4)
         assert summary["dense_metrics"] == live["dense_metrics"]
         assert summary["bytes_per_rank"]["teacher"] == [{"weights": 0, "master": 0, "moments": 0}] * size
+
+
+def left_of_the_teacher(task: Path, output: Path, *overrides: str) -> int:
+    """Return how much of the teacher's weights this rank holds when a run has made its cache. Collective."""
+    held: list[torch.Tensor] = []
+
+    def recorded(*arguments: Any) -> Any:
+        engine = build(*arguments)
+        for each in engine.module.parameters():
+            held.extend((each, getattr(each, "ds_tensor", each)))
+        return engine
+
+    build = choose._engine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "_engine", recorded)
+        setup = prepare(settings.load_valid(str(task / "run.yaml"), [f"train.output={output}", *overrides]))
+    assert held
+    setup.student.destroy()
+    return sum(each.numel() for each in held)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_no_rank_holds_a_teacher_whose_outputs_are_kept(world: Worlds, task: Path, tmp_path: Path, stage: int) -> None:
+    options = (*cached(task, tmp_path / "cache"), f"deepspeed.teacher.zero_optimization.stage={stage}")
+    assert world(2).run(left_of_the_teacher, task, tmp_path / "run", *options) == [0, 0]
 
 
 def test_a_run_with_a_cache_goes_on_exactly(world: Worlds, task: Path, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig
 
 from distprune.config import Config
 from distprune.errors import UserError
+from distprune.tasks import language_modelling
+from distprune.tasks.data import fingerprint
 from distprune.teachers.live import LiveTeacher
 from distprune.training.setup import check_teacher
 from tests.unit.task_files import CLS, SEP, WORDS, ids, make_masked_tokenizer, make_tokenizer
@@ -65,6 +67,16 @@ def test_a_tokenizer_that_adds_nothing_ends_a_text_with_its_end(lm):
     task = lm("causal_lm")
     assert task.train["input_ids"][:] == [joined[i : i + 16] for i in range(0, len(joined) - 15, 16)]
     assert task.tokenizer.pad_token_id is None
+
+
+def test_blocks_that_come_in_parts_are_those_of_one_piece(lm, monkeypatch):
+    whole = lm().train
+    monkeypatch.setattr(language_modelling, "_TOKENS_AT_ONCE", 40)  # two blocks
+    parts = lm().train
+    assert len(whole) % 2 == 1
+    assert parts.features == whole.features
+    assert parts[:] == whole[:]
+    assert fingerprint(parts) == fingerprint(whole)
 
 
 def test_texts_without_tokens_and_blocks_without_text_are_dropped(lm):
@@ -187,15 +199,6 @@ def test_perplexity_is_that_of_a_plain_loop(lm):
     assert measured["perplexity"] == pytest.approx(np.exp(nats / tokens), rel=1e-4)
 
 
-def test_keys_and_values_of_tokens_are_not_kept(lm):
-    task = lm("causal_lm")
-    model, batch = model_of(task), task.collate(all_rows(task.validation))
-    assert model(**task.inputs(batch)).past_key_values is not None, "it is what the model would do"
-    assert task.run(model, batch).past_key_values is None
-    assert LiveTeacher(model, task).outputs(batch, []).outputs is None
-    assert LiveTeacher(model, task).outputs(batch, [], output_hidden_states=True).outputs.hidden_states
-
-
 def test_masked_tokens_have_an_accuracy(lm):
     task = lm(metrics=["accuracy", "nll"])
     batch = task.collate(all_rows(task.validation))
@@ -231,3 +234,10 @@ def test_a_run_refuses_a_teacher_that_puts_out_more_logits(lm, tmp_path):
 def test_logits_are_not_kept_from_epoch_to_epoch(lm):
     assert not lm().cacheable
     assert not lm("causal_lm").cacheable
+
+
+def test_a_live_teacher_keeps_outputs_only_where_they_are_asked_for(lm):
+    task = lm("causal_lm")
+    model, batch = model_of(task), task.collate(all_rows(task.validation))
+    assert LiveTeacher(model, task).outputs(batch, []).outputs is None
+    assert LiveTeacher(model, task).outputs(batch, [], output_hidden_states=True).outputs.hidden_states

@@ -232,6 +232,8 @@ STAGE_1_FP32 = [
         (["task.holdout=-0.1"], "task.holdout"),
         (["task.max_length=0"], "task.max_length"),
         (["task.limit=0"], "task.limit"),
+        (["deepspeed.student.tensor_parallel.autotp_size=2"], "deepspeed.student.tensor_parallel"),
+        (["deepspeed.teacher.zero_optimization.zenflow={}"], "deepspeed.teacher.zero_optimization.zenflow"),
         (["regrowth.part=1"], "regrowth.part"),
         (["regrowth.part=-0.1"], "regrowth.part"),
         (["regrowth.part=0.5", "regrowth.every=0"], "regrowth.every"),
