@@ -1,21 +1,21 @@
 """``distprune analyze``: what a user's own teacher, model and data say about the choices of a recipe."""
 
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from distprune import dist, settings
-from distprune.analysis.temperature import ENOUGH, TEMPERATURES, Softness, recommended, softness
-from distprune.commands.analyze_components import analyse_components
+from distprune.analysis.components import Part, pays, reason, record, setting
+from distprune.analysis.figures import draw_components, draw_softness
+from distprune.analysis.pruned_alone import costs_of, dense_setup, pruned_alone
+from distprune.analysis.temperature import ENOUGH, TEMPERATURES, Softness, recommended, soften
 from distprune.engines.build import build_frozen
-from distprune.engines.evaluate import logits_of_rows
+from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError
-from distprune.monitor.plots import BLUE, GREEN, GREY, RED, save_png
+from distprune.monitor.plots import save_png
 from distprune.monitor.records import save_json
-from distprune.tasks.base import Task
 from distprune.training.setup import check_teacher, load_task, local_model
 
 
@@ -25,8 +25,11 @@ def run(subject: str, config_path: str, overrides: list[str], png: str, json_pat
     if subject == "teacher":
         _teacher(config_path, overrides, png, json_path, **options)
     else:
-        analyse_components(config_path, overrides, png, json_path, **options)
+        _components(config_path, overrides, png, json_path, **options)
     dist.shutdown()
+
+
+# ------------------------------------------------------------------------------ the teacher
 
 
 def _teacher(
@@ -55,10 +58,11 @@ def _teacher(
     best = recommended(means)
 
     def show() -> None:
-        Console().print(_table(means, best))
+        Console().print(_softness_table(means, best))
         if json_path is not None:
             save_json(json_path, {"recommended": best, "results": [vars(each) for each in means]})
-        _draw(means, best, png, f"the teacher {path} on {min(rows, len(task.train)):,} training rows")
+        title = f"the teacher {path} on {min(rows, len(task.train)):,} training rows"
+        save_png(draw_softness(means, best, title), png)
         if best is None:
             print(f"the teacher is soft at none of these temperatures; {png}")
         else:
@@ -67,27 +71,7 @@ def _teacher(
     dist.on_main(show)
 
 
-def soften(engine: Any, task: Task, temperatures: list[float], rows: int, batch_size: int, seed: int) -> list[Softness]:
-    """Return the means over training rows for each temperature, the same on every rank. Collective.
-
-    Args:
-        engine: the teacher's.
-        task: gives the rows.
-        temperatures: ascending.
-        rows: how many are drawn; all where there are no more.
-        batch_size: rows in a forward pass on one rank.
-        seed: draws them.
-    """
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(task.train))[:rows])
-    data = task.train.select(drawn)
-    sums = {each: Softness(each) for each in temperatures}
-    for _, logits in logits_of_rows(engine, task, data, batch_size):
-        for each in temperatures:
-            sums[each] += softness(logits[None], each)
-    return [Softness(each, *dist.all_sum(sums[each].sums())).mean() for each in temperatures]
-
-
-def _table(means: list[Softness], best: float | None) -> Table:
+def _softness_table(means: list[Softness], best: float | None) -> Table:
     table = Table(title="what the teacher says over the temperature", title_justify="left")
     for name in ("temperature", "entropy / log C", "top probability", "gradient", ""):
         table.add_column(name, justify="left" if not name else "right")
@@ -97,17 +81,86 @@ def _table(means: list[Softness], best: float | None) -> Table:
     return table
 
 
-def _draw(means: list[Softness], best: float | None, path: str, title: str) -> None:
-    figure = Figure(figsize=(8, 14 / 3), dpi=150, layout="constrained")
-    left = figure.subplots()
-    right = left.twinx()
-    temperatures = [each.temperature for each in means]
-    left.plot(temperatures, [each.entropy for each in means], color=BLUE, marker="o", label="entropy / log C")
-    left.plot(temperatures, [each.top for each in means], color=GREEN, marker="s", label="top probability")
-    right.plot(temperatures, [each.gradient for each in means], color=RED, marker="^", label="gradient (right)")
-    if best is not None:
-        left.axvline(best, color=GREY, linestyle="--", label=f"T = {best:g}")
-    left.set(xlabel="temperature", ylabel="mean over rows", ylim=(0, 1.02), title=title)
-    right.set(ylabel="norm of the gradient", ylim=(0, None))
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    save_png(figure, path)
+# ------------------------------------------------------------------------------ the components
+
+
+def _components(
+    config_path: str, overrides: list[str], png: str, json_path: str | None, sparsities: list[float], layers: bool
+) -> None:
+    """Collective: every rank calls it."""
+    if not all(0 < each < 1 for each in sparsities):
+        raise UserError(f"--sparsities is {sparsities}; allowed: more than 0 and less than 1 each")
+    config = dist.agree(lambda: settings.load_valid(config_path, overrides))
+    setup = dense_setup(config)
+
+    def measure() -> tuple[str, float]:
+        return next(iter(evaluate(setup.student, setup.task, config.train.eval_batch_size).items()))
+
+    metric, dense = measure()
+    parts = costs_of(config, setup, layers)
+    steps = sorted(set(sparsities))
+    for part in parts:
+        found = pruned_alone(config, setup, part.matrices, steps, measure)
+        part.metrics = {step: value for step, (_, value) in zip(steps, found, strict=True)}
+
+    def show() -> None:
+        _show(config.model.path, parts, dense, metric, setup.new_weights)
+        if json_path is not None:
+            model = {"model": config.model.path, "metric": metric, "dense": dense}
+            recommended = [each.place.component for each in parts if each.place.layer is None and pays(each)]
+            save_json(json_path, model | {"recommended": recommended, "results": [record(part) for part in parts]})
+        save_png(draw_components(parts, dense, metric), png)
+
+    dist.on_main(show)
+
+
+def _show(model: str, parts: list[Part], dense: float, metric: str, new_weights: list[str]) -> None:
+    """Print the table, a line on each component, and the setting that follows."""
+    components = [part for part in parts if part.place.layer is None]
+    console = Console()
+    console.print(_costs_table(f"what the components of {model} cost", parts))
+    console.print(_metrics_table(f"{metric} with one component pruned, by sparsity; dense {dense:.4f}", parts))
+    for part in components:
+        is_new = not set(part.matrices).isdisjoint(new_weights)
+        console.print(reason(part, dense, metric, is_new), highlight=False, soft_wrap=True)
+    console.print(setting(components), highlight=False, markup=False, soft_wrap=True)
+
+
+def _costs_table(title: str, parts: list[Part]) -> Table:
+    headings = ("M\nweights", "of all", "MiB", "MFLOPs\na token", "of all", "of the\ntime")
+    components = [part for part in parts if part.place.layer is None]
+    shares = ("weights_share", "flops_share", "latency_share")
+    left = [max(0.0, 1 - sum(getattr(part, share) for part in components)) for share in shares]
+    table = _empty_table(title, headings)
+    for part in components:
+        table.add_row(*_costs_cells(part))
+    table.add_row("all else", "", f"{left[0]:.1%}", "", "", f"{left[1]:.1%}", f"{left[2]:.1%}", end_section=True)
+    for part in parts[len(components) :]:
+        table.add_row(*_costs_cells(part))
+    return table
+
+
+def _costs_cells(part: Part) -> list[str]:
+    weights = [f"{part.weights / 1e6:.2f}", f"{part.weights_share:.1%}", f"{part.bytes / 2**20:.2f}"]
+    return [
+        str(part.place),
+        *weights,
+        f"{part.flops / 1e6:.2f}",
+        f"{part.flops_share:.1%}",
+        f"{part.latency_share:.1%}",
+    ]
+
+
+def _metrics_table(title: str, parts: list[Part]) -> Table:
+    table = _empty_table(title, [f"{sparsity:.4g}" for sparsity in parts[0].metrics])
+    for part in parts:
+        table.add_row(str(part.place), *(f"{value:.4f}" for value in part.metrics.values()))
+    return table
+
+
+def _empty_table(title: str, headings: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("component", overflow="fold", min_width=18)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table

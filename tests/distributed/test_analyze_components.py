@@ -13,9 +13,9 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from distprune import settings
+from distprune.analysis.pruned_alone import dense_setup, pruned_alone
 from distprune.commands import analyze, oneshot
 from distprune.commands import eval as evaluation
-from distprune.commands.analyze_components import dense_setup, pruned_alone
 from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError
 from distprune.pruning.components import component_matrices
