@@ -221,15 +221,19 @@ def local_first() -> Iterator[None]:
     turn, met = f"local_first/{number}/{socket.gethostname()}", f"local_first/{number}/met"
     if not first:
         connect_store().wait([turn], timedelta(days=1))
+    failed = None
     try:
         yield
-    finally:
-        store = connect_store()
-        if first:
-            store.set(turn, "done")
-        if store.add(f"{met}/ranks", 1) == detect().size:
-            store.set(met, "all")
-        store.wait([met], timedelta(days=1))
+    except Exception as error:  # not an interrupt: the others may be gone, and not come to meet this rank
+        failed = error
+    store = connect_store()
+    if first:
+        store.set(turn, "done")
+    if store.add(f"{met}/ranks", 1) == detect().size:
+        store.set(met, "all")
+    store.wait([met], timedelta(days=1))
+    if failed is not None:
+        raise failed
 
 
 def connect_store() -> TCPStore:
