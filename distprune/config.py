@@ -113,7 +113,10 @@ class TaskConfig:
 class TrainConfig:
     """Length, batches, evaluation and output of a run."""
 
-    output: str = key("runs/run", "run directory; an unfinished run in it goes on, anything else is refused")
+    output: str = key(
+        "runs/run",
+        "run directory, on a disk that all nodes share; an unfinished run in it goes on, anything else is refused",
+    )
     epochs: float = key(10.0, "length of the run in epochs")
     batch_size: int = key(32, "examples in an optimizer step over all ranks")
     accumulation: int = key(1, "forward passes that an optimizer step is made of")

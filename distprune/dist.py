@@ -7,23 +7,20 @@ import os
 import socket
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import count, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from distprune.errors import UserError, written
 
 T = TypeVar("T")
 _SHOWN = 80
-_turns = count()
 
 LAUNCHER, _LOCAL_RANK = "DISTPRUNE_LAUNCHER", "DISTPRUNE_LOCAL_RANK"
 """What `init` found, for `detect` to find again: DeepSpeed wants every launcher's variables named as its own.
@@ -205,41 +202,6 @@ def on_main(action: Callable[[], T]) -> T:
     if torch_dist.is_initialized():
         torch_dist.broadcast_object_list(box)
     return box[0]  # type: ignore[return-value]
-
-
-@contextmanager
-def local_first() -> Iterator[None]:
-    """Let local rank 0 of each node go first, so that the others find its cache. Collective: every rank calls it.
-
-    They wait in the store, and so do all for the slowest node in the end, not in a collective, whose time is limited:
-    data may take hours to tokenise.
-    """
-    if not torch_dist.is_initialized():
-        yield
-        return
-    number, first = next(_turns), detect().local_rank == 0
-    turn, met = f"local_first/{number}/{socket.gethostname()}", f"local_first/{number}/met"
-    if not first:
-        connect_store().wait([turn], timedelta(days=1))
-    failed = None
-    try:
-        yield
-    except Exception as error:  # not an interrupt: the others may be gone, and not come to meet this rank
-        failed = error
-    store = connect_store()
-    if first:
-        store.set(turn, "done")
-    if store.add(f"{met}/ranks", 1) == detect().size:
-        store.set(met, "all")
-    store.wait([met], timedelta(days=1))
-    if failed is not None:
-        raise failed
-
-
-def connect_store() -> TCPStore:
-    """Return a connection of this rank's own to the store of all: one that waits there keeps nobody else waiting."""
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))
 
 
 def barrier() -> None:

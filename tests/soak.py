@@ -82,7 +82,7 @@ def main() -> int:
     options = parser.parse_args()
     rng = random.Random(options.seed)
     scratch = Path(tempfile.mkdtemp(prefix="soak-"))
-    task = write_task(scratch)
+    task = write_task(scratch, hardness=0.5)
     whole = scratch / "whole"
     assert [each.wait() for each in begin(task, whole, scratch)] == [0, 0], (scratch / "log").read_text()[-2000:]
     kills, runs, lost = 0, 0, 0

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distprune import settings
+from distprune import dist, settings
 from distprune.config import Config, dotted
 from distprune.errors import UserError
 
@@ -65,14 +65,21 @@ def write_config(run_dir: Path, config: Config) -> None:
     partial.rename(run_dir / CONFIG)
 
 
-def refuse_unseen(run_dir: Path) -> None:
-    """Refuse a directory that this rank does not see, and whose checkpoints would never be complete.
+def refuse_unshared(run_dir: Path) -> None:
+    """Refuse a directory that is not the one that rank 0 has locked: no checkpoint there would ever be complete.
+
+    Collective: every rank calls it.
 
     Raises:
-        UserError: with what to do.
+        UserError: on every rank, with what to do.
     """
-    if not (run_dir / CONFIG).exists():
-        raise UserError(f"train.output {str(run_dir)!r} is not seen on all nodes; allowed: a folder on a shared disk")
+    holder = dist.on_main((run_dir / LOCK).read_text)
+
+    def check() -> None:
+        if not (run_dir / LOCK).exists() or (run_dir / LOCK).read_text() != holder:
+            raise UserError(f"train.output {str(run_dir)!r} is not one folder for all nodes; allowed: on a shared disk")
+
+    dist.agree(check)
 
 
 def lock(run_dir: Path) -> None:
@@ -93,6 +100,7 @@ def lock(run_dir: Path) -> None:
         logger.warning("%s cannot be locked (%s): make sure that no other run uses it", run_dir, error)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    os.fsync(descriptor)  # for those of other nodes who read it
     _locks[run_dir] = descriptor
 
 

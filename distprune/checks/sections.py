@@ -133,6 +133,8 @@ TASK = (
     _at_least_one_or_null("task.limit"),
 )
 
+SEED = Check("train.seed", "at least 0", lambda c: c.train.seed >= 0)
+
 TRAIN = (
     Check("train.output", "a directory", lambda c: c.train.output != ""),
     Check("train.epochs", "more than 0", lambda c: 0 < c.train.epochs < inf),
@@ -146,7 +148,7 @@ TRAIN = (
     _at_least_one("train.eval_batch_size"),
     Check("train.eval_every", "more than 0", lambda c: _time(c, "train.eval_every").amount > 0),
     _at_least_one("train.log_every"),
-    Check("train.seed", "at least 0", lambda c: c.train.seed >= 0),
+    SEED,
     Check("train.select", "last or best", lambda c: c.train.select in ("last", "best")),
     _at_least_one_or_null("train.patience"),
 )

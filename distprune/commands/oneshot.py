@@ -7,7 +7,7 @@ configuration's data, by the engine that a run would use.
 from pathlib import Path
 
 from distprune import dist, settings
-from distprune.checks.sections import SCORING
+from distprune.checks.sections import SCORING, SEED
 from distprune.errors import UserError
 from distprune.models.pruned import prune_files
 from distprune.monitor.records import write_json
@@ -20,10 +20,11 @@ _RECORDED = ("structure", "scope", "groups", "score", "start_sparse", "component
 
 def run(model_dir: str, out: str, config_path: str | None, overrides: list[str]) -> None:
     """Write a copy of a model whose smallest weights are zero. Collective: every rank calls it."""
+    # A configuration's own revision is that of its own model.
     config = settings.load(config_path, ["model.revision=null", *overrides])
     config.model.path, config.train.output = model_dir, out
     for_one_pruning(config)
-    settings.validate(config, SCORING)
+    settings.validate(config, (SEED, *SCORING))
     pruning, target = config.pruning, Path(out).expanduser()
     score = build_score(pruning.score, config.train.seed)
     if score.needs_gradient and config_path is None:

@@ -72,7 +72,7 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
     if before is not None:
         dist.on_main(lambda: _check_fits(setup, before[1]))
     dist.write_on_main(lambda: _make_ready(run_dir, config, unfinished, before and before[1]), run_dir)
-    dist.agree(lambda: run_directory.refuse_unseen(run_dir))
+    run_directory.refuse_unshared(run_dir)
     for note in setup.task.notes if dist.is_main() else ():
         print(f"data: {note}")
     if dtype_of(config.deepspeed.student) == torch.bfloat16 and bf16_is_slow() and dist.is_main():

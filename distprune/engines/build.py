@@ -214,7 +214,7 @@ def let_go(engine: Any) -> None:
     """Destroy an engine, and free its weights: lists and caches of DeepSpeed refer to a module at ZeRO-3 for good."""
     engine.destroy()
     for parameter in engine.module.parameters():
-        for held in (parameter, getattr(parameter, "ds_tensor", parameter)):
+        for held in {parameter, getattr(parameter, "ds_tensor", parameter)}:
             held.data = held.new_empty(0)
 
 

@@ -25,6 +25,7 @@ from distprune.shards import Shard, full_shape
 
 _TRIM_BYTES = 16 << 20
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ALLOWED = "allowed: weights in fp32, bf16, fp16 or fp64"
 
 
 class _StreamedParameters(nn.Module):
@@ -146,7 +147,7 @@ def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple
     """Build the model with parameters on the meta device, and open its checkpoint."""
     config = read_config(directory, options)
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{directory} is a quantized model; allowed: one with weights of fp32, bf16 or fp16")
+        raise UserError(f"{directory} is a quantized model; {_ALLOWED}")
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             # In fp32: the type of the config's own would be that of computed buffers, and another after a resume.
@@ -181,15 +182,16 @@ def _stored(model: PreTrainedModel, checkpoint: Source) -> dict[str, str]:
 
 
 def _check_tied(model: PreTrainedModel, checkpoint: Source) -> None:
-    """Refuse tied weights that are stored with other values: transformers would not tie them, and one would be lost."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    first: dict[int, str] = {}
-    for name, stored in _stored(model, checkpoint).items():
-        one = first.setdefault(id(parameters[name]), stored) if name in parameters else stored
-        if one != stored and not torch.equal(checkpoint.read(one), checkpoint.read(stored)):
+    """Refuse tied weights that are stored with other values, of which one would be lost: transformers unties them."""
+    stored, first = _stored(model, checkpoint), dict[int, str]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in stored:
+            continue
+        one, other = first.setdefault(id(parameter), stored[name]), stored[name]
+        if one != other and not torch.equal(checkpoint.read(one), checkpoint.read(other)):
             raise UserError(
-                f"{one} and {stored} in {checkpoint.directory} differ, and are one weight by its config.json; allowed: "
-                "equal ones, or tie_word_embeddings: false in config.json"
+                f"{one} and {other} in {checkpoint.directory} differ, and are one weight by its config.json; allowed: "
+                "equal ones, or, for embeddings and output, tie_word_embeddings: false in config.json"
             )
 
 
@@ -266,7 +268,9 @@ def _fill(target: Tensor, name: str, stored_name: str, checkpoint: Source, failu
         )
     elif target.is_floating_point() and stored.dtype not in _FLOATS:
         kind = str(stored.dtype).removeprefix("torch.")
-        failures.append(UserError(f"{name} in {checkpoint.directory} is of {kind}; allowed: fp32, bf16, fp16 or fp64"))
+        failures.append(
+            UserError(f"{name} in {checkpoint.directory} is in {kind}; allowed: weights in fp32, bf16, fp16 or fp64")
+        )
     elif stored.is_floating_point() and not torch.isfinite(stored).all():
         failures.append(UserError(f"{name} in {checkpoint.directory} holds NaN or infinite values"))
     else:

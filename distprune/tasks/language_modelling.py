@@ -152,7 +152,7 @@ class LanguageModelling(Task):
         return concatenate_datasets([self._rows(blocks, at, at + size) for at in range(0, len(blocks), size)])
 
     def _rows(self, blocks: npt.NDArray[Any], start: int, end: int) -> Dataset:
-        numbers = np.arange(len(blocks))[start:end]
+        numbers = np.arange(start, min(end, len(blocks)))
         lengths = np.full(len(numbers), self._length)
         return Dataset.from_dict({"input_ids": blocks[start:end], "length": lengths, "_row": numbers})
 

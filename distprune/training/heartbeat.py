@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError
 
-from distprune.dist import World, connect_store
+from distprune.dist import World
 from distprune.errors import CannotGoOn
+from distprune.store import beat, beats_of, connect_store
 
 PERIOD_S = 1.0
 PATIENCE_S = 5.0
@@ -56,7 +57,7 @@ class Heartbeat:
             beats += 1
             try:
                 store = store or connect_store()
-                store.set(f"heartbeat/{self._world.rank}", str(beats))
+                beat(store, self._world.rank, beats)
             except RuntimeError:  # rank 0 is busy, or gone, and the store with it
                 store = None
 
@@ -64,16 +65,12 @@ class Heartbeat:
         """Return the ranks whose number stays as it is."""
         try:
             store = connect_store()
-            before = self._numbers(store)
+            before = beats_of(store, self._world.size)
             time.sleep(PATIENCE_S)
-            after = self._numbers(store)
+            after = beats_of(store, self._world.size)
         except RuntimeError:
             return [0]
         return [rank for rank in before if rank != self._world.rank and before[rank] == after[rank]]
-
-    def _numbers(self, store: TCPStore) -> dict[int, bytes]:
-        keys = {rank: f"heartbeat/{rank}" for rank in range(self._world.size)}
-        return {rank: store.get(key) for rank, key in keys.items() if store.check([key])}
 
 
 def is_fault(error: BaseException) -> bool:

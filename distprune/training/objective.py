@@ -25,7 +25,7 @@ class Losses(NamedTuple):
 
 
 class Objective:
-    """The loss of a batch: ``mix(task, distillation) + hidden weight * hidden + attention weight * attention``."""
+    """The loss of a batch: ``(1 - hardness) * task + hardness * distillation``, and features times their weights."""
 
     def __init__(self, task: Task, teacher: Teacher | None, config: DistillationConfig):
         self._task, self._teacher, self._config = task, teacher, config

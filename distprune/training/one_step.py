@@ -45,8 +45,8 @@ def prune_by_gradients(config: Config, target: Path) -> Pruned:
     if not config.fisher.dropout:
         config.model.dropout = 0.0
     dist.agree(lambda: settings.validate(config))
-    directory = dist.on_main(lambda: begin_directory(target))
     setup = prepare(config)
+    directory = dist.on_main(lambda: begin_directory(target))
     assert setup.pruner is not None
     setup.plan = replace(setup.plan, total_steps=1, lr=LrSchedule(0.0, 0.0, 0, (0, 1)))
     trainer = Trainer(config, setup, Monitor(target, config, 1, enabled=False), target)

@@ -21,6 +21,7 @@ from distprune.pruning.scores import build_score, try_out
 from distprune.pruning.structures import build_structure
 from distprune.pruning.targets import targets_of
 from distprune.shards import ShardedParameters, shards_of, trained_shards
+from distprune.store import local_first
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
 from distprune.teachers.choose import Teacher, teacher_of
@@ -172,7 +173,7 @@ def local_model(path: str, revision: str | None) -> Path:
     """Return a model's directory on this node; local rank 0 downloads. Collective: every rank calls it."""
 
     def find() -> Path:
-        with dist.local_first():
+        with local_first():
             return resolve(path, revision)
 
     return dist.agree(find)
@@ -182,7 +183,7 @@ def load_task(config: Config, directory: Path) -> Task:
     """Load and tokenise the data, once per node. Collective: every rank calls it."""
 
     def build() -> Task:
-        with dist.local_first():
+        with local_first():
             return build_task(config, load_tokenizer(config.model.tokenizer or str(directory)))
 
     return dist.agree(build)

@@ -29,7 +29,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
     """It is cut off while it is dense, while it prunes, and with its last mask; dropout is on."""
     whole, output = tmp_path / "whole", tmp_path / "cut"
     options = (*stage(student), *EVERY_STEP, DROPOUT, "train.select=best", "train.log_every=5")
-    options += TAUGHT * (student == 2)
+    options += TAUGHT * (student >= 2)
     world(size).run(run, task, whole, *options)
     for steps in (3, 7, 9):
         cut_off(world, size, task, output, steps, *options)

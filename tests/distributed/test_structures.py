@@ -104,10 +104,12 @@ def digests(directory: Path, layout: Layout, combinations: list[tuple[str, str]]
 def test_one_mask_for_each_structure_and_score_at_every_layout(world: Worlds, model: Path, size: int) -> None:
     """The digests are those of the file: masks on disk depend on them, whatever the stage, the world or the version.
 
-    On three and four ranks: every structure by magnitude, and every score over all matrices.
+    On three and four ranks: every structure by magnitude and by movement, and every score over all matrices.
     """
     every = [(structure, score) for structure in STRUCTURES for score in SCORES]
-    cross = [(structure, score) for structure, score in every if structure == "global" or score == "magnitude"]
+    cross = [
+        (structure, score) for structure, score in every if structure == "global" or score in ("magnitude", "movement")
+    ]
     expected = json.loads(GOLDEN.read_text())
     combinations = every if size <= 2 else cross
     for stage in range(4):
