@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 from itertools import count
 
 import torch.distributed as torch_dist
@@ -21,8 +22,17 @@ _turns = count()
 
 def connect_store() -> TCPStore:
     """Return a connection of this rank's own to the store of all: one that waits there keeps nobody else waiting."""
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))
+    return TCPStore(*_place(), is_master=False, timeout=timedelta(seconds=10))
+
+
+def _place() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+@lru_cache(maxsize=1)
+def _connected(place: tuple[str, int]) -> TCPStore:
+    """Return the connection for turns: where names are looked up slowly, a new one takes seconds now and then."""
+    return connect_store()
 
 
 def beat(store: TCPStore, rank: int, beats: int) -> None:
@@ -59,7 +69,7 @@ def local_first() -> Iterator[None]:
     except Exception as error:  # not an interrupt: the others may be gone, and not come to meet this rank
         failed = error
     if first:
-        connect_store().set(turn, "done")
+        _connected(_place()).set(turn, "done")
     _meet(met)
     if failed is not None:
         raise failed
@@ -67,7 +77,7 @@ def local_first() -> Iterator[None]:
 
 def _meet(key: str) -> None:
     """Wait until every rank is here. Collective: every rank calls it."""
-    store = connect_store()
+    store = _connected(_place())
     if store.add(f"{key}/ranks", 1) == dist.detect().size:
         store.set(key, "all")
     _wait_for(key)
@@ -75,7 +85,7 @@ def _meet(key: str) -> None:
 
 def _wait_for(key: str) -> None:
     """Wait for a key under no time limit, as long as no rank falls silent; signals are handled in between."""
-    store, seen = connect_store(), dict[int, tuple[bytes, float]]()
+    store, seen = _connected(_place()), dict[int, tuple[bytes, float]]()
     while True:
         try:
             store.wait([key], _SLICE)

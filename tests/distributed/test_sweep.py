@@ -46,13 +46,14 @@ def test_a_sweep_stops_goes_on_past_runs_that_fail_and_then_needs_its_lines_alon
     command = [str(BIN / "distprune"), "sweep", str(path)]
     kept, second = tmp_path / "kept" / "results.jsonl", tmp_path / "runs" / "dense" / "train.seed=2"
     alone = path.read_text()
+    path.write_text(alone.replace("ranks: 1", "ranks: 2"))
     started = begin(command)
     started.wait_for(lambda: (second / "metrics.jsonl").exists())
     started.process.send_signal(signal.SIGINT)
     assert started.end() == 75, started.said
     assert "dense/train.seed=2 has stopped with status 75, and can go on" in started.said
     assert [json.loads(line)["run"] for line in kept.read_text().splitlines()] == ["dense/train.seed=1"]
-    path.write_text(alone.replace("ranks: 1", "ranks: 2\nat_once: 2") + BROKEN)
+    path.write_text(alone.replace("ranks: 1", "ranks: 1\nat_once: 2") + BROKEN)
     done = start([*command])
     assert done.returncode == 2, done.stdout + done.stderr
     log = tmp_path / "runs" / "broken" / "train.seed=1.log"
@@ -63,7 +64,7 @@ def test_a_sweep_stops_goes_on_past_runs_that_fail_and_then_needs_its_lines_alon
     rows.sort(key=lambda row: (row["method"] == "after", row["point"]["train.seed"]))
     assert [row["method"] for row in rows] == ["dense", "dense", "after", "after"]
     assert "going on with the run in" in second.with_name(second.name + ".log").read_text()
-    assert [row["world_size"] for row in rows] == [1, 2, 2, 2]
+    assert [row["world_size"] for row in rows] == [2, 1, 1, 1]
     assert json.loads((second / "summary.json").read_text())["launcher"] == "sweep"
     assert [row["masked_weights"] for row in rows[2:]] == [rows[2]["prunable_weights"] // 2] * 2
     assert "| after |  |" in done.stdout
