@@ -9,6 +9,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_MODE": "disabled",
+    # torch looks up the name of every address that it connects to, 127.0.0.1 too; where no answer comes, for 5 s.
+    "RES_OPTIONS": "timeout:1",
 }
 os.environ.pop("DISTPRUNE_DEBUG", None)
 
