@@ -256,6 +256,13 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def free_weights(module: nn.Module) -> None:
+    """Free the weights of a destroyed engine, whose module lists and caches of DeepSpeed hold for good at ZeRO-3."""
+    for parameter in module.parameters():
+        for held in {parameter, getattr(parameter, "ds_tensor", parameter)}:
+            held.data = held.new_empty(0)
+
+
 @dataclass(frozen=True)
 class Piece:
     """The part ``[start, start + n)`` of a flattened tensor."""

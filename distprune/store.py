@@ -37,13 +37,16 @@ def _connected(place: tuple[str, int]) -> TCPStore:
 
 def beat(store: TCPStore, rank: int, beats: int) -> None:
     """Tell the others that a rank is alive, by a number that it counts up."""
-    store.set(f"heartbeat/{rank}", str(beats))
+    store.set(_heart(rank), str(beats))
+
+
+def _heart(rank: int) -> str:
+    return f"heartbeat/{rank}"
 
 
 def beats_of(store: TCPStore, size: int) -> dict[int, bytes]:
     """Return the numbers of those ranks that have one."""
-    keys = {rank: f"heartbeat/{rank}" for rank in range(size)}
-    return {rank: store.get(key) for rank, key in keys.items() if store.check([key])}
+    return {rank: store.get(_heart(rank)) for rank in range(size) if store.check([_heart(rank)])}
 
 
 @contextmanager
@@ -86,12 +89,14 @@ def _meet(key: str) -> None:
 def _wait_for(key: str) -> None:
     """Wait for a key under no time limit, as long as no rank falls silent; signals are handled in between."""
     store, seen = _connected(_place()), dict[int, tuple[bytes, float]]()
+    hearts = [_heart(rank) for rank in range(dist.detect().size)]
     while True:
         try:
             store.wait([key], _SLICE)
         except DistStoreError:
             now = time.monotonic()
-            for rank, number in beats_of(store, dist.detect().size).items():
+            # Two requests for all ranks, as all ranks make them; hearts beat while a run trains, and all of them.
+            for rank, number in enumerate(store.multi_get(hearts) if store.check(hearts) else ()):
                 if rank not in seen or seen[rank][0] != number:
                     seen[rank] = number, now
                 elif now - seen[rank][1] > SILENCE_S:

@@ -1,19 +1,14 @@
 """How much a teacher says beyond its most likely class, over the temperature (the paper's third guideline).
 
-Sums over logits, which add up over batches and ranks.
+Pure functions of logits, in sums that add up over batches and ranks.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from distprune import dist
-from distprune.engines.evaluate import logits_of_rows
-from distprune.tasks.base import Task
 
 TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.5, 7.0, 8.5, 12.0, 16.0)
 ENOUGH = 0.75
@@ -78,23 +73,3 @@ def recommended(means: list[Softness]) -> float | None:
         means: of each temperature, ascending.
     """
     return next((each.temperature for each in means if each.entropy >= ENOUGH), None)
-
-
-def soften(engine: Any, task: Task, temperatures: list[float], rows: int, batch_size: int, seed: int) -> list[Softness]:
-    """Return the means over training rows for each temperature, the same on every rank. Collective.
-
-    Args:
-        engine: the teacher's.
-        task: gives the rows.
-        temperatures: ascending.
-        rows: how many are drawn; all where there are no more.
-        batch_size: rows in a forward pass on one rank.
-        seed: draws them.
-    """
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(task.train))[:rows])
-    data = task.train.select(drawn)
-    sums = {each: Softness(each) for each in temperatures}
-    for _, logits in logits_of_rows(engine, task, data, batch_size):
-        for each in temperatures:
-            sums[each] += softness(logits[None], each)
-    return [Softness(each, *dist.all_sum(sums[each].sums())).mean() for each in temperatures]

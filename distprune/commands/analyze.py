@@ -10,7 +10,8 @@ from distprune import dist, settings
 from distprune.analysis.components import Part, pays, reason, record, setting
 from distprune.analysis.figures import draw_components, draw_softness
 from distprune.analysis.pruned_alone import costs_of, dense_setup, pruned_alone
-from distprune.analysis.temperature import ENOUGH, TEMPERATURES, Softness, recommended, soften
+from distprune.analysis.softened import soften
+from distprune.analysis.temperature import ENOUGH, TEMPERATURES, Softness, recommended
 from distprune.engines.build import build_frozen
 from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError

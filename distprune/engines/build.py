@@ -23,7 +23,7 @@ from distprune.errors import UserError, unknown
 from distprune.models.files import read_config
 from distprune.models.weights import fill_masters, load_model, set_dropout
 from distprune.pruning.targets import freeze
-from distprune.shards import take_back_empty_step, trained_shards
+from distprune.shards import free_weights, take_back_empty_step, trained_shards
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -211,11 +211,9 @@ def _initialize(key: str, model: PreTrainedModel, section: dict[str, Any], optim
 
 
 def let_go(engine: Any) -> None:
-    """Destroy an engine, and free its weights: lists and caches of DeepSpeed refer to a module at ZeRO-3 for good."""
+    """Destroy an engine, and free its weights."""
     engine.destroy()
-    for parameter in engine.module.parameters():
-        for held in {parameter, getattr(parameter, "ds_tensor", parameter)}:
-            held.data = held.new_empty(0)
+    free_weights(engine.module)
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
