@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 from unittest.mock import patch
 
 import pytest
@@ -47,8 +48,11 @@ def waits_for_one_that_is_silent() -> str:
     """Wait for a rank whose heart stands still. Collective."""
     store.beat(store.connect_store(), dist.detect().rank, 1)
     short = patch.multiple(store, _SLICE=timedelta(milliseconds=50), SILENCE_S=0.5)
+    too_late = Timer(10, lambda: store.connect_store().set("too late", ""))
+    too_late.start()
     with short, pytest.raises(RuntimeError) as caught:
-        store._wait_for("never")
+        store._wait_for("too late")
+    too_late.cancel()
     return str(caught.value)
 
 
