@@ -10,9 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from distprune import __version__
+from distprune import __version__, allocator
 from distprune.errors import LOST, STOPPED, CannotGoOn, UserError
-from distprune.training import allocator
 from distprune.training.interrupts import Interrupted
 
 RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")

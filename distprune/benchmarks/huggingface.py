@@ -12,8 +12,7 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from distprune import dist, settings
-from distprune.training import allocator
+from distprune import allocator, dist, settings
 from distprune.training.setup import load_task
 
 WARM_UP = 10

@@ -10,10 +10,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from distprune.allocator import LARGE
 from distprune.planning.activations import Activations
 from distprune.planning.held import MASTER, mask_bytes, reduced, state_bytes, stepped, weight_bytes
 from distprune.planning.shapes import Layout, Shapes
-from distprune.training.allocator import LARGE
 
 GAPS = 1.5
 """What freed pieces take with the gaps between them, over their own bytes: measured (docs/performance.md)."""

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from distprune.training import allocator
+from distprune import allocator
 
 KEPT = """
-from distprune.training import allocator
+from distprune import allocator
 allocator.prepare()
 import psutil, torch
 torch.ones(2**20)  # freed: from here on the C library would keep pieces of this size

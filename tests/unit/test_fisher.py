@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from distprune.config import FisherConfig
-from distprune.pruning.fisher import InverseFisher
 from distprune.pruning.masks import KEPT, PRUNED
 from distprune.pruning.scores import OptimalBrainSurgeon
+from distprune.pruning.scores.fisher import InverseFisher
 from distprune.pruning.slices import Slice
 from tests.unit.simulated import answer
 
