@@ -12,6 +12,7 @@ from typing import Any
 from distprune import dist, settings
 from distprune.config import Config, dotted
 from distprune.errors import UserError
+from distprune.monitor.records import write_text
 
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
 
@@ -59,10 +60,8 @@ def claim(run_dir: Path, config: Config) -> None:
 
 def write_config(run_dir: Path, config: Config) -> None:
     """Write the configuration of the run as it is now."""
-    partial = run_dir / f"{CONFIG}.partial"
     note = "# The keys in recipe.derived are derived anew where this is a configuration again; to set one, unlist it.\n"
-    partial.write_text((note if config.recipe.derived else "") + settings.to_yaml(config))
-    partial.rename(run_dir / CONFIG)
+    write_text(run_dir / CONFIG, (note if config.recipe.derived else "") + settings.to_yaml(config))
 
 
 def refuse_unshared(run_dir: Path) -> None:
@@ -178,6 +177,4 @@ def cut_metrics(run_dir: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # the process was killed within the line
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    partial.rename(path)
+    write_text(path, "".join(line + "\n" for line in kept))
