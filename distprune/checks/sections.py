@@ -52,6 +52,22 @@ def _regexes(key: str) -> Check:
     return Check(key, "a list of regular expressions", holds)
 
 
+def _one_of(key: str, *names: str) -> Check:
+    return Check(key, f"{', '.join(names[:-1])} or {names[-1]}", lambda c: value_of(c, key) in names)
+
+
+def _positive(key: str) -> Check:
+    return Check(key, "more than 0", lambda c: 0 < value_of(c, key) < inf)
+
+
+def _not_negative(key: str) -> Check:
+    return Check(key, "at least 0", lambda c: 0 <= value_of(c, key) < inf)
+
+
+def _part(key: str) -> Check:
+    return Check(key, "at least 0 and less than 1", lambda c: 0 <= value_of(c, key) < 1)
+
+
 def _at_least_one(key: str) -> Check:
     return Check(key, "at least 1", lambda c: value_of(c, key) >= 1)
 
@@ -61,7 +77,7 @@ def _at_least_one_or_null(key: str) -> Check:
 
 
 RECIPE = (
-    Check("recipe.epochs", "more than 0", lambda c: 0 < c.recipe.epochs < inf),
+    _positive("recipe.epochs"),
     _at_least_one_or_null("recipe.replicas"),
 )
 
@@ -77,9 +93,9 @@ MODEL = (
 
 DISTILLATION = (
     Check("distillation.hardness", "0 to 1", lambda c: 0 <= c.distillation.hardness <= 1),
-    Check("distillation.temperature", "more than 0", lambda c: 0 < c.distillation.temperature < inf),
-    Check("distillation.hidden", "at least 0", lambda c: 0 <= c.distillation.hidden < inf),
-    Check("distillation.attention", "at least 0", lambda c: 0 <= c.distillation.attention < inf),
+    _positive("distillation.temperature"),
+    _not_negative("distillation.hidden"),
+    _not_negative("distillation.attention"),
     Check("distillation.layers", "layers from 1", lambda c: all(layer >= 1 for layer in c.distillation.layers)),
     Check(
         "distillation.layers",
@@ -123,21 +139,21 @@ TASK = (
     Check("task.labels", "at least two, or none to take them from the data", lambda c: len(c.task.labels) != 1),
     Check("task.labels", "different names", lambda c: len(set(c.task.labels)) == len(c.task.labels)),
     Check("task.subset", "null where task.hub is", lambda c: c.task.subset is None or c.task.hub is not None),
-    Check("task.holdout", "at least 0 and less than 1", lambda c: 0 <= c.task.holdout < 1),
+    _part("task.holdout"),
     _at_least_one("task.max_length"),
     Check("task.stride", "at least 0 and less than task.max_length", lambda c: c.task.stride >= 0 and _has_windows(c)),
     _at_least_one("task.longest_answer"),
     Check("task.mask", "more than 0 and less than 1", lambda c: 0 < c.task.mask < 1),
-    Check("task.bad_rows", "refuse or skip", lambda c: c.task.bad_rows in ("refuse", "skip")),
-    Check("task.too_long", "truncate, skip or refuse", lambda c: c.task.too_long in ("truncate", "skip", "refuse")),
+    _one_of("task.bad_rows", "refuse", "skip"),
+    _one_of("task.too_long", "truncate", "skip", "refuse"),
     _at_least_one_or_null("task.limit"),
 )
 
-SEED = Check("train.seed", "at least 0", lambda c: c.train.seed >= 0)
+SEED = _not_negative("train.seed")
 
 TRAIN = (
     Check("train.output", "a directory", lambda c: c.train.output != ""),
-    Check("train.epochs", "more than 0", lambda c: 0 < c.train.epochs < inf),
+    _positive("train.epochs"),
     _at_least_one("train.batch_size"),
     _at_least_one("train.accumulation"),
     Check(
@@ -149,7 +165,7 @@ TRAIN = (
     Check("train.eval_every", "more than 0", lambda c: _time(c, "train.eval_every").amount > 0),
     _at_least_one("train.log_every"),
     SEED,
-    Check("train.select", "last or best", lambda c: c.train.select in ("last", "best")),
+    _one_of("train.select", "last", "best"),
     _at_least_one_or_null("train.patience"),
 )
 
@@ -169,13 +185,13 @@ OPTIMIZER = (
         "two numbers of at least 0 and less than 1",
         lambda c: len(c.optimizer.betas) == 2 and all(0 <= beta < 1 for beta in c.optimizer.betas),
     ),
-    Check("optimizer.eps", "more than 0", lambda c: 0 < c.optimizer.eps < inf),
-    Check("optimizer.weight_decay", "at least 0", lambda c: 0 <= c.optimizer.weight_decay < inf),
-    Check("optimizer.clip", "at least 0", lambda c: 0 <= c.optimizer.clip < inf),
+    _positive("optimizer.eps"),
+    _not_negative("optimizer.weight_decay"),
+    _not_negative("optimizer.clip"),
 )
 
 LR = (
-    Check("lr.peak", "more than 0", lambda c: 0 < c.lr.peak < inf),
+    _positive("lr.peak"),
     Check("lr.final", "0 to lr.peak", lambda c: 0 <= c.lr.final <= c.lr.peak),
     Check(
         "lr.rewind_every",
@@ -200,8 +216,8 @@ LR = (
 )
 
 PRUNING = (
-    Check("pruning.sparsity", "at least 0 and less than 1", lambda c: 0 <= c.pruning.sparsity < 1),
-    Check("pruning.initial", "at least 0 and less than 1", lambda c: 0 <= c.pruning.initial < 1),
+    _part("pruning.sparsity"),
+    _part("pruning.initial"),
     Check(
         "pruning.initial",
         "at most pruning.sparsity",
@@ -231,11 +247,7 @@ PRUNING = (
         "unstructured, N:M, RxC, heads or neurons",
         lambda c: re.fullmatch(r"unstructured|heads|neurons|\d+[:x]\d+", c.pruning.structure) is not None,
     ),
-    Check(
-        "pruning.scope",
-        "global, layer, tensor or groups",
-        lambda c: c.pruning.scope in ("global", "layer", "tensor", "groups"),
-    ),
+    _one_of("pruning.scope", "global", "layer", "tensor", "groups"),
     Check(
         "pruning.scope",
         "global where pruning.structure is not unstructured",
@@ -254,7 +266,7 @@ PRUNING = (
 )
 
 REGROWTH = (
-    Check("regrowth.part", "at least 0 and less than 1", lambda c: 0 <= c.regrowth.part < 1),
+    _part("regrowth.part"),
     Check(
         "regrowth.every",
         "more than 0",
@@ -285,16 +297,10 @@ REGROWTH = (
 FISHER = (
     _at_least_one("fisher.block"),
     _at_least_one("fisher.samples"),
-    Check("fisher.damping", "more than 0", lambda c: 0 < c.fisher.damping < inf),
+    _positive("fisher.damping"),
 )
 
-WANDB = (
-    Check(
-        "wandb.mode",
-        "online, offline or disabled",
-        lambda c: c.wandb.mode in ("online", "offline", "disabled"),
-    ),
-)
+WANDB = (_one_of("wandb.mode", "online", "offline", "disabled"),)
 
 SCORING = (*PRUNING, *REGROWTH, *FISHER)
 SECTIONS = (*RECIPE, *MODEL, *DISTILLATION, *TASK, *TRAIN, *CHECKPOINT, *OPTIMIZER, *LR, *SCORING, *WANDB)
