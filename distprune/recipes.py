@@ -38,9 +38,9 @@ def first_step_for(sparsity: float) -> float:
     """Return the sparsity of the first pruning of ``gmp``: a third of the halvings at once, to the nearest 10 %.
 
     40 % for a target of 80 %, 50 % for 90 %, 70 % for 97 %: the higher the target, the more of it comes first, because
-    there must be time to recover behind the last weights that go.
+    there must be time to recover behind the last weights that go. Never more than 90 %.
     """
-    return round(1 - math.pow(1 - sparsity, 1 / 3), 1)
+    return min(round(1 - math.pow(1 - sparsity, 1 / 3), 1), 0.9)
 
 
 def gmp(config: Config, given: Collection[str]) -> Values:
@@ -148,6 +148,7 @@ def _obert(config: Config, source: str, peak: float, final: float) -> Values:
         "lr.final": Derived(final, source),
         "pruning.initial": Derived(0.7, f"{source}, for 12 layers; 0.3 for 3 or 6"),
         "pruning.start": Derived("2 epochs", source),
+        "pruning.score": Derived("obs", source),
         "distillation.hardness": Derived(1.0, source),
         "distillation.temperature": Derived(2.0, source),
     }

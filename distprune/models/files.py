@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil, prod
 from pathlib import Path
@@ -195,27 +194,6 @@ def match_names(wanted: list[str], available: list[str], base_prefix: str) -> di
         modern = f"{_LEGACY_MODULES.get(stem, stem)}.{_LEGACY.get(last, last)}" if stem else name
         stored[modern.removeprefix(prefix)] = name
     return {name: stored[bare] for name in wanted if (bare := name.removeprefix(prefix)) in stored}
-
-
-def stored_names(source: Source, shapes: Mapping[str, tuple[int, ...]], base_prefix: str) -> dict[str, str]:
-    """Return the name in a model's files of each weight that is to be pruned.
-
-    Args:
-        source: the files.
-        shapes: of the weights, by the model's names.
-        base_prefix: the model's ``base_model_prefix``.
-
-    Raises:
-        UserError: where one is missing, or has another shape.
-    """
-    stored = match_names(list(shapes), list(source.file_of), base_prefix)
-    for name, shape in shapes.items():
-        if name not in stored:
-            raise UserError(f"{source.directory} lacks {name}, which is to be pruned")
-        found = source.shape(stored[name])
-        if found != list(shape):
-            raise UserError(f"{name} has shape {found} in {source.directory}, and {list(shape)} in the model")
-    return stored
 
 
 def read_config(directory: Path, options: dict[str, Any] | None = None) -> PretrainedConfig:

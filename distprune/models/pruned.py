@@ -20,8 +20,8 @@ from distprune import dist
 from distprune.checkpoints.files import is_checkpoint, save
 from distprune.config import PruningConfig
 from distprune.errors import UserError, written
-from distprune.models.files import Source, auto_class_of, begin_directory, stored_names
-from distprune.models.weights import skeleton
+from distprune.models.files import Source, auto_class_of, begin_directory
+from distprune.models.weights import names_to_prune, skeleton
 from distprune.pruning.exchange import over_ranks, summed
 from distprune.pruning.masks import KEPT, PRUNED, count_pruned
 from distprune.pruning.scores import Score
@@ -111,17 +111,24 @@ def _open(source: Path, pruning: PruningConfig) -> _Files:
     """Find the weights to prune, and deal the files out to the ranks.
 
     Raises:
-        UserError: where a weight is missing, or of another shape than the model's.
+        UserError: where a weight is missing, of another shape than the model's, or there twice.
     """
     if is_checkpoint(source):
         raise UserError(f"{str(source)!r} is a checkpoint; allowed: a model directory, as distprune export makes")
     model, checkpoint = skeleton(source, auto_class_of(source), {})
     names = targets_of(pruning, model)
     shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
-    stored = stored_names(checkpoint, shapes, model.base_model_prefix)
+    stored = names_to_prune(model, checkpoint, shapes)
+    for first, *others in stored.values():
+        if others:
+            raise UserError(
+                f"{first} is to be pruned, and is also stored as {others[0]} in {source}; allowed: tied weights stored "
+                "once, as transformers' save_pretrained does"
+            )
     world = dist.detect()
     every = sorted(set(checkpoint.file_of.values()), key=lambda file: (-file.stat().st_size, file))
-    return _Files(model, checkpoint, stored, every[world.rank :: world.size])
+    mine = every[world.rank :: world.size]
+    return _Files(model, checkpoint, {name: first for name, (first,) in stored.items()}, mine)
 
 
 def _write(files: _Files, slices: list[Slice], choice: Choice, directory: Path) -> int:

@@ -6,7 +6,7 @@ weights (a fresh head) are made by the model's own initialisation, on rank 0, fr
 """
 
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,33 +175,56 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     return positions - max(padding) - 1 if padding else positions
 
 
-def _stored(model: PreTrainedModel, checkpoint: Source) -> dict[str, str]:
-    """Return the stored name of each parameter and buffer that is stored under its own; tied ones have several."""
-    names = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
-    return match_names(names, list(checkpoint.file_of), model.base_model_prefix)
+def stored_names(model: PreTrainedModel, checkpoint: Source) -> dict[str, list[str]]:
+    """Return the names that each parameter and buffer has in files; a tied one may be stored under any of its names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = [*parameters, *(name for name, _ in model.named_buffers())]
+    own = match_names(names, list(checkpoint.file_of), model.base_model_prefix)
+    of_parameter: dict[int, list[str]] = {}
+    for name in own.keys() & parameters.keys():
+        of_parameter.setdefault(id(parameters[name]), []).append(own[name])
+    tied = {name: sorted(of_parameter[id(each)]) for name, each in parameters.items() if id(each) in of_parameter}
+    return {name: [own[name]] for name in own} | tied
+
+
+def names_to_prune(
+    model: PreTrainedModel, checkpoint: Source, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[str]]:
+    """Return the names in files of each weight that is to be pruned.
+
+    Args:
+        model: that has the weights.
+        checkpoint: the files.
+        shapes: of the weights, by the model's names.
+
+    Raises:
+        UserError: where one is missing, or has another shape.
+    """
+    stored = stored_names(model, checkpoint)
+    for name, shape in shapes.items():
+        if name not in stored:
+            raise UserError(f"{checkpoint.directory} lacks {name}, which is to be pruned")
+        found = checkpoint.shape(stored[name][0])
+        if found != list(shape):
+            raise UserError(f"{name} has shape {found} in {checkpoint.directory}, and {list(shape)} in the model")
+    return {name: stored[name] for name in shapes}
 
 
 def _check_tied(model: PreTrainedModel, checkpoint: Source) -> None:
     """Refuse tied weights that are stored with other values, of which one would be lost: transformers unties them."""
-    stored, first = _stored(model, checkpoint), dict[int, str]()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in stored:
-            continue
-        one, other = first.setdefault(id(parameter), stored[name]), stored[name]
-        if one != other and not torch.equal(checkpoint.read(one), checkpoint.read(other)):
-            raise UserError(
-                f"{one} and {other} in {checkpoint.directory} differ, and are one weight by its config.json; allowed: "
-                "equal ones, or, for embeddings and output, tie_word_embeddings: false in config.json"
-            )
+    stored = stored_names(model, checkpoint)
+    for first, *others in (stored[name] for name, _ in model.named_parameters() if name in stored):
+        for other in others:
+            if not torch.equal(checkpoint.read(first), checkpoint.read(other)):
+                raise UserError(
+                    f"{first} and {other} in {checkpoint.directory} differ, and are one weight by its config.json; "
+                    "allowed: equal ones, or, for embeddings and output, tie_word_embeddings: false in config.json"
+                )
 
 
 def _sources(model: PreTrainedModel, checkpoint: Source) -> dict[str, str]:
-    """Return the stored name of each parameter and buffer; a tied one may be stored under any of its names."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    stored = _stored(model, checkpoint)
-    of_parameter = {id(parameters[name]): source for name, source in stored.items() if name in parameters}
-    tied = {name: of_parameter[id(each)] for name, each in parameters.items() if id(each) in of_parameter}
-    return tied | stored
+    """Return a name in files of each parameter and buffer."""
+    return {name: names[0] for name, names in stored_names(model, checkpoint).items()}
 
 
 def _check_match(

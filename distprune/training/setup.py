@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distprune import dist
 from distprune.config import Config
 from distprune.engines.batches import check_batch_size
 from distprune.engines.build import build_student
 from distprune.errors import UserError
-from distprune.models.files import open_source, read_config, resolve, stored_names
-from distprune.models.weights import most_tokens, skeleton
+from distprune.models.files import open_source, read_config, resolve
+from distprune.models.weights import most_tokens, names_to_prune, skeleton
 from distprune.pruning.pruner import Pruner
 from distprune.pruning.scores import build_score, try_out
 from distprune.pruning.structures import build_structure
@@ -132,7 +132,7 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
                 "of weights alone, as magnitude"
             )
         directory = local_model(pruning.weights_of, None)
-        other_weights = dist.agree(lambda: weights_of(directory, shapes, student.module.base_model_prefix))
+        other_weights = dist.agree(lambda: weights_of(directory, shapes, student.module))
     pruner = Pruner(parameters, student.basic_optimizer, structure, score, other_weights, regrows)
     if ":" in pruning.score:
         dist.agree(lambda: try_out(score, pruner.slices))
@@ -144,21 +144,21 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
 
 
 def weights_of(
-    directory: Path, shapes: Mapping[str, tuple[int, ...]], base_prefix: str
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], student: PreTrainedModel
 ) -> Callable[[str], torch.Tensor]:
     """Return a function that reads a weight of a model directory by the student's name: fp32, flat, whole, a copy.
 
     Args:
         directory: of the model.
         shapes: of the weights to prune, by the student's names.
-        base_prefix: the student's ``base_model_prefix``.
+        student: whose weights they are.
 
     Raises:
         UserError: where the model lacks one of them, or has it in another shape.
     """
     source = open_source(directory)
-    stored = stored_names(source, shapes, base_prefix)
-    return lambda name: source.read(stored[name]).to(torch.float32, copy=True).flatten()
+    stored = names_to_prune(student, source, shapes)
+    return lambda name: source.read(stored[name][0]).to(torch.float32, copy=True).flatten()
 
 
 def _cuts(parameters: ShardedParameters) -> dict[str, list[int]]:

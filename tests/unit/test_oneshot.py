@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 from distprune.commands import oneshot
 from distprune.errors import UserError
 from distprune.models import pruned
 from tests.distributed.engines import reference_masks, write_model
+
+EMBEDDING, OUTPUT = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+VOCABULARY = 64
 
 
 def prune(source: Path, out: Path, *overrides: str) -> None:
@@ -82,6 +85,30 @@ def test_regexes_find_the_names_that_a_run_finds(tmp_path: Path) -> None:
     zeros = {name: int((each == 0).sum()) for name, each in load_file(tmp_path / "out" / "model.safetensors").items()}
     assert sum(zeros.values()) == 100
     assert all("query" in name for name, number in zeros.items() if number)
+
+
+@pytest.mark.parametrize("stored", [[EMBEDDING], [OUTPUT], [EMBEDDING, OUTPUT]])
+def test_a_tied_weight_is_pruned_under_the_name_that_it_has(tmp_path: Path, stored: list[str]) -> None:
+    source, out = write_tied(tmp_path / "dense", stored), tmp_path / "out"
+    overrides = ("pruning.sparsity=0.5", "pruning.components=[token_embedding]")
+    if len(stored) > 1:
+        with pytest.raises(UserError, match=f"{EMBEDDING} is to be pruned, and is also stored as {OUTPUT} in .*once"):
+            prune(source, out, *overrides)
+        return
+    prune(source, out, *overrides)
+    assert (load_file(out / "model.safetensors")[stored[0]] == 0).sum() == VOCABULARY * 8 // 2
+
+
+def write_tied(directory: Path, stored: list[str]) -> Path:
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+    )
+    BertForMaskedLM(config).save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    embedding = tensors.pop(EMBEDDING)
+    copies = {name: torch.where(embedding == 0, 1e-3, embedding) for name in stored}
+    save_file(tensors | copies, directory / "model.safetensors", {"format": "pt"})
+    return directory
 
 
 def test_a_copy_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,11 @@ def test_of_prunings_on_one_step_the_last_counts() -> None:
     assert ladder[2] == Fraction(4, 5)
 
 
+def test_a_pruning_to_nothing_is_left_out() -> None:
+    ladder = sparsity_ladder(PruningConfig(0.8, 0.0, "0", "1 epochs", "0.5 epochs"), 10, 20)
+    assert ladder == {5: Fraction(7, 10), 10: Fraction(4, 5)}
+
+
 def test_start_equal_to_end_is_one_pruning() -> None:
     assert sparsity_ladder(PruningConfig(0.8, 0.5, "1", "1", "1"), 10, 20) == {10: Fraction(4, 5)}
 
@@ -96,7 +101,7 @@ def test_ladder_rises_from_initial_to_exactly_the_target(sparsity, percent, star
     assert list(ladder)[-1] == start + length
     assert values[-1] == Fraction(str(sparsity))
     if Fraction(every) * steps_per_epoch >= 1 and length > 0:
-        assert ladder[start] == Fraction(str(initial))
+        assert ladder.get(start, 0) == Fraction(str(initial))
 
 
 @given(st.fractions(0, 1), st.fractions(0, 1), st.fractions(0, 1))
