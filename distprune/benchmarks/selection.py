@@ -14,7 +14,7 @@ from torch import Tensor
 from distprune import dist
 from distprune.benchmarks.timing import fastest, peak_bytes, seconds
 from distprune.pruning.exchange import Exchange, Request, T, over_ranks, summed
-from distprune.pruning.masks import KEPT, count_pruned
+from distprune.pruning.masks import KEPT, apply_mask, count_pruned
 from distprune.pruning.scores import Magnitude
 from distprune.pruning.slices import Slice
 from distprune.pruning.structures.unstructured import Unstructured
@@ -108,6 +108,7 @@ class Weights:
         counts = torch.zeros(len(place), dtype=torch.int64)
         for each in self.slices:
             assert choice.mark(each) == 0, "no weight is NaN"
+            apply_mask(each.weights(), each.mask)
             counts[place[each.name]] += count_pruned(each.mask)
         counts = over_ranks(self._counted(summed(counts)), self.device)
         return dict(zip(self.sizes, counts.tolist(), strict=True))

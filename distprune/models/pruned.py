@@ -145,8 +145,7 @@ def _write(files: _Files, slices: list[Slice], choice: Choice, directory: Path) 
             tensor = files.checkpoint.read(name)
             if name in by_name:
                 mask = by_name[name].mask.clone(memory_format=torch.contiguous_format)
-                values = tensor.float().flatten().clone()
-                if choice.mark(replace(by_name[name], mask=mask, weights=partial(_same, values))):
+                if choice.mark(replace(by_name[name], mask=mask)):
                     raise UserError(
                         f"{name} in {files.checkpoint.directory} has scores that are NaN, and no place in an order"
                     )
@@ -156,7 +155,3 @@ def _write(files: _Files, slices: list[Slice], choice: Choice, directory: Path) 
         with written(directory / file.name):
             save(tensors, directory / file.name, {"format": "pt"})
     return masked
-
-
-def _same(values: Tensor) -> Tensor:
-    return values

@@ -111,11 +111,10 @@ class Pruner:
         Collective: every rank calls it, before the first step.
         """
         for each in self.slices:
-            weights = each.weights()  # there are no gradients yet, which parts would be given
-            each.mask.copy_(torch.where(weights == 0, PRUNED, KEPT))
-            apply_mask(weights, each.mask)
+            each.mask.copy_(torch.where(each.weights() == 0, PRUNED, KEPT))
             if each.removed is not None:
                 each.removed.copy_(torch.where(each.mask == PRUNED, torch.nan, 0.0))
+        self._mask_weights()
         self._count()
         self._started_sparse = self.masked > 0
         self.carried = not self.masked  # the copies may hold -0.0
@@ -139,6 +138,7 @@ class Pruner:
         if regrown is not None and self.masked:
             over_ranks(regrow(self.slices, self.parameters.numel, self.masked_of, regrown), self._device)
             before = self.masked_of
+            self._mask_weights()
             self._masks_changed()
             assert self.masked_of == before, "a regrowth changed how many are masked"
         if self.masked:
@@ -175,20 +175,16 @@ class Pruner:
         over_ranks(self.score.prepare(self.slices, self.parameters.numel), self._device)
         choosing = self.structure.choose(self.slices, self.score, sparsity, self.masked_of)
         choice = over_ranks(choosing, self._device)
-        weights_before = [each.weights().clone() for each in self.slices] if self.score.compensates else []
         nans = self._per_parameter([choice.mark(each) for each in self.slices])
-        for each in self.slices:
-            each.forget_kept()
-        if self.score.compensates:
-            over_ranks(self.score.compensate(self.slices, weights_before), self._device)
-        if self.other_weights is not None:
-            for flat in self.flat_masks:  # what was marked, and zeroed, is a copy
-                apply_mask(flat.master, flat.mask)
         for name in (name for name, number in nans.items() if number):
             raise UserError(
                 f"{name} has scores of {type(self.score).__name__} that are NaN, which have no place in an order; "
                 "where the weights are too, the learning rate may be too high"
             )
+        over_ranks(self.score.compensate(self.slices), self._device)
+        for each in self.slices:
+            each.forget_kept()
+        self._mask_weights()
         self._masks_changed()
         wanted = self.structure.masked_at(sparsity)
         assert self.masked == wanted or (self._started_sparse and self.masked > wanted), (
@@ -242,6 +238,10 @@ class Pruner:
         self.threshold, self.carried = state["threshold"], state["carried"]
         self._started_sparse = state["started_sparse"]
         self._moments_to_zero = set(range(len(self.flat_masks)))
+
+    def _mask_weights(self) -> None:
+        for flat in self.flat_masks:
+            apply_mask(flat.master, flat.mask)
 
     def _mask_gradients(self) -> None:
         for shard, each in zip(self.shards, self.slices, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distprune.pruning.exchange import Exchange, together
 from distprune.pruning.keys import HIGHEST_MAGNITUDE, magnitude_keys, ranked
-from distprune.pruning.masks import KEPT, MAGNITUDE, PRUNED, apply_mask
+from distprune.pruning.masks import KEPT, MAGNITUDE, PRUNED
 from distprune.pruning.scores import Magnitude
 from distprune.pruning.select import Cut, Source, select_smallest
 from distprune.pruning.slices import Part, Slice
@@ -20,7 +20,7 @@ from distprune.pruning.structures.unstructured import Elements
 
 
 def regrow(slices: Sequence[Slice], sizes: Mapping[str, int], masked: Mapping[str, int], part: float) -> Exchange[None]:
-    """Drop ``ceil(part * kept)`` weights of each parameter, the smallest, and let as many come back.
+    """Mask ``ceil(part * kept)`` weights of each parameter, the smallest, and let as many come back.
 
     Args:
         slices: of this rank, with the gradients of the step as they are before they are masked.
@@ -43,7 +43,6 @@ def regrow(slices: Sequence[Slice], sizes: Mapping[str, int], masked: Mapping[st
     cuts = dict(zip(sizes, (yield from together(list(unwanted.values()))), strict=True))
     for piece in (found for each in slices for found in each.held()):
         _mark(piece, cuts[piece.name], _growth_keys(piece))
-        apply_mask(piece.weights, piece.mask)
 
 
 def _mark(part: Part, cut: Cut, keys: Tensor) -> None:

@@ -32,8 +32,6 @@ class Score(ABC):
     """Whether what was pruned competes again at each pruning, with the weights that it had when it went."""
     learns = False
     """Whether it is told, before each pruning, gradients of ``fisher.samples`` batches that are taken for it alone."""
-    compensates = False
-    """Whether it moves the weights that stay, in each pruning, to make up for those that go."""
     reads_weights = True
     """Whether it depends on the weights."""
     samples = False
@@ -76,12 +74,11 @@ class Score(ABC):
         """
         yield from ()
 
-    def compensate(self, slices: Sequence[Slice], before: Sequence[Tensor]) -> Exchange[None]:
-        """Move the weights that stay.
+    def compensate(self, slices: Sequence[Slice]) -> Exchange[None]:
+        """Move the weights that stay, to make up for those that go.
 
         Args:
-            slices: of this rank, with the new masks.
-            before: their weights before the pruning.
+            slices: of this rank, with the new masks; what goes still has its weight, and is zeroed behind this.
         """
         yield from ()
 

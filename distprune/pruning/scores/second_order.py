@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distprune.config import FisherConfig
 from distprune.pruning.exchange import Exchange
-from distprune.pruning.masks import PRUNED, apply_mask
+from distprune.pruning.masks import PRUNED
 from distprune.pruning.scores.base import PositiveScore
 from distprune.pruning.scores.fisher import InverseFisher
 from distprune.pruning.slices import Part, Slice
@@ -23,7 +23,6 @@ class OptimalBrainSurgeon(PositiveScore):
 
     needs_gradient = True
     learns = True
-    compensates = True
 
     def __init__(
         self, seed: int = 0, fisher: FisherConfig | None = None, cuts: Mapping[str, Sequence[int]] | None = None
@@ -56,16 +55,12 @@ class OptimalBrainSurgeon(PositiveScore):
     def scores(self, part: Part) -> Tensor:  # noqa: D102
         return part.weights.square() / (2 * self._inverse(part))
 
-    def compensate(self, slices: Sequence[Slice], before: Sequence[Tensor]) -> Exchange[None]:  # noqa: D102
+    def compensate(self, slices: Sequence[Slice]) -> Exchange[None]:  # noqa: D102
         assert self._fisher is not None
-        gone = [
-            torch.where(each.mask == PRUNED, weights / self._diagonals[each.name][1], 0)
-            for each, weights in zip(slices, before, strict=True)
-        ]
+        gone = [torch.where(each.mask == PRUNED, each.weights() / self._diagonals[each.name][1], 0) for each in slices]
         for each, moved in zip(slices, (yield from self._fisher.times(gone)), strict=True):
             weights = each.weights()
             weights -= moved
-            apply_mask(weights, each.mask)
         self._fisher, self._diagonals = None, {}
 
     def _inverse(self, part: Part) -> Tensor:

@@ -17,7 +17,7 @@ class Choice:
     threshold: float
     """The highest score that went, of a weight or of what is pruned together."""
     mark: Callable[[Slice], int]
-    """Extends a slice's mask, zeroes what it prunes, and returns how many of its scores are NaN: those stay."""
+    """Extends a slice's mask, and returns how many of its scores are NaN: those stay."""
 
 
 class Structure(ABC):

@@ -16,7 +16,6 @@ from torch import Tensor
 from distprune.errors import UserError
 from distprune.pruning.exchange import Exchange
 from distprune.pruning.keys import chunk_of
-from distprune.pruning.masks import apply_mask
 from distprune.pruning.scores import Score
 from distprune.pruning.select import select_smallest
 from distprune.pruning.slices import Slice
@@ -191,7 +190,7 @@ class Blocks(Structure):
         return sums.view(-1, 2), nans
 
     def _mark(self, each: Slice, goes: Tensor) -> None:
-        """Mark and zero a slice's weights in the units that go, bool of shape [units of the slice]."""
+        """Mark a slice's weights in the units that go, bool of shape [units of the slice]."""
         grid = self.grids[each.name]
         rows, columns = grid.rows_of(each.start, each.end), grid.shape[1]
         goes = goes.view(len(rows), grid.per_row)
@@ -200,7 +199,6 @@ class Blocks(Structure):
             marked = goes[place].repeat_interleave(grid.block[1], dim=1).flatten()
             mask = each.mask[start - each.start : end - each.start]
             mask &= marked[start - first * columns :][: end - start].to(torch.int8) - 1
-        apply_mask(each.weights(), each.mask)
 
 
 def _unit_size(grids: dict[str, Grid], grid: Grid) -> int:

@@ -16,7 +16,6 @@ from torch import Tensor
 from distprune.errors import UserError
 from distprune.pruning.exchange import Exchange
 from distprune.pruning.keys import ranked
-from distprune.pruning.masks import apply_mask
 from distprune.pruning.scores import Score
 from distprune.pruning.select import select_smallest
 from distprune.pruning.slices import Slice
@@ -101,7 +100,6 @@ class NOfM(Structure):
                 inside = slice(max(0, -first), min(goes.numel(), each.end - each.start - first))
                 mask = each.mask[first + inside.start : first + inside.stop]
                 mask &= goes.flatten()[inside].to(torch.int8) - 1
-            apply_mask(each.weights(), each.mask)
             return nans
 
         return Choice(key_value(cut.highest, exponent), mark)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distprune.pruning.exchange import Exchange, together
 from distprune.pruning.keys import BLOCK, Interval, ranked
-from distprune.pruning.masks import MAGNITUDE, apply_mask, prune_below
+from distprune.pruning.masks import MAGNITUDE, prune_below
 from distprune.pruning.scores import Score
 from distprune.pruning.select import Cut, Source, select_smallest
 from distprune.pruning.slices import Part, Slice
@@ -87,11 +87,10 @@ class Elements(Source):
 
 
 def mark_elements(each: Slice, score: Score, cut: Cut) -> int:
-    """Mark a slice's weights that a cut selects, and zero them, in one pass; return how many scores are NaN."""
+    """Mark a slice's weights that a cut selects; return how many scores are NaN."""
     nans = 0
     for part in each.held():
         keys = score.keys(part)
         for piece, bound in cut.bounds(part.first_index, keys.numel()):
             nans += prune_below(part.mask[piece], keys[piece], bound - 1, score.highest)
-        apply_mask(part.weights, part.mask)
     return nans

@@ -184,8 +184,8 @@ def prune(
     for each in (each for slices in ranks for each in slices):
         mask = after[each.name].mask[each.start : each.end]
         assert torch.equal(each.mask, mask), f"ranks differ in {each.name}"
-        kept = parameters[each.name].weights[each.start : each.end].view(torch.int32) & mask
-        assert torch.equal(each.weights().view(torch.int32), kept), "weights are not zeroed, or changed"
+        before = parameters[each.name].weights[each.start : each.end]
+        assert torch.equal(each.weights().view(torch.int32), before.view(torch.int32)), "a choice changes no weight"
     for name, each in after.items():
         each.weights = torch.where(each.mask == PRUNED, 0.0, parameters[name].weights)
         assert not (each.mask & ~parameters[name].mask).any(), "a pruned weight is back"
