@@ -226,12 +226,18 @@ def sweep_work(sweep: Opened, overrides: list[str]) -> Work:
 
 def grid_of(axes: list[str]) -> dict[str, list[Any]]:
     """Return the keys of a grid, and their values."""
-    grid = {}
+    grid: dict[str, list[Any]] = {}
     for axis in axes:
-        key, equals, values = axis.partition("=")
-        if not (key and equals and all(values.split(","))):
+        key, _, values = axis.partition("=")
+        try:
+            found = yaml12.parse(f"[{values}]")
+        except yaml.YAMLError:
+            found = []
+        if not (key and isinstance(found, list) and found):
             raise UserError(f"--sweep {axis!r}; allowed: KEY=V1,V2, e.g. pruning.sparsity=0.8,0.9")
-        grid[key] = [yaml12.parse(value) for value in values.split(",")]
+        if key in grid:
+            raise UserError(f"--sweep {key} is given twice; allowed: once, with all of its values")
+        grid[key] = found
     return grid
 
 

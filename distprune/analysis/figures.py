@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from distprune.analysis.components import Part
 from distprune.analysis.temperature import Softness
 from distprune.config import ENCODER
-from distprune.monitor.plots import BLUE, GREEN, GREY, RED
+from distprune.monitor.plots import BLUE, GREEN, GREY, RED, as_it_is
 
 
 def draw_softness(means: list[Softness], best: float | None, title: str) -> Figure:
@@ -21,7 +21,7 @@ def draw_softness(means: list[Softness], best: float | None, title: str) -> Figu
     right.plot(temperatures, [each.gradient for each in means], color=RED, marker="^", label="gradient (right)")
     if best is not None:
         left.axvline(best, color=GREY, linestyle="--", label=f"T = {best:g}")
-    left.set(xlabel="temperature", ylabel="mean over rows", ylim=(0, 1.02), title=title)
+    left.set(xlabel="temperature", ylabel="mean over rows", ylim=(0, 1.02), title=as_it_is(title))
     right.set(ylabel="norm of the gradient", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure

@@ -156,6 +156,22 @@ def changes(old: dict[str, Any], config: Config) -> list[str]:
     return found
 
 
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """Return the summary of a finished run.
+
+    Raises:
+        UserError: where it cannot be read, as one that was cut off.
+    """
+    path = run_dir / SUMMARY
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; allowed: the file that the run has written") from error
+    if not isinstance(summary, dict):
+        raise UserError(f"{path} is no summary of a run; allowed: the file that the run has written")
+    return summary
+
+
 def started_with(run_dir: Path) -> dict[str, Any]:
     """Return the configuration that a run without a checkpoint was started with, section by section.
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from distprune import recipes, settings
 from distprune.config import Config, value_of
 from distprune.errors import UserError
-from distprune.monitor.plots import save_png
+from distprune.monitor.plots import as_it_is, save_png
 from distprune.tasks import task_kind
 from distprune.training.plan import Plan, make_plan
 from distprune.training.setup import load_task, local_model
@@ -127,7 +127,7 @@ def draw(plan: Plan, png: str, title: str) -> None:
     axes[-1].set_xlabel(f"epochs of {plan.steps_per_epoch:,} optimizer steps")
     axes[-1].set_xlim(0, plan.total_steps / plan.steps_per_epoch)
     axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(as_it_is(title), fontsize=11)
     save_png(figure, png)
 
 

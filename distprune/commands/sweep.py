@@ -1,16 +1,19 @@
 """``distprune sweep``: the runs of a file, one after another or several at a time, and their table and plot."""
 
+import os
+import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from distprune.checkpoints import run_directory
 from distprune.errors import UserError, written
+from distprune.monitor.records import csv_text, write_text
 from distprune.sweeps import results
 from distprune.sweeps.execute import Outcome, carry_out, check_room
-from distprune.sweeps.means import differences_of, means_of
+from distprune.sweeps.means import differences_of, means_of, without_result
 from distprune.sweeps.opened import Opened, open_sweep
 from distprune.sweeps.spec import Run
-from distprune.sweeps.table import as_csv, draw, markdown, markdown_of_differences
+from distprune.sweeps.table import draw, markdown, markdown_of_differences
 from distprune.training.interrupts import Interrupted
 
 
@@ -36,6 +39,8 @@ def run(
         UserError: before anything runs, where the file, the results or a run directory do not fit; in the end, where
             runs failed.
     """
+    if only_table and (dry_run or only):
+        raise UserError("--table is given with --dry-run or --only; allowed: one of them, as a table is of all results")
     opened = open_sweep(sweep_path, overrides, results_file)
     sweep, runs, rows = opened.sweep, opened.runs, opened.rows
     if not (only_table or dry_run):
@@ -49,21 +54,21 @@ def run(
         opened.read()
     if only_table:
         _take_up_what_has_ended(opened)
-        print("".join(f"no result: {each.name}\n" for each in runs if each.name not in rows), end="")
+        _say("".join(f"no result: {each.name}\n" for each in runs if each.name not in rows), end="")
         _report(opened)
         return
     names = _chosen([each.name for each in runs], only)
     missing = opened.missing(names)
-    print(f"{len(names)} runs, {sum(name in rows for name in names)} with a result, {len(missing)} to run")
+    _say(f"{len(names)} runs, {sum(name in rows for name in names)} with a result, {len(missing)} to run")
     if dry_run:
-        print("".join(f"{each.name}\n" for each in missing), end="")
+        _say("".join(f"{each.name}\n" for each in missing), end="")
         return
     opened.check_can_begin(missing)
     outcome = _run(missing, opened)
     if any(each.name in rows for each in runs):
         _report(opened)
     if outcome.stopped:
-        print("stopped, as asked; the same command goes on from there")
+        _say("stopped, as asked; the same command goes on from there")
         raise Interrupted(0, None, requeue=False)
     if outcome.failed:
         logs = ", ".join(f"{name} ({log})" for name, log in outcome.failed.items())
@@ -103,13 +108,21 @@ def _run(missing: Sequence[Run], opened: Opened) -> Outcome:
 
     def done(run: Run) -> None:
         row = opened.add(run)
-        print(f"{run.name}: {row['metric_name']} {row['final_metric']}", flush=True)
+        _say(f"{run.name}: {row['metric_name']} {row['final_metric']}")
 
     finished = [each for each in missing if results.is_finished(each, opened.output)]
     for each in finished:
         done(each)  # it ended, and the sweep was stopped before its line was written
     left, sweep = [each for each in missing if each not in finished], opened.sweep
-    return carry_out(left, opened.output, sweep.ranks, sweep.at_once, done, lambda text: print(text, flush=True))
+    return carry_out(left, opened.output, sweep.ranks, sweep.at_once, done, _say)
+
+
+def _say(text: str, end: str = "\n") -> None:
+    """Print, as long as somebody listens: a terminal that was closed is no reason to leave the runs alone."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until this process ends
 
 
 def _report(opened: Opened) -> None:
@@ -124,8 +137,10 @@ def _report(opened: Opened) -> None:
     differences = differences_of(runs, known, sweep.compare, sweep.chance)
     if differences:
         table += "\n" + markdown_of_differences(differences)
+    if without := without_result(runs, known):
+        table += f"\nWithout a result, and in none of the means: {', '.join(without)}\n"
     with written(stored.with_suffix(".md")):
-        stored.with_suffix(".md").write_text(table)
-        stored.with_suffix(".csv").write_text(as_csv(means))
+        write_text(stored.with_suffix(".md"), table)
+        write_text(stored.with_suffix(".csv"), csv_text([each.record() for each in means]))
         draw(means, sweep.baseline, opened.path.stem).savefig(stored.with_suffix(".png"))
-    print(f"{table}table and plot: {stored.with_suffix('')}.md, .csv and .png")
+    _say(f"{table}table and plot: {stored.with_suffix('')}.md, .csv and .png")

@@ -35,9 +35,14 @@ def plot_run(metrics: Metrics, path: Path, dense: float | None, title: str) -> N
     _draw_metric(upper, metrics, dense)
     _draw_learning_rate(lower, metrics)
     _mark_epochs(upper, metrics)
-    figure.suptitle(title, weight="bold")
+    figure.suptitle(as_it_is(title), weight="bold")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, format="png")
+
+
+def as_it_is(text: str) -> str:
+    """Return a text that matplotlib shows as it is: with its dollars, and as a label also where it begins with _."""
+    return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
 def save_png(figure: Figure, path: str | Path) -> None:

@@ -33,7 +33,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+            record["step"]
+        except (ValueError, KeyError, TypeError):
             continue
         while records and records[-1]["step"] > record["step"]:
             records.pop()

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from distprune.errors import UserError
 from distprune.models.files import match_names, open_source, resolve
-from distprune.monitor.plots import COLORS, GREY, main_metric, series
+from distprune.monitor.plots import COLORS, GREY, as_it_is, main_metric, series
 from distprune.reports.runs import RunRecord
 
 _LOSSES: dict[str, Any] = {
@@ -36,32 +36,33 @@ def curves(runs: Sequence[RunRecord]) -> Figure:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     metric, losses, *others = panels.flat
+    drawn_of: list[list[str]] = []
     for index, run in enumerate(runs):
         color = COLORS[index % len(COLORS)]
         if (name := main_metric(run.metrics)) is not None:
-            metric.plot(*series(run.metrics, name, "validation"), color=color, marker="o", label=run.name)
-        _draw_losses(losses, run, color)
+            metric.plot(*series(run.metrics, name, "validation"), color=color, marker="o", label=as_it_is(run.name))
+        drawn_of.append(_draw_losses(losses, run, color))
         for axes, key in zip(others, ("sparsity", "threshold", "lr", "examples_per_s"), strict=True):
             axes.plot(*series(run.metrics, key, "train"), color=color)
     for axes in panels[-1]:
         axes.set_xlabel("optimizer steps")
-    drawn = [key for key in _LOSSES if any(_has_part(run, key) for run in runs)]
+    drawn = [key for key in _LOSSES if any(key in parts for parts in drawn_of)]
     lines = [Line2D([], [], color=GREY, linestyle=_LOSSES[key]) for key in drawn]
     losses.legend(lines, [key.replace("_", " ") for key in drawn], fontsize=8, frameon=False)
     figure.legend(*metric.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def _draw_losses(axes: Axes, run: RunRecord, color: str) -> None:
+def _draw_losses(axes: Axes, run: RunRecord, color: str) -> list[str]:
+    """Draw the total, and parts that are neither 0 nor all of it; return which."""
+    total = series(run.metrics, "loss", "train")[1]
+    drawn = []
     for key, style in _LOSSES.items():
-        if _has_part(run, key):
-            axes.plot(*series(run.metrics, key, "train"), color=color, linestyle=style, linewidth=1.2)
-
-
-def _has_part(run: RunRecord, key: str) -> bool:
-    """Return whether a loss is drawn: the total, and parts that are neither 0 nor all of it."""
-    values = series(run.metrics, key, "train")[1]
-    return any(values) and (key == "loss" or values != series(run.metrics, "loss", "train")[1])
+        steps, values = series(run.metrics, key, "train")
+        if any(values) and (key == "loss" or values != total):
+            axes.plot(steps, values, color=color, linestyle=style, linewidth=1.2)
+            drawn.append(key)
+    return drawn
 
 
 def weights(run: RunRecord) -> Figure:

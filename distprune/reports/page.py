@@ -51,7 +51,7 @@ def page(runs: Sequence[RunRecord], curves: Figure) -> str:
         curves=_embedded(curves),
         layers=[(run.name, *_picture(_layers, run)) for run in runs],
         weights=[(run.name, *_picture(figures.weights, run)) for run in runs],
-        times=[(part, [f"{times(run)[part]:,.1f}" for run in runs]) for part in times(runs[0])],
+        times=[(part, [_seconds(times(run)[part]) for run in runs]) for part in times(runs[0])],
         differences=list(differences(runs).items()),
         configurations=[(run.name, (run.directory / CONFIG).read_text()) for run in runs],
         environment=[(key, [_shown(run.summary.get("environment", {}).get(key)) for run in runs]) for key in versions],
@@ -74,7 +74,7 @@ def _further(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 
 def _layers(run: RunRecord) -> Figure:
     if not run.layers:
-        raise UserError("nothing was pruned")
+        raise UserError("nothing was pruned" if run.summary else "nothing is pruned yet, or evaluated since")
     return layers_figure(run.layers)
 
 
@@ -98,6 +98,10 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
 
 
 def write(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from yaml import YAMLError
 
 from distprune import yaml12
-from distprune.checkpoints.run_directory import CONFIG, SUMMARY
+from distprune.checkpoints.run_directory import CONFIG, SUMMARY, read_summary
 from distprune.errors import UserError
 from distprune.monitor.records import read_metrics
 
@@ -38,7 +38,8 @@ class RunRecord:
         for record in self.metrics:
             of_record = {key: value for key, value in record.items() if key.startswith("sparsity/")}
             found = {key.removeprefix("sparsity/"): value for key, value in of_record.items()} or found
-        return found
+        ended = self.summary.get("layers", {})
+        return found or {name: layer["masked"] / layer["weights"] for name, layer in ended.items()}
 
 
 def read_runs(directories: Sequence[str]) -> list[RunRecord]:
@@ -54,12 +55,12 @@ def read_runs(directories: Sequence[str]) -> list[RunRecord]:
 
 
 def _read(path: Path, name: str) -> RunRecord:
-    config, summary = path / CONFIG, path / SUMMARY
+    config = path / CONFIG
     if not config.exists():
         raise UserError(f"{str(path)!r} is no run's directory, which has a {CONFIG}; allowed: train.output of a run")
     try:
         keys = _flat(yaml12.parse(config.read_text(encoding="utf-8")) or {})
-        told = json.loads(summary.read_text()) if summary.exists() else {}
+        told = read_summary(path) if (path / SUMMARY).exists() else {}
     except (OSError, ValueError, YAMLError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if lacking := {"train.batch_size", "model.path"} - keys.keys():
@@ -93,8 +94,8 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     return {key: found for key, found in values.items() if len(set(found)) > 1}
 
 
-def times(run: RunRecord) -> dict[str, float]:
-    """Return the seconds that a finished run took for its training steps, and for all else.
+def times(run: RunRecord) -> dict[str, float | None]:
+    """Return the seconds that a run took for its training steps, and for all else; None for that while it is under way.
 
     Steps are timed from one line of metrics.jsonl to the next, evaluations left out.
     """
@@ -103,5 +104,5 @@ def times(run: RunRecord) -> dict[str, float]:
         if record["split"] == "train" and record.get("examples_per_s"):
             training += (record["step"] - before) * size / record["examples_per_s"]
             before = record["step"]
-    rest = run.summary.get("wall_time_s", training) - training
-    return {"training steps": training, "evaluations, checkpoints, export": max(0.0, rest)}
+    rest = max(0.0, run.summary["wall_time_s"] - training) if run.summary else None
+    return {"training steps": training, "evaluations, checkpoints, export": rest}

@@ -70,13 +70,10 @@ class Outcome:
     """Names, and the logs that say why."""
     left: list[str] = field(default_factory=list)
     """Those that need the model of one that failed."""
-    signals: int = 0
-    """How often it was asked to stop."""
-
-    @property
-    def stopped(self) -> bool:
-        """Whether it was asked to stop."""
-        return self.signals > 0
+    stopped: bool = False
+    """Whether it was asked to stop."""
+    impatient: bool = False
+    """Whether it was asked by a second SIGINT."""
 
 
 def check_room(ranks: int, at_once: int) -> None:
@@ -99,7 +96,7 @@ def carry_out(
     """Carry out runs, and go on with the others where one fails.
 
     A signal (SIGINT, SIGTERM, SIGHUP) is handed on to all ranks: they save and stop, and nothing else is begun. A
-    second one kills them.
+    second SIGINT kills them.
 
     Args:
         runs: each behind those whose models it gets.
@@ -125,7 +122,9 @@ def carry_out(
             if outcome.stopped:
                 waiting = []
                 for job in jobs:
-                    job.stop() if outcome.signals == 1 else job.kill()
+                    job.stop()
+                    if outcome.impatient:
+                        job.kill()
             _leave_out(waiting, outcome)
             busy = {job.run.name for job in jobs} | {run.name for run in waiting}
             ready = [run for run in waiting if not busy & set(run.models.values())]
@@ -193,9 +192,12 @@ def _none_left_behind(jobs: list[Job]) -> Iterator[None]:
 @contextmanager
 def _signals(outcome: Outcome) -> Iterator[None]:
     """Note what asks the sweep to stop, within the ``with``."""
+    asked: set[int] = set()
 
     def note(number: int, frame: FrameType | None) -> None:
-        outcome.signals += 1
+        outcome.impatient |= number == signal.SIGINT and number in asked  # others come several at once, as in SLURM
+        outcome.stopped = True
+        asked.add(number)
 
     heard = [
         each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN

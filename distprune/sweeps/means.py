@@ -60,6 +60,16 @@ def means_of(rows: dict[str, Row], baseline: str | None, chance: float | None) -
     return [_mean(group, rows, baseline, chance) for group in groups.values()]
 
 
+def without_result(runs: Sequence[Run], rows: Mapping[str, Row]) -> list[str]:
+    """Return the runs that the mean of their method and point lacks, and has of other seeds: some may have failed."""
+
+    def group(run: Run) -> str:
+        return json.dumps([run.method, seedless(run.point)], sort_keys=True)
+
+    begun = {group(run) for run in runs if run.name in rows}
+    return [run.name for run in runs if run.name not in rows and group(run) in begun]
+
+
 def _mean(group: Sequence[Row], rows: dict[str, Row], baseline: str | None, chance: float | None) -> Mean:
     first = group[0]
     good = [row for row in group if _converged(row, chance)]

@@ -1,6 +1,7 @@
 """A sweep with everything that is known of it before a run begins: its runs, their settings, and the results so far."""
 
-from collections.abc import Collection, Iterable, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from distprune.checkpoints import run_directory
 from distprune.config import Config
 from distprune.errors import UserError
 from distprune.sweeps import results
-from distprune.sweeps.data import check_data, check_files, hashes_of
-from distprune.sweeps.results import Row, Settings
+from distprune.sweeps.data import changed_data, check_files
+from distprune.sweeps.results import Row, Settings, difference, is_finished
 from distprune.sweeps.spec import Run, Sweep, read_sweep, runs_of
 
 
@@ -36,27 +37,44 @@ class Opened:
         given = self.sweep.results
         return self.output / "results.jsonl" if given is None else Path(given).expanduser()
 
-    @property
-    def derived(self) -> dict[str, list[str]]:
-        """The keys that a recipe has set, by the names of the runs."""
-        return {name: config.recipe.derived for name, config in self.configs.items()}
-
     def check_directories(self, runs: Iterable[Run]) -> None:
-        """Refuse run directories of other runs than these.
+        """Refuse run directories of other runs than these, or of runs on other data.
 
         Raises:
             UserError: with the first of them.
         """
-        results.check_directories(runs, self.settings, self.derived, self.output)
+        for run in (run for run in runs if (self.output / run.name / run_directory.CONFIG).exists()):
+            directory = self.output / run.name
+            if changed := self._difference(run, run.settings_in(directory / run_directory.CONFIG)):
+                raise UserError(
+                    f"{directory} holds a run with other settings, {changed}; allowed: another output, or without it"
+                )
+            if not is_finished(run, self.output):
+                continue
+            if what := changed_data(results.summary_of(run, self.output)["data"], self.configs[run.name]):
+                raise UserError(
+                    f"{directory} holds a run on another {what} than the one that is there now; allowed: another "
+                    "output, or without it"
+                )
 
     def missing(self, names: Collection[str]) -> list[Run]:
-        """Return the runs to carry out for those of these names: with the runs whose models they need.
+        """Return the runs to carry out for those of these names.
+
+        They are those without a result, and those whose models they need and that are not here any more.
 
         Raises:
             UserError: a run directory holds another run than the sweep's.
         """
         self.check_directories(self.runs)
-        return results.still_to_run(self.runs, self.rows, self.output, names)
+        needed = {name for name in names if name not in self.rows}
+        for run in reversed(self.runs):  # behind those whose models it gets
+            if run.name in needed and not is_finished(run, self.output):
+                needed |= set(run.models.values())
+        return [
+            run
+            for run in self.runs
+            if run.name in needed and not (run.name in self.rows and is_finished(run, self.output))
+        ]
 
     def check_can_begin(self, runs: Iterable[Run]) -> None:
         """Refuse runs whose data are not there, and runs that are still under way by themselves.
@@ -73,17 +91,32 @@ class Opened:
         """Read the results.
 
         Raises:
-            UserError: where they are of other runs.
+            UserError: where they are of other runs than the sweep's of their names, or of other data.
         """
         self.rows.clear()
         self.rows |= results.read_rows(self.stored)
-        results.check_rows(self.rows, self.settings, self.derived, self.stored)
-        check_data(self.rows, self.configs, self.stored)
+        for run in (run for run in self.runs if run.name in self.rows):
+            self._check_row(run, self.rows[run.name])
+
+    def _check_row(self, run: Run, row: Row) -> None:
+        changed = self._difference(run, row["settings"])
+        what = changed_data(row.get("data", {}), self.configs[run.name])
+        if changed:
+            problem = f"was measured with other settings than the sweep has now, {changed}"
+        elif what:
+            problem = f"was measured on another {what} than the one that is there now"
+        elif (row["method"], row["point"], row["models"]) != (run.method, run.point, run.models):
+            problem = "is of another method, point or models than its name says"
+        else:
+            return
+        raise UserError(f"{self.stored}: {run.name} {problem}; allowed: another results file, or without that line")
+
+    def _difference(self, run: Run, before: Settings) -> str | None:
+        return difference(before, self.settings[run.name], self.configs[run.name].recipe.derived)
 
     def add(self, run: Run) -> Row:
         """Return the result of a run that has ended, and write its line where there is none."""
-        data = hashes_of(self.configs[run.name])
-        row = results.row_of(run, self.settings[run.name], data, self.output)
+        row = results.row_of(run, self.settings[run.name], self.output)
         if run.name not in self.rows:
             results.append(self.stored, row)
             self.rows[run.name] = row
@@ -123,6 +156,17 @@ def expand(sweep: Sweep, path: Path, overrides: Sequence[str]) -> Opened:
     runs = runs_of(sweep, path, overrides)
     output = Path(sweep.output).expanduser()
     configs = {each.name: each.load(output) for each in runs}
-    found = Opened(path, sweep, runs, configs, {each.name: each.settings(configs[each.name]) for each in runs})
+    settings = {each.name: each.settings(configs[each.name]) for each in runs}
+    _refuse_twins(settings)
+    found = Opened(path, sweep, runs, configs, settings)
     found.read()
     return found
+
+
+def _refuse_twins(settings: Mapping[str, Settings]) -> None:
+    """Refuse two runs that are the same."""
+    known: dict[str, str] = {}
+    for name, each in settings.items():
+        same = known.setdefault(json.dumps(each, sort_keys=True), name)
+        if same != name:
+            raise UserError(f"{name} has the settings of {same}; allowed: a grid whose values make a difference")

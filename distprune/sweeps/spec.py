@@ -5,6 +5,7 @@ gets the ``final/`` of another method's run: of the one that has the same values
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,9 @@ from distprune.errors import UserError, unknown
 SEED = "train.seed"
 MODELS = ("model.path", "teacher.path", "pruning.weights_of")
 """Keys that may get the model of another run."""
-_FILES = (*MODELS, "model.tokenizer", "task.train", "task.validation", "task.more_validation")
-"""Keys of which only the file's or folder's name counts, and not where it is."""
+_DATA = ("task.train", "task.validation", "task.more_validation")
+"""Keys of which only the file's name counts, and not where it is."""
+_LONGEST = 255  # bytes of a file's name
 _FREE = ("train.output", "teacher.cache", "teacher.rebuild_cache", "recipe.derived", "checkpoint.", "wandb.")
 
 
@@ -97,13 +99,17 @@ class Run:
 
         Files and folders are named by their last part, models of other runs by those.
         """
-        default, found = dotted(asdict(Config())), {}
-        for key, value in dotted(asdict(config)).items():
-            if value == default[key] or key.startswith(_FREE):
-                continue
-            is_file = key in _FILES and not (key.startswith("task.") and config.task.hub)
-            found[key] = self.models.get(key) or (_last_parts(value) if is_file else value)
-        return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+        return _settings(config) | self.models
+
+    def settings_in(self, path: Path) -> dict[str, Any]:
+        """Return the same of a configuration that ``distprune train`` has written, with the models that it had.
+
+        Raises:
+            UserError: with the name of the run, where no run can have it.
+        """
+        stored = Run(self.method, self.point, path, (), {})
+        found = _settings(stored.load(path.parent))
+        return found | {key: str(found[key]).removesuffix("/final") for key in self.models if key in found}
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -132,9 +138,13 @@ def read_sweep(path: Path) -> Sweep:
     for name, method in sweep.methods.items():
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"{path}: a method is called {name!r}; allowed: letters, digits, '_', '-' and '.'")
-        for key in method.models:
+        for key, other in method.models.items():
             if key not in MODELS:
                 raise unknown(f"{path}: the key of models in {name}", key, MODELS)
+            if str(other) not in sweep.methods:
+                raise unknown(f"{path}: the method of models in {name}", str(other), sweep.methods)
+    if sweep.chance is not None and not math.isfinite(sweep.chance):
+        raise UserError(f"{path}: chance is {sweep.chance}; allowed: a number, or null")
     _check_baseline(sweep, path)
     _check_compare(sweep, path)
     return sweep
@@ -184,12 +194,27 @@ def runs_of(sweep: Sweep, path: Path, overrides: Sequence[str] = ()) -> list[Run
     """
     runs: dict[str, list[Run]] = {}
     for name in _in_order(sweep, path):
+        _check_set_once(sweep, path, name, overrides)
         runs[name] = [_run(sweep, path, name, point, overrides, runs) for point in _points(sweep, path, name)]
     found = [run for each in runs.values() for run in each]
     twice = next((name for name, number in Counter(run.name for run in found).items() if number > 1), None)
     if twice is not None:
         raise UserError(f"{path}: two runs have the name {twice!r}; allowed: values that differ in more than / and _")
+    for name in (run.name for run in found):
+        if "\0" in name or len(f"{name.partition('/')[2]}.log".encode()) > _LONGEST:
+            raise UserError(f"{path}: a run cannot be called {name!r}; allowed: fewer or shorter values in the grid")
     return found
+
+
+def _check_set_once(sweep: Sweep, path: Path, name: str, overrides: Sequence[str]) -> None:
+    """Refuse a key of a method's grid or models that is set beside it, and ``train.output``, which the sweep sets."""
+    method = sweep.methods[name]
+    own = {key for key in method.models if key in method.set}
+    _, given = settings.load_given(None, [*(_override(*item) for item in (sweep.set | method.set).items()), *overrides])
+    for key in (sweep.grid | method.grid).keys() & (given | method.models.keys()) | own:
+        raise UserError(f"{path}: {key} is in grid or models of {name}, and set beside it; allowed: one of the two")
+    if "train.output" in sweep.set | method.set:
+        raise UserError(f"{path}: train.output is set; allowed: output, the folder of the sweep's runs")
 
 
 def _in_order(sweep: Sweep, path: Path) -> list[str]:
@@ -197,10 +222,6 @@ def _in_order(sweep: Sweep, path: Path) -> list[str]:
     order: list[str] = []
     left = list(sweep.methods)
     while left:
-        for name in left:
-            for other in sweep.methods[name].models.values():
-                if other not in sweep.methods:
-                    raise unknown(f"{path}: the method of models in {name}", other, sweep.methods)
         ready = [name for name in left if set(sweep.methods[name].models.values()) <= set(order)]
         if not ready:
             raise UserError(f"{path}: {' and '.join(left)} wait for each other's models; allowed: one before the other")
@@ -223,10 +244,6 @@ def _run(
     sweep: Sweep, path: Path, name: str, point: dict[str, Any], overrides: Sequence[str], runs: Mapping[str, list[Run]]
 ) -> Run:
     method = sweep.methods[name]
-    given = {text.partition("=")[0] for text in overrides}
-    for key in point:
-        if key in given or key in sweep.set or key in method.set or key in method.models:
-            raise UserError(f"{path}: {key} is in the grid of {name}, and set beside it; allowed: one of the two")
     common = {key: value for key, value in sweep.set.items() if key not in method.models}
     values = {"wandb.group": path.stem} | common | method.set | point
     texts = [_override(key, value) for key, value in values.items()]
@@ -246,6 +263,19 @@ def _source(path: Path, name: str, other: str, point: dict[str, Any], runs: list
     return fitting[0]
 
 
+def _settings(config: Config) -> dict[str, Any]:
+    default, found = dotted(asdict(Config())), {}
+    for key, value in dotted(asdict(config)).items():
+        if value == default[key] or key.startswith(_FREE):
+            continue
+        if key in MODELS or key == "model.tokenizer":
+            value = value and _last_part(value)
+        elif key in _DATA and config.task.hub is None:
+            value = [Path(file).name for file in value] if isinstance(value, list) else Path(value).name
+        found[key] = value
+    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
 def seedless(point: Mapping[str, Any]) -> dict[str, Any]:
     """Return a point without its seed: what the runs of one mean share."""
     return {key: value for key, value in point.items() if key != SEED}
@@ -260,10 +290,6 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
-def _last_parts(places: str | list[str] | None) -> str | list[str] | None:
-    return [_last_part(place) for place in places] if isinstance(places, list) else places and _last_part(places)
-
-
 def _last_part(place: str) -> str:
     """Return a hub id, or a path of two parts, as it is, and the last part of a longer path.
 
@@ -274,4 +300,4 @@ def _last_part(place: str) -> str:
     *_, method, run, name = ("", "", *Path(place).parts)
     if name != "final":
         return name
-    return f"{method}/{run}/{name}" if "=" in run else f"{run}/{name}"
+    return f"{method}/{run}/{name}" if "=" in run or run == "run" else f"{run}/{name}"

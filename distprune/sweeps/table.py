@@ -6,9 +6,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from distprune.monitor.plots import COLORS, GREY
-from distprune.monitor.records import csv_text
+from distprune.monitor.plots import COLORS, GREY, as_it_is
 from distprune.sweeps.means import Difference, Mean
+
+SPARSITY = "pruning.sparsity"
 
 
 def markdown(means: Sequence[Mean], baseline: str | None) -> str:
@@ -69,27 +70,30 @@ def _with_spread(value: float | None, spread: float | None) -> str:
     return "" if value is None else f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 
 
-def as_csv(means: Sequence[Mean]) -> str:
-    """Return the table for a spreadsheet."""
-    return csv_text([each.record() for each in means])
+def _line_of(each: Mean) -> str:
+    """Return the name of the line of the plot that a mean is on."""
+    return f"{each.method} {_words({key: value for key, value in each.point.items() if key != SPARSITY})}".strip()
 
 
 def draw(means: Sequence[Mean], baseline: str | None, title: str) -> Figure:
     """Draw the metric over the sparsity, a line with a band (the deviation) for each method, the baseline dashed.
 
-    Where no seed of a method has converged, a cross at the bottom says so.
+    A method has a line for each value of what else its grid has. Where no seed of one has converged, a cross at the
+    bottom says so.
     """
     figure = Figure(figsize=(8, 14 / 3), dpi=150, layout="constrained")
     axes = figure.subplots()
     crosses = 0
-    methods = [name for name in dict.fromkeys(each.method for each in means) if name != baseline]
-    for number, method in enumerate(methods):
+    lines: dict[str, list[Mean]] = {}
+    for each in (each for each in means if each.method != baseline):
+        lines.setdefault(_line_of(each), []).append(each)
+    for number, (name, group) in enumerate(lines.items()):
         colour, marker = COLORS[number % len(COLORS)], "osD^v"[number // len(COLORS) % 5]
-        points = sorted((each for each in means if each.method == method), key=lambda each: each.sparsity)
+        points = sorted(group, key=lambda each: each.sparsity)
         line = [(each.sparsity, each.metric, each.deviation or 0.0) for each in points if each.metric is not None]
         if line:
             sparsities, metrics, spreads = zip(*line, strict=True)
-            axes.plot(sparsities, metrics, color=colour, marker=marker, label=method)
+            axes.plot(sparsities, metrics, color=colour, marker=marker, label=as_it_is(name))
             low, high = ([m + sign * s for m, s in zip(metrics, spreads, strict=True)] for sign in (-1, 1))
             axes.fill_between(sparsities, low, high, color=colour, alpha=0.15, linewidth=0)
             if len(line) == 1:  # where a band has no width
@@ -97,14 +101,15 @@ def draw(means: Sequence[Mean], baseline: str | None, title: str) -> Figure:
         diverged = [each.sparsity for each in points if each.metric is None]
         if diverged:
             bottom = axes.get_xaxis_transform()
-            name = f"{method}: all diverged"
+            label = as_it_is(f"{name}: all diverged")
             crosses += 1
-            axes.plot(diverged, [0.03 * crosses] * len(diverged), "x", color=colour, transform=bottom, label=name)
-    dense = [each.metric for each in means if each.method == baseline and each.metric is not None]
-    for value in dense:
-        axes.axhline(value, color=GREY, linestyle="--", label=f"{baseline} {value:.3f}")
+            axes.plot(diverged, [0.03 * crosses] * len(diverged), "x", color=colour, transform=bottom, label=label)
+    dense = [(_line_of(each), each.metric) for each in means if each.method == baseline and each.metric is not None]
+    for name, value in dense:
+        axes.axhline(value, color=GREY, linestyle="--", label=as_it_is(f"{name} {value:.3f}"))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set(xlabel="sparsity of the prunable weights", ylabel=means[0].metric_name if means else "", title=title)
+    axes.set(xlabel="sparsity of the prunable weights", ylabel=means[0].metric_name if means else "")
+    axes.set_title(as_it_is(title))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")

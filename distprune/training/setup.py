@@ -24,6 +24,7 @@ from distprune.shards import ShardedParameters, shards_of, trained_shards
 from distprune.store import local_first
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
+from distprune.tasks.files import hashes_of
 from distprune.teachers.choose import Teacher, teacher_of
 from distprune.teachers.live import LiveTeacher
 from distprune.training.objective import check_features, put_out_features
@@ -43,6 +44,8 @@ class Setup:
     new_weights: list[str]
     data: dict[str, str]
     """Fingerprints of the tokenised examples (`Task.fingerprints`)."""
+    files: dict[str, str]
+    """Hashes of local data, by key and file name."""
 
 
 def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
@@ -61,6 +64,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     micro_batch = config.train.batch_size // (world.size * config.train.accumulation)
     directory = checkpoint or local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)
+    files = dist.on_main(lambda: hashes_of(config.task))
 
     def check() -> Plan:
         check_batch_size(config.train.batch_size, world.size, config.train.accumulation)
@@ -83,7 +87,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     dist.agree(lambda: trained_shards(student))  # a layout that is not known is refused now, not at the export
     prunes = bool(plan.ladder) or config.pruning.start_sparse
     pruner = build_pruner(config, student, resumes=checkpoint is not None) if prunes else None
-    return Setup(world, task, student, teacher, pruner, plan, fresh, task.fingerprints)
+    return Setup(world, task, student, teacher, pruner, plan, fresh, task.fingerprints, files)
 
 
 def make_deterministic() -> None:

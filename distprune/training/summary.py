@@ -31,6 +31,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
     name = next(iter(metrics))
     return {
         "task": config.task.hub or config.task.train,
+        "data": setup.files,
         "base_model": config.model.path,
         "teacher": config.teacher.path if setup.teacher is not None else None,
         "metric_name": name,

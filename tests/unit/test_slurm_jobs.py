@@ -204,6 +204,8 @@ def test_of_a_sweep_only_what_has_no_result_is_submitted(slurm: Slurm, tmp_path:
         (["sweep.yaml", "task.train=c.jsonl"], "task.train is 'c.jsonl', which is not there"),
         (["sweep.yaml", "--sweep", "train.seed=1"], "--sweep is 'train.seed=1' and sweep.yaml a sweep"),
         (["run.yaml", "--sweep", "train.seed"], "--sweep 'train.seed'; allowed: KEY=V1,V2"),
+        (["run.yaml", "--sweep", "model.freeze=[a"], "--sweep 'model.freeze=[a'; allowed: KEY=V1,V2"),
+        (["run.yaml", "--sweep", "train.seed=1", "--sweep", "train.seed=2"], "--sweep train.seed is given twice"),
         (["run.yaml", "--sweep", "train.sed=1,2"], "did you mean train.seed?"),
         (["run.yaml", "--sweep", "train.seed=1,1"], "has a value of train.seed twice"),
         (["run.yaml", "--sweep", "pruning.sparsity=0.5,1.5"], "pruning.sparsity is 1.5; allowed: at least 0"),

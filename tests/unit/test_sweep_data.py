@@ -1,13 +1,16 @@
 """Local data of a sweep's runs, and results that are shared."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from distprune import settings
 from distprune.errors import UserError
 from distprune.sweeps import results
-from distprune.sweeps.data import check_files, hashes_of
+from distprune.sweeps.data import check_files
 from distprune.sweeps.opened import open_sweep
+from distprune.tasks.files import hashes_of
 from tests.unit.sweep_files import row, runs, write_sweep
 
 
@@ -26,7 +29,7 @@ def test_results_on_other_data_of_the_same_name_are_refused(file: Path) -> None:
             (file.parent / folder / f"{split}.jsonl").write_text(text)
     with_a, with_b = overrides[:3], [overrides[0], *overrides[3:]]
     opened = open_sweep(str(file), with_a)
-    data = hashes_of(opened.configs[first.name])
+    data = hashes_of(opened.configs[first.name].task)
     assert data.keys() == {"task.train train.jsonl", "task.validation validation.jsonl"}
     results.append(stored, row(first, 0.5, opened.output) | {"settings": opened.settings[first.name], "data": data})
     open_sweep(str(file), with_a)
@@ -35,6 +38,23 @@ def test_results_on_other_data_of_the_same_name_are_refused(file: Path) -> None:
     (file.parent / "b" / "train.jsonl").unlink()
     (file.parent / "b" / "validation.jsonl").unlink()
     assert first.name in open_sweep(str(file), with_b).rows, "another machine, without the data"
+
+
+def test_a_finished_run_on_data_that_have_changed_is_refused(file: Path) -> None:
+    output, (first, *_) = file.parent / "runs", runs(file)
+    for split in ("train", "validation"):
+        (file.parent / f"{split}.jsonl").write_text("one")
+    overrides = ["task.hub=null", *(f"task.{split}={file.parent}/{split}.jsonl" for split in ("train", "validation"))]
+    opened = open_sweep(str(file), overrides)
+    config = opened.configs[first.name]
+    (output / first.name).mkdir(parents=True)
+    (output / first.name / "config.yaml").write_text(settings.to_yaml(config))
+    summary = dict.fromkeys(results.OF_SUMMARY, 0) | {"data": hashes_of(config.task)}
+    (output / first.name / "summary.json").write_text(json.dumps(summary))
+    opened.check_directories([first])
+    (file.parent / "train.jsonl").write_text("other")
+    with pytest.raises(UserError, match=r"holds a run on another task.train train.jsonl than the one"):
+        opened.check_directories([first])
 
 
 def test_a_run_has_one_line_also_where_two_sweeps_carry_it_out(file: Path) -> None:

@@ -8,9 +8,10 @@ import pytest
 from matplotlib.collections import LineCollection
 from scipy.stats import ttest_rel
 
-from distprune.sweeps.means import means_of
+from distprune.monitor.records import csv_text
+from distprune.sweeps.means import means_of, without_result
 from distprune.sweeps.results import Row
-from distprune.sweeps.table import as_csv, draw, markdown
+from distprune.sweeps.table import draw, markdown
 from tests.unit.sweep_files import row, runs, write_sweep
 
 DENSE, AFTER = {1: 0.9, 2: 0.94, 3: 0.91}, {1: 0.85, 2: 0.86, 3: 0.5}
@@ -64,7 +65,7 @@ def test_the_table_is_markdown_csv_and_a_plot(rows: dict[str, Row]) -> None:
     assert lines[3].startswith(
         "| after | pruning.sparsity 0.9 | 0.8550 ± 0.0071 | 0.0650 ± 0.1906 | 2 | 3 | 1 | 100 | 200 |"
     )
-    header, *records = as_csv(means).splitlines()
+    header, *records = csv_text([each.record() for each in means]).splitlines()
     assert header.split(",")[:3] == ["method", "point", "metric_name"]
     assert len(records) == 2
     (axes,) = draw(means, "dense", "sweep").axes
@@ -94,6 +95,23 @@ def test_what_a_plot_says_lies_within_it(rows: dict[str, Row]) -> None:
     assert whole.x0 <= box.x0 < box.x1 <= whole.x1
     heights = [float(line.get_ydata()[0]) for line in figure.axes[0].get_lines()]
     assert len(set(heights)) == len(names), "no cross lies on another"
+
+
+def test_points_that_differ_in_more_than_sparsity_are_lines_of_their_own(rows: dict[str, Row]) -> None:
+    _, after = means_of(rows, None, chance=0.5)
+    points = [{"lr.peak": rate, "pruning.sparsity": s} for rate in (0.1, 0.2) for s in (0.5, 0.9)]
+    found = [replace(after, method="$a$_$b$", point=each, sparsity=each["pruning.sparsity"]) for each in points]
+    figure = draw(found, None, "$x$")
+    figure.draw_without_rendering()
+    lines = [(line.get_label(), list(line.get_xdata())) for line in figure.axes[0].get_lines()]
+    assert lines == [(rf"\$a\$_\$b\$ lr.peak {rate}", [0.5, 0.9]) for rate in (0.1, 0.2)], "and dollars are dollars"
+
+
+def test_what_failed_of_a_mean_is_named(tmp_path: Path) -> None:
+    found = runs(write_sweep(tmp_path))
+    has = {each.name: row(each, 0.9, tmp_path) for each in found if each.point["train.seed"] == 1}
+    del has["after/train.seed=1,pruning.sparsity=0.5"]
+    assert without_result(found, has) == ["dense/train.seed=2", "after/train.seed=2,pruning.sparsity=0.9"]
 
 
 def test_methods_of_one_colour_have_different_marks(rows: dict[str, Row]) -> None:

@@ -1,19 +1,13 @@
-"""A sweep's file and its results, without a run."""
+"""A sweep's file, and the runs that it asks for."""
 
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from distprune import dist, settings
-from distprune.checkpoints import run_directory
 from distprune.commands.sweep import run as sweep
 from distprune.errors import UserError
-from distprune.sweeps import execute, results
 from distprune.sweeps.spec import read_sweep
-from tests.unit.sweep_files import row, runs, settings_of, write_sweep
+from tests.unit.sweep_files import runs, settings_of, write_sweep
 
 
 @pytest.fixture
@@ -103,7 +97,7 @@ def test_values_come_through_the_command_line_as_they_are(file: Path) -> None:
         ("baseline: dense", "ranks: 0", "ranks is 0; allowed: at least 1"),
         ("baseline: dense", "rank: 2", "is no sweep: .*rank"),
         ("set: {train.epochs: 4}", "set: {train.epochs: 4}\nranks: two", "is no sweep: .*two"),
-        ("{recipe.name: dense}", "{train.seed: 3}", "train.seed is in the grid of dense, and set beside it"),
+        ("{recipe.name: dense}", "{train.seed: 3}", "train.seed is in grid or models of dense, and set beside it"),
         ("config: run.yaml", "config: other.yaml", "other.yaml does not exist"),
         ("baseline: dense", "results: a.csv", r"results is 'a.csv'; allowed: a name that ends in .jsonl"),
         ("model.path: dense", "train.output: dense", r"key of models in after 'train.output' is unknown"),
@@ -120,6 +114,13 @@ def test_values_come_through_the_command_line_as_they_are(file: Path) -> None:
             r"\['pruning.sparsity', 'train.seed'\]",
         ),
         ("baseline: dense", "compare: {after: [after]}", "after is compared with after"),
+        ("train.epochs: 4", "train.seed: 4", "train.seed is in grid or models of dense, and set beside it"),
+        ("train.epochs: 4", "train: {seed: 4}", "train.seed is in grid or models of dense, and set beside it"),
+        ("train.epochs: 4", "train.output: a", "train.output is set; allowed: output"),
+        ("{recipe.name: one_shot}", "{model.path: a}", "model.path is in grid or models of after, and set beside it"),
+        ("model.path: dense", "model.path: [dense]", r"method of models in after .*dense.* is unknown"),
+        ("baseline: dense", "chance: .nan", "chance is nan; allowed: a number, or null"),
+        ("{pruning.sparsity: [0.5, 0.9]}", f"{{task.train: [{'a' * 250}]}}", "a run cannot be called 'after/.*aaa"),
     ],
 )  # fmt: skip
 def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(file: Path, old: str, new: str, message: str) -> None:
@@ -129,21 +130,6 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(file: Path, old:
     with pytest.raises(UserError, match=message):
         sweep(str(file), [], [], dry_run=False, only_table=False)
     assert not list((file.parent / "runs").glob("*/*")), "not even a folder or a log"
-
-
-def test_results_go_on_from_their_lines_alone(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output, found = file.parent / "runs", runs(file)
-    stored = output / "results.jsonl"
-    for each in found[1:-1]:
-        results.append(stored, row(each, 0.5, output))
-    sweep(str(file), [], [], dry_run=True, only_table=False)
-    first, *to_run = capsys.readouterr().out.splitlines()
-    assert first == "6 runs, 4 with a result, 3 to run"
-    assert to_run == [found[0].name, found[1].name, found[-1].name], "the model of the last is not here any more"
-    results.append(stored, row(found[0], 0.5, output))
-    results.append(stored, row(found[-1], 0.5, output))
-    sweep(str(file), [], [], dry_run=True, only_table=False)
-    assert capsys.readouterr().out == "6 runs, 6 with a result, 0 to run\n"
 
 
 def test_some_runs_are_carried_out_with_what_they_need(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,103 +142,11 @@ def test_some_runs_are_carried_out_with_what_they_need(file: Path, capsys: pytes
         sweep(str(file), [], ["after/*", "befor*"], dry_run=True, only_table=False)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda text: text[:-20], "line 2 is no result of a run; allowed: without that line"),
-        (lambda text: text + "{}\n", "line 3 is no result of a run"),
-        (lambda text: text + text.splitlines()[0] + "\n", "line 3 is a second result of dense/train.seed=1"),
-        (lambda text: text.replace('"train.epochs": 4.0', '"train.epochs": 5.0'), "train.epochs 5.0 -> 4.0; allowed"),
-    ],
-)
-def test_results_that_do_not_fit_are_refused(file: Path, change: Any, message: str) -> None:
-    output = file.parent / "runs"
-    stored = output / "results.jsonl"
-    for each in runs(file)[:2]:
-        results.append(stored, row(each, 0.5, output))
-    stored.write_text(change(stored.read_text()))
-    with pytest.raises(UserError, match=message):
-        sweep(str(file), [], [], dry_run=True, only_table=False)
-
-
 def test_a_model_that_several_runs_have_is_refused(file: Path) -> None:
     text = file.read_text().replace("baseline: dense", "")
     file.write_text(text.replace("{recipe.name: dense}", "{}\n    grid: {lr.peak: [1, 2]}"))
     with pytest.raises(UserError, match="fits 2 runs of dense; allowed: one"):
         runs(file)
-
-
-def test_a_directory_of_another_run_is_refused(file: Path) -> None:
-    output, (first, *_) = file.parent / "runs", runs(file)
-    directory = output / first.name
-    directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text("model: {path: other}\ntask: {hub: a, validation: b}\ntrain: {seed: 7}\n")
-    with pytest.raises(
-        UserError, match=r"holds a run with other settings, .* -> .*; allowed: another output, or without it"
-    ):
-        sweep(str(file), [], [], dry_run=True, only_table=False)
-
-
-def test_a_table_is_made_of_what_there_is(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="has no result of this sweep yet"):
-        sweep(str(file), [], [], dry_run=False, only_table=True)
-    output = file.parent / "runs"
-    results.append(output / "results.jsonl", row(runs(file)[0], 0.75, output))
-    sweep(str(file), [], [], dry_run=False, only_table=True)
-    with pytest.raises(UserError, match=r"train.batch_size the default -> 8; allowed"):
-        sweep(str(file), ["train.batch_size=8"], [], dry_run=False, only_table=True)
-    assert "| dense |  | 0.7500 |" in capsys.readouterr().out
-    assert (output / "results.md").exists()
-    assert json.loads((output / "results.jsonl").read_text())["final_metric"] == 0.75
-
-
-def test_a_table_takes_up_what_jobs_of_their_own_have_carried_out(
-    file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = next(each for each in runs(file) if each.method == "dense")
-    folder = file.parent / "runs" / run.name
-    folder.mkdir(parents=True)
-    config = run.load(file.parent / "runs")
-    (folder / "config.yaml").write_text(settings.to_yaml(config))
-    (folder / "summary.json").write_text(json.dumps(dict.fromkeys(results.OF_SUMMARY, 0) | {"metric_name": "accuracy"}))
-    (folder / "metrics.jsonl").write_text("")
-    config.train.batch_size += 1
-    (folder / "config.yaml").write_text(settings.to_yaml(config))
-    with pytest.raises(UserError, match=r"holds a run with other settings, train\.batch_size"):
-        sweep(str(file), [], [], dry_run=False, only_table=True)
-    config.train.batch_size -= 1
-    (folder / "config.yaml").write_text(settings.to_yaml(config))
-    sweep(str(file), [], [], dry_run=False, only_table=True)
-    assert "| dense |  | 0.0000 |" in capsys.readouterr().out
-    assert [
-        row["run"] for row in map(json.loads, (file.parent / "runs" / "results.jsonl").read_text().splitlines())
-    ] == [run.name]
-
-
-def test_a_sweep_starts_its_ranks_itself(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="was started as 2 ranks; allowed: one, which starts them"):
-        sweep(str(file), [], [], dry_run=False, only_table=False)
-
-
-def test_the_key_that_was_given_is_named_before_those_that_follow_from_it(file: Path) -> None:
-    run = next(each for each in runs(file) if each.method == "dense")
-    results.append(file.parent / "runs" / "results.jsonl", row(run, 0.75, file.parent / "runs"))
-    with pytest.raises(UserError, match=r"lr.peak the default -> 0.0002; allowed"):  # which lr.final follows
-        sweep(str(file), ["lr.peak=2e-4"], [], dry_run=True, only_table=False)
-    assert results._difference({}, {"a.b": 2, "a.a": 1}, ["a.a"]) == "a.b the default -> 2"
-
-
-def test_a_run_that_goes_on_without_its_sweep_is_not_begun_again(file: Path) -> None:
-    first = next(each for each in runs(file) if each.method == "dense")
-    folder = file.parent / "runs" / first.name
-    folder.mkdir(parents=True)
-    run_directory.lock(folder)
-    with pytest.raises(UserError, match=f"{first.name} is still under way in process {os.getpid()} on"):
-        sweep(str(file), [], [], dry_run=False, only_table=False)
-    run_directory.unlock(folder)
-    assert run_directory.holder_of(folder) is None
 
 
 def test_a_run_whose_name_looks_like_a_pattern_is_found_by_it(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,50 +162,8 @@ def test_a_sweeps_runs_are_a_group_in_wandb_unless_another_is_given(file: Path) 
     assert groups == ["sweep", "mine"]
 
 
-class Process:
-    """A rank that has ended, once it has been asked ``after`` times."""
-
-    def __init__(self, returncode: int, after: int = 0):
-        self.ends_with, self.after, self.returncode = returncode, after, None
-
-    def poll(self) -> int | None:
-        self.after -= 1
-        self.returncode = self.ends_with if self.after < 0 else None
-        return self.returncode
-
-
-@pytest.mark.parametrize(
-    ("told", "ranks", "status", "stopped"),
-    [
-        (False, [Process(-9, after=2), Process(1)], 1, False),  # rank 0 waited for rank 1, and was killed
-        (True, [Process(75), Process(75)], 75, True),
-        (True, [Process(-9), Process(-9)], -9, True),
-        (True, [Process(2), Process(2)], 2, False),  # a mistake, found after it was told to stop
-        (True, [Process(0), Process(0)], 0, False),
-    ],
-)
-def test_a_run_has_the_status_of_the_rank_that_failed_first(
-    file: Path, told: bool, ranks: list[Any], status: int, stopped: bool
-) -> None:
-    job = execute.Job(runs(file)[0], 0, file, ranks, told)
-    while not job.has_ended():
-        pass
-    assert (job.status, job.has_stopped) == (status, stopped)
-
-
 def test_a_value_of_the_wrong_kind_is_named_by_its_key(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("methods: {a: {grid: {pruning.sparsity: 0.8}}}\n")
     with pytest.raises(UserError, match=r"no sweep: methods.a.grid.pruning.sparsity: Value 0.8 \(float\)") as caught:
         read_sweep(tmp_path / "sweep.yaml")
     assert "full_key" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("given", "devices"), [("", "2,3"), ("4,5,6,7", "6,7")])
-def test_a_run_has_its_share_of_gpus_and_cores(monkeypatch: pytest.MonkeyPatch, given: str, devices: str) -> None:
-    monkeypatch.setattr(dist, "on_gpu", lambda: True)
-    monkeypatch.setattr(execute.torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(execute.os, "sched_getaffinity", lambda process: set(range(32)))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    share = execute._share_of_the_machine(ranks=2, at_once=2, place=1)
-    assert share == {"OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": devices}
