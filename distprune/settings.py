@@ -29,7 +29,7 @@ TYPE_WORDS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    list[str]: "a list of texts",
+    list[str]: "a list of texts, as [a] or [a, b]",
     list[float]: "a list of numbers",
     list[int]: "a list of whole numbers",
     dict[str, Any]: "a section of DeepSpeed's options",
@@ -78,8 +78,8 @@ def load_given(path: str | None, overrides: list[str]) -> tuple[Config, set[str]
     for origin, name in written.items():
         if name != merged.recipe.name:
             raise UserError(
-                f"{origin} is what a run wrote, every key of it, with recipe.name {name}, and recipe.name is "
-                f"{merged.recipe.name}; allowed with another recipe: the file that the run was started with"
+                f"{origin} gives every key, as a run or distprune config writes it, with recipe.name {name}, and "
+                f"recipe.name is {merged.recipe.name}; allowed with another recipe: the file that it was made from"
             )
     try:
         values: Any = OmegaConf.to_container(merged, resolve=True)

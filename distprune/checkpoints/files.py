@@ -71,12 +71,17 @@ class Damaged(Exception):
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, to be read by whom the folder lets in; the library's own files are their owner's.
+    """Write tensors as safetensors, to be read by whom the folder lets in.
 
     Raises:
         OSError, SafetensorError: where they cannot be written.
     """
     save_file(dict(tensors), path, metadata)
+    open_to_readers(path)
+
+
+def open_to_readers(path: Path) -> None:
+    """Let a file be read by whom its folder lets in: safetensors writes it for its owner alone."""
     with suppress(OSError):  # some file systems know no such rights
         path.chmod(path.parent.stat().st_mode & 0o664)
 

@@ -145,12 +145,12 @@ def changes(old: dict[str, Any], config: Config) -> list[str]:
     found, then = [], dotted(old)
     for key, value in dotted(asdict(config)).items():
         before = then.get(key, value)
-        if value == before:
+        if value == before or key == "recipe.derived":
             continue
         if (key.startswith(_FIXED) or key in _FIXED_KEYS) and key not in _FREE:
             raise UserError(
-                f"{key} is {value!r}, and was {before!r} when the run began; allowed: the same, or another "
-                "train.output for another run"
+                f"{key} is {value!r}{' by its recipe' * (key in config.recipe.derived)}, and was {before!r} when the "
+                "run began; allowed: the same, or another train.output for another run"
             )
         found.append(f"{key} {before!r} -> {value!r}")
     return found

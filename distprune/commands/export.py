@@ -75,7 +75,7 @@ def _shrink(directory: Path, target: Path) -> None:
     small = load_shrunk(partial_dir, auto_class)
     _report(whole.float(), small.float(), removed, chooses=auto_class is AutoModelForMultipleChoice)
     partial_dir.rename(target)
-    print(f"-> {target}; distprune.models.shrunk.load_shrunk loads it")
+    print(f"-> {target}; in Python distprune.models.shrunk.load_shrunk({str(target)!r}) loads it")
 
 
 @torch.no_grad()

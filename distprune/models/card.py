@@ -13,6 +13,7 @@ HUB_METRICS = {
     "pearson": "pearsonr",
     "spearman": "spearmanr",
 }
+_PACKED = "**Packed**: what follows holds once `distprune export DIR OUT` has unpacked it.\n\n"
 
 
 def model_card(
@@ -69,6 +70,13 @@ model = {auto_class}.from_pretrained("path/of/this/directory")
 tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")
 ```
 """
+
+
+def mark_card(path: Path, packed: bool) -> None:
+    """Say in a model's README.md, where there is one, that it has to be unpacked first; or no longer say so."""
+    if path.exists():
+        text = path.read_text(encoding="utf-8").replace(_PACKED, "")
+        path.write_text(text.replace("\n# ", f"\n{_PACKED}# ", 1) if packed else text, encoding="utf-8")
 
 
 def _front_matter(summary: Mapping[str, Any], data: str, task_type: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distprune.checkpoints.files import save
 from distprune.errors import UserError, written
+from distprune.models.card import mark_card
 from distprune.models.files import begin_directory
 
 PREFIX = "packed-"
@@ -74,6 +75,7 @@ def _convert(source: Path, target: Path, prefix: str, convert: Callable[[Path, P
     with written(target):
         partial = begin_directory(target)
         shutil.copytree(source, partial, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+        mark_card(partial / "README.md", packed=not prefix)
         for file in files:
             name = file.name.removeprefix(PREFIX)
             made.append(partial / (name if prefix else PREFIX + name))

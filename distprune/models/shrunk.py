@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distprune.checkpoints.files import open_to_readers
 from distprune.errors import UserError
-from distprune.models.files import SHRUNK, read_config
+from distprune.models.files import SHRUNK, auto_class_of, read_config
 from distprune.pruning.structures.attention import heads, is_by_columns, members, neurons
 from distprune.pruning.structures.blocks import Grid
 
@@ -67,25 +68,27 @@ def _take_out(model: nn.Module, grids: dict[str, Grid]) -> tuple[int, int]:
 def save_shrunk(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
     """Write a shrunk model; `load_shrunk` reads it."""
     model.save_pretrained(directory, max_shard_size="100GB")
+    open_to_readers(directory / "model.safetensors")
     tokenizer.save_pretrained(directory)
     sizes = {name: [module.out_features, module.in_features] for name, module in _linear(model)}
     (directory / SHRUNK).write_text(json.dumps(sizes, indent=2))
 
 
-def load_shrunk(directory: Path, auto_class: Any) -> PreTrainedModel:
+def load_shrunk(directory: Path | str, auto_class: Any = None) -> PreTrainedModel:
     """Return the model of a directory that `save_shrunk` wrote.
 
     Args:
         directory: as written.
-        auto_class: the transformers auto class that builds it.
+        auto_class: the transformers auto class that builds it; None: the one that its configuration names.
 
     Raises:
         UserError: where the directory is no such one, or lacks weights that are not tied to others.
     """
+    directory = Path(directory).expanduser()
     if not (directory / SHRUNK).exists():
         raise UserError(f"{str(directory)!r} holds no {SHRUNK}; allowed: a directory of distprune export --shrink")
     sizes = json.loads((directory / SHRUNK).read_text())
-    model: PreTrainedModel = auto_class.from_config(read_config(directory))
+    model: PreTrainedModel = (auto_class or auto_class_of(directory)).from_config(read_config(directory))
     for name, module in _linear(model):
         if sizes[name] != [module.out_features, module.in_features]:
             out, into = sizes[name]

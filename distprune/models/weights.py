@@ -285,8 +285,9 @@ def _fill(target: Tensor, name: str, stored_name: str, checkpoint: Source, failu
     if stored.shape != target.shape:
         failures.append(
             UserError(
-                f"{name} has shape {list(stored.shape)} in {checkpoint.directory}, "
-                f"and {list(target.shape)} in the model"
+                f"{name} has shape {list(stored.shape)} in {checkpoint.directory}, and {list(target.shape)} in the "
+                "model; allowed: the same, or, for another task's head, the model saved without it, as "
+                "transformers.AutoModel.from_pretrained(DIR).save_pretrained(NEW) does"
             )
         )
     elif target.is_floating_point() and stored.dtype not in _FLOATS:

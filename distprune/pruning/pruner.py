@@ -310,12 +310,12 @@ class Pruner:
                 shard.end,
                 shard.own_start,
                 shard.own_end,
-                first_index[shard.name],
-                mask,
-                lambda: weights(shard),
-                lambda: self.parameters.gradient(shard) if self._reads_gradients else None,
-                torch.zeros_like(shard.master) if self.score.accumulates else None,
-                torch.zeros_like(shard.master) if self.score.comes_back else None,
+                first_index=first_index[shard.name],
+                mask=mask,
+                weights=lambda: weights(shard),
+                gradient=lambda: self.parameters.gradient(shard) if self._reads_gradients else None,
+                state=torch.zeros_like(shard.master) if self.score.accumulates else None,
+                removed=torch.zeros_like(shard.master) if self.score.comes_back else None,
             )
 
         by_base = {id(flat.base): flat for flat in self.flat_masks}

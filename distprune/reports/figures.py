@@ -30,7 +30,15 @@ def curves(runs: Sequence[RunRecord]) -> Figure:
     """Draw metric, losses, learning rate, sparsity, threshold and speed over the steps, a colour for each run."""
     figure = Figure(figsize=(11, 9), dpi=120, layout="constrained")
     panels = figure.subplots(3, 2, sharex=True)
-    titles = ("metric on validation", "losses", "sparsity", "threshold of the score", "learning rate", "examples/s")
+    names = dict.fromkeys(name for run in runs if (name := main_metric(run.metrics)) is not None)
+    titles = (
+        f"{', '.join(names) or 'metric'} on validation",
+        "losses",
+        "sparsity",
+        "threshold of the score",
+        "learning rate",
+        "examples/s",
+    )
     for axes, title in zip(panels.flat, titles, strict=True):
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)

@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 
 from distprune.config import Config, TaskConfig
 from distprune.errors import UserError, unknown
+from distprune.tasks.files import defect_of
 from distprune.tasks.rows import screen, settle_length
 
 HOLDOUT_SEED = 0
@@ -55,12 +57,15 @@ class Splits(NamedTuple):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Switch the progress bars of the datasets library off."""
-    disabled = are_progress_bars_disabled()
+    """Switch off the progress bars of the datasets library, and what it logs of a file ahead of its error."""
+    disabled, logger = are_progress_bars_disabled(), logging.getLogger("datasets.packaged_modules")
     disable_progress_bars()
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
+        logger.setLevel(before)
         if not disabled:
             enable_progress_bars()
 
@@ -230,7 +235,8 @@ def _read_file(task: TaskConfig, name: str) -> Split:
             warnings.filterwarnings("error", message=_MORE_FIELDS)
             rows = READERS[suffix](glob.escape(str(path.absolute())), **options)
     except UNREADABLE as error:
-        raise UserError(f"the data file {name} cannot be read, or is empty: {_reason(error)}") from error
+        defect = defect_of(path, suffix) or f"cannot be read, or is empty: {_reason(error)}"
+        raise UserError(f"the data file {name} {defect}") from error
     return Split(_number(rows, name), name)
 
 

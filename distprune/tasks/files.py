@@ -1,5 +1,8 @@
 """A task's data as local files."""
 
+import gzip
+import json
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +26,37 @@ def hashes_of(task: TaskConfig) -> dict[str, str]:
         for key, file in local_files(task)
         if file.is_file()
     }
+
+
+def defect_of(path: Path, suffix: str) -> str | None:
+    """Return in words what is wrong with a file that could not be read; None where that does not show.
+
+    The reader counts the lines of a JSON file anew in each of its blocks.
+
+    Args:
+        path: of the file.
+        suffix: that says how it is read.
+    """
+    if path.stat().st_size == 0:
+        return "is empty"
+    return _defect_of_json(path) if suffix in (".json", ".jsonl") else None
+
+
+def _defect_of_json(path: Path) -> str | None:
+    has_rows = False
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file, suppress(OSError, EOFError):
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            if not has_rows and line.lstrip().startswith(b"["):
+                return None  # an array, over many lines
+            has_rows = True
+            try:
+                json.loads(line)
+            except ValueError as error:
+                return f"cannot be read: line {number} is no JSON ({error})"
+        return None if has_rows else "is empty"
+    return None
 
 
 @cache

@@ -136,8 +136,8 @@ def _values(split: Split, column: str) -> list[int | str]:
         return [int(value) for value in values]  # numbers of a table in which one was missing
     if not (_is_whole(split, column) or is_text(split, column)):
         raise UserError(
-            f"column {column!r} of {split.origin} holds {feature}; classes are whole numbers or names, and "
-            "other numbers need task.regression"
+            f"column {column!r} of {split.origin} holds {feature}; allowed: one class a row, a whole number or a name, "
+            "or with task.regression any number (docs/extending.md has a task with several labels a row)"
         )
     return values
 

@@ -42,6 +42,8 @@ def test_a_sparse_model_is_smaller_packed_and_the_same_unpacked(
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "sparse").save_pretrained(
         tmp_path / "sharded", max_shard_size="60KB"
     )
+    card = "---\ntags: [pruned]\n---\n\n# A model\n\ntransformers alone loads it.\n"
+    (tmp_path / "sparse" / "README.md").write_text(card)
     capsys.readouterr()
     for kind in ("sparse", "sharded"):
         source, packed, again = tmp_path / kind, tmp_path / f"{kind}-packed", tmp_path / f"{kind}-again"
@@ -49,7 +51,10 @@ def test_a_sparse_model_is_smaller_packed_and_the_same_unpacked(
         before, after = (sum(file.stat().st_size for file in d.glob("*.safetensors")) for d in (source, packed))
         assert after < before
         assert f"packed {before:,} bytes into {after:,}" in capsys.readouterr().out
+        if kind == "sparse":
+            assert "\n---\n\n**Packed**: what follows holds once" in (packed / "README.md").read_text()
         export.run(str(packed), str(again), False)
+        assert not (again / "README.md").exists() or (again / "README.md").read_text() == card
         assert "unpacked" in capsys.readouterr().out
         files = sorted(path.name for path in source.iterdir())
         assert files == sorted(path.name for path in again.iterdir())

@@ -23,11 +23,20 @@ def test_a_change_is_said_or_refused(key: str) -> None:
     section, _, name = key.partition(".")
     old = asdict(Config())
     changed = replace(Config(), **{section: replace(getattr(Config(), section), **{name: "another"})})
-    if MAY_CHANGE & {key, section}:
+    if key == "recipe.derived":
+        assert changes(old, changed) == [], "what it lists is said"
+    elif MAY_CHANGE & {key, section}:
         assert changes(old, changed) == [f"{key} {old[section][name]!r} -> 'another'"]
     else:
         with pytest.raises(UserError, match=f"{key} is 'another', and was .* when the run began; allowed: the same"):
             changes(old, changed)
+
+
+def test_a_key_that_follows_from_a_recipe_is_said_to() -> None:
+    config = Config()
+    config.recipe.derived, config.pruning.start = ["pruning.start"], "3 epochs"
+    with pytest.raises(UserError, match=r"pruning.start is '3 epochs' by its recipe, and was"):
+        changes(asdict(Config()), config)
 
 
 def test_what_an_older_checkpoint_does_not_know_is_as_it_was() -> None:

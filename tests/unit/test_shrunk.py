@@ -48,7 +48,9 @@ def test_heads_and_neurons_that_were_pruned_are_taken_out(tmp_path: Path, capsys
     assert "took out 4 of 8 heads, 36 of 48 neurons" in said
     with pytest.raises(UserError, match="holds a shrunk model; allowed: the directory that it was made of"):
         ModelFiles(tmp_path / "small")
-    small = load_shrunk(tmp_path / "small", AutoModelForSequenceClassification)
+    small = load_shrunk(str(tmp_path / "small"))
+    folder, file = (tmp_path / "small" / name for name in (".", "model.safetensors"))
+    assert file.stat().st_mode & 0o444 == folder.stat().st_mode & 0o444, "who reads the folder reads the weights"
     torch.testing.assert_close(outputs(small), outputs(whole), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(outputs(whole), outputs(AutoModelForSequenceClassification.from_pretrained(dense)))
     rows = [small.get_parameter(f"bert.encoder.layer.{n}.attention.self.query.weight").shape[0] for n in (0, 1)]
