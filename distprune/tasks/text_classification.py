@@ -1,5 +1,6 @@
 """Single texts or pairs of texts to a class, or to a number (``task.regression``)."""
 
+import re
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from distprune.tasks.data import Split, check_text, count_train, load_splits, pr
 from distprune.tasks.labels import encode_numbers, find_classes
 from distprune.tasks.metrics import check_metrics, constant_remark, measure
 from distprune.tasks.tokens import tokenize
+
+_UNNAMED = re.compile(r"LABEL_\d+")
 
 
 class TextClassification(Task):
@@ -109,8 +112,8 @@ class TextClassification(Task):
     def check_order(self, model_config: PretrainedConfig, who: str) -> None:
         """Check that a model has not the task's labels in another order.
 
-        Only names can show that: it is not seen where either side has none (``LABEL_0``, ...), or where the two name
-        their classes differently.
+        Only names can show that: it is not seen where either side has none (``LABEL_0``, ...). Where the two name their
+        classes differently, a note says which stand for which.
 
         Raises:
             UserError: it has; ``who`` says whose.
@@ -122,6 +125,9 @@ class TextClassification(Task):
                 f"{who}'s labels are in the order {', '.join(theirs)} and the task's in the order "
                 f"{', '.join(ours)}; they must be in the same order (see task.labels)"
             )
+        if not (set(ours_folded) & set(theirs_folded) or any(map(_UNNAMED.fullmatch, (*ours, *theirs)))):
+            pairs = ", ".join(f"{their} for {our}" for our, their in zip(ours, theirs, strict=False))
+            self.notes.append(f"{who} has other names for the classes, which are taken by their order: {pairs}")
 
     def _labels(self, model_config: PretrainedConfig) -> tuple[list[str], list[str]]:
         """Return the task's labels and a model's, each in their order."""

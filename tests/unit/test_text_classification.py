@@ -186,6 +186,12 @@ def test_a_teacher_that_does_not_fit_is_refused(build):
 def test_a_model_whose_labels_are_not_the_tasks_is_refused(build):
     task = build(labelled("neg", "pos"), labelled("pos"))
     task.check_labels(teacher("neg", "pos"), "the model")
+    task.check_labels(teacher("LABEL_0", "LABEL_1"), "the model")
+    assert task.notes == []
+    task.check_labels(teacher("O", "NAME"), "the model")
+    assert task.notes == [
+        "the model has other names for the classes, which are taken by their order: O for neg, NAME for pos"
+    ]
     with pytest.raises(UserError, match="the model has 3 labels and the task 2"):
         task.check_labels(teacher("a", "b", "c"), "the model")
     with pytest.raises(UserError, match="the model's labels are in the order pos, neg and the task's"):
