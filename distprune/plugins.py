@@ -24,7 +24,7 @@ def find_class(key: str, name: str, known: Mapping[str, type[T]], base: type[T])
     """
     if name in known:
         return known[name]
-    others = f"module:Class of a subclass of {base.__module__}.{base.__qualname__}"
+    others = f"module:Class of a subclass of {base.__module__.removesuffix('.base')}.{base.__qualname__}"
     module, colon, attribute = name.partition(":")
     if not colon or module[:1] in ("", "."):
         raise unknown(key, name, [*known, others])

@@ -66,7 +66,7 @@ def run(
     opened.check_can_begin(missing)
     outcome = _run(missing, opened)
     if any(each.name in rows for each in runs):
-        _report(opened)
+        _report(opened, [*outcome.failed, *outcome.left])
     if outcome.stopped:
         _say("stopped, as asked; the same command goes on from there")
         raise Interrupted(0, None, requeue=False)
@@ -125,7 +125,7 @@ def _say(text: str, end: str = "\n") -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until this process ends
 
 
-def _report(opened: Opened) -> None:
+def _report(opened: Opened, failed: Sequence[str] = ()) -> None:
     """Write table and plot beside the results, and print the table."""
     opened.read()  # also what others have added
     runs, rows, sweep, stored = opened.runs, opened.rows, opened.sweep, opened.stored
@@ -137,7 +137,7 @@ def _report(opened: Opened) -> None:
     differences = differences_of(runs, known, sweep.compare, sweep.chance)
     if differences:
         table += "\n" + markdown_of_differences(differences)
-    if without := without_result(runs, known):
+    if without := dict.fromkeys([*without_result(runs, known), *failed]):
         table += f"\nWithout a result, and in none of the means: {', '.join(without)}\n"
     with written(stored.with_suffix(".md")):
         write_text(stored.with_suffix(".md"), table)

@@ -13,7 +13,8 @@ HUB_METRICS = {
     "pearson": "pearsonr",
     "spearman": "spearmanr",
 }
-_PACKED = "**Packed**: what follows holds once `distprune export DIR OUT` has unpacked it.\n\n"
+_PACKED = b"**Packed**: what follows holds once `distprune export DIR OUT` has unpacked it.\n\n"
+_FRONT_MATTER = re.compile(rb"---\r?\n.*?\n---\r?\n(\r?\n)?", re.DOTALL)
 
 
 def model_card(
@@ -74,9 +75,12 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")
 
 def mark_card(path: Path, packed: bool) -> None:
     """Say in a model's README.md, where there is one, that it has to be unpacked first; or no longer say so."""
-    if path.exists():
-        text = path.read_text(encoding="utf-8").replace(_PACKED, "")
-        path.write_text(text.replace("\n# ", f"\n{_PACKED}# ", 1) if packed else text, encoding="utf-8")
+    if not path.exists():
+        return
+    text = path.read_bytes().replace(_PACKED, b"")
+    end = _FRONT_MATTER.match(text)
+    place = end.end() if end else 0
+    path.write_bytes(text[:place] + _PACKED + text[place:] if packed else text)
 
 
 def _front_matter(summary: Mapping[str, Any], data: str, task_type: str) -> str:

@@ -176,15 +176,17 @@ def most_tokens(model: PreTrainedModel) -> int | None:
 
 
 def stored_names(model: PreTrainedModel, checkpoint: Source) -> dict[str, list[str]]:
-    """Return the names that each parameter and buffer has in files; a tied one may be stored under any of its names."""
+    """Return the names of each parameter and buffer in files, its own first; a tied one may have any of several."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = [*parameters, *(name for name, _ in model.named_buffers())]
     own = match_names(names, list(checkpoint.file_of), model.base_model_prefix)
     of_parameter: dict[int, list[str]] = {}
     for name in own.keys() & parameters.keys():
         of_parameter.setdefault(id(parameters[name]), []).append(own[name])
-    tied = {name: sorted(of_parameter[id(each)]) for name, each in parameters.items() if id(each) in of_parameter}
-    return {name: [own[name]] for name in own} | tied
+    found = {name: [own[name]] for name in own}
+    for name, each in parameters.items():
+        found[name] = list(dict.fromkeys([*found.get(name, []), *sorted(of_parameter.get(id(each), []))]))
+    return {name: names for name, names in found.items() if names}
 
 
 def names_to_prune(

@@ -11,7 +11,7 @@ from distprune.errors import UserError
 from distprune.sweeps import results
 from distprune.sweeps.data import changed_data, check_files
 from distprune.sweeps.results import Row, Settings, difference, is_finished
-from distprune.sweeps.spec import Run, Sweep, read_sweep, runs_of
+from distprune.sweeps.spec import Run, Sweep, read_sweep, runs_of, without_folders
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Opened:
                 )
             if not is_finished(run, self.output):
                 continue
-            if what := changed_data(results.summary_of(run, self.output)["data"], self.configs[run.name]):
+            if what := changed_data(results.summary_of(run, self.output).get("data", {}), self.configs[run.name]):
                 raise UserError(
                     f"{directory} holds a run on another {what} than the one that is there now; allowed: another "
                     "output, or without it"
@@ -99,7 +99,7 @@ class Opened:
             self._check_row(run, self.rows[run.name])
 
     def _check_row(self, run: Run, row: Row) -> None:
-        changed = self._difference(run, row["settings"])
+        changed = self._difference(run, without_folders(row["settings"]))
         what = changed_data(row.get("data", {}), self.configs[run.name])
         if changed:
             problem = f"was measured with other settings than the sweep has now, {changed}"

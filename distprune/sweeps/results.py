@@ -100,7 +100,7 @@ def summary_of(run: Run, output: Path) -> dict[str, Any]:
         UserError: it is cut off, or of a version that knew less.
     """
     summary = read_summary(output / run.name)
-    if lacking := [key for key in ("data", *OF_SUMMARY) if key not in summary]:
+    if lacking := [key for key in OF_SUMMARY if key not in summary]:
         raise UserError(f"{output / run.name / SUMMARY} has no {lacking[0]!r}; allowed: without that run's directory")
     return summary
 
@@ -119,7 +119,7 @@ def row_of(run: Run, settings: Settings, output: Path) -> Row:
         "point": run.point,
         "models": run.models,
         "settings": settings,
-        "data": summary["data"],
+        "data": summary.get("data", {}),
         **{key: summary[key] for key in OF_SUMMARY},
         "examples_per_s": median(speeds) if speeds else None,
     }

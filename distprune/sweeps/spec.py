@@ -209,12 +209,19 @@ def runs_of(sweep: Sweep, path: Path, overrides: Sequence[str] = ()) -> list[Run
 def _check_set_once(sweep: Sweep, path: Path, name: str, overrides: Sequence[str]) -> None:
     """Refuse a key of a method's grid or models that is set beside it, and ``train.output``, which the sweep sets."""
     method = sweep.methods[name]
-    own = {key for key in method.models if key in method.set}
-    _, given = settings.load_given(None, [*(_override(*item) for item in (sweep.set | method.set).items()), *overrides])
-    for key in (sweep.grid | method.grid).keys() & (given | method.models.keys()) | own:
+    shared, own = (_keys([_override(*item) for item in values.items()]) for values in (sweep.set, method.set))
+    in_grid, beside = (sweep.grid | method.grid).keys(), shared | own | _keys(overrides) | method.models.keys()
+    for key in in_grid & beside | own & method.models.keys():
         raise UserError(f"{path}: {key} is in grid or models of {name}, and set beside it; allowed: one of the two")
-    if "train.output" in sweep.set | method.set:
+    if "train.output" in shared | own:
         raise UserError(f"{path}: train.output is set; allowed: output, the folder of the sweep's runs")
+
+
+def _keys(texts: Sequence[str]) -> set[str]:
+    """Return the dotted keys that ``key=value`` gives: as they are, and those of a section."""
+    _, given = settings.load_given(None, list(texts))
+    sections = {key for key in given if not key.startswith("deepspeed.")}  # which has keys of DeepSpeed's in its own
+    return {text.partition("=")[0] for text in texts} | sections
 
 
 def _in_order(sweep: Sweep, path: Path) -> list[str]:
@@ -270,10 +277,20 @@ def _settings(config: Config) -> dict[str, Any]:
             continue
         if key in MODELS or key == "model.tokenizer":
             value = value and _last_part(value)
-        elif key in _DATA and config.task.hub is None:
-            value = [Path(file).name for file in value] if isinstance(value, list) else Path(value).name
         found[key] = value
+    if config.task.hub is None:
+        found = without_folders(found)
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
+def without_folders(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the names of data files alone; a split of the hub's is its name."""
+    files = {key: found[key] for key in _DATA if key in found}
+    names = {
+        key: [Path(file).name for file in value] if isinstance(value, list) else Path(value).name
+        for key, value in files.items()
+    }
+    return {**found, **names}
 
 
 def seedless(point: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Setup:
     data: dict[str, str]
     """Fingerprints of the tokenised examples (`Task.fingerprints`)."""
     files: dict[str, str]
-    """Hashes of local data, by key and file name."""
+    """Hashes of local data, by key and file name; on rank 0."""
 
 
 def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
@@ -64,7 +64,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     micro_batch = config.train.batch_size // (world.size * config.train.accumulation)
     directory = checkpoint or local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)
-    files = dist.on_main(lambda: hashes_of(config.task))
+    files = dist.agree(lambda: _hashes(config))
 
     def check() -> Plan:
         check_batch_size(config.train.batch_size, world.size, config.train.accumulation)
@@ -191,6 +191,12 @@ def load_task(config: Config, directory: Path) -> Task:
             return build_task(config, load_tokenizer(config.model.tokenizer or str(directory)))
 
     return dist.agree(build)
+
+
+def _hashes(config: Config) -> dict[str, str]:
+    """Return the hashes of local data on rank 0, for which the others wait in the store. Collective."""
+    with local_first():
+        return hashes_of(config.task) if dist.is_main() else {}
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -283,7 +283,7 @@ def test_a_score_of_another_package_is_built_by_its_path() -> None:
         (".scores:Score", "is unknown"),
         ("math:pi", "score is 'math:pi'; allowed: "),
         ("distprune.pruning.scores:Score", "allowed: "),
-        ("builtins:int", "allowed: .* of a subclass of distprune.pruning.scores.base.Score"),
+        ("builtins:int", "allowed: .* of a subclass of distprune.pruning.scores.Score"),
         (f"{__name__}:Missing", "cannot be imported: .*Missing"),
         ("no_such_module:Score", "cannot be imported: No module named 'no_such_module'"),
     ],

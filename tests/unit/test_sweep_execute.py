@@ -85,6 +85,39 @@ def test_only_a_second_ctrl_c_is_impatient() -> None:
             assert (outcome.stopped, outcome.impatient) == (stopped, impatient)
 
 
+class Endless:
+    """A rank that only a SIGKILL ends."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        self.told.append(number)
+
+    def kill(self) -> None:
+        self.returncode = -signal.SIGKILL
+
+
+def test_a_second_ctrl_c_kills_what_the_first_has_told_to_stop(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *others = runs(file)
+    rank, said = Endless(), list[str]()
+
+    def say(text: str) -> None:
+        said.append(text)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(execute, "_begin", lambda run, *_: execute.Job(run, 0, file, [rank]))  # type: ignore[list-item]
+    outcome = execute.carry_out([first, *others], file.parent, 1, 1, lambda run: None, say)
+    assert rank.told == [signal.SIGTERM]
+    assert said == [f"{first.name} begins", f"{first.name} has stopped with status -9, and can go on"]
+    assert (outcome.failed, outcome.left, outcome.impatient) == ({}, [], True)
+
+
 def test_a_terminal_that_is_closed_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed(io.StringIO):
         def write(self, text: str) -> int:

@@ -1,6 +1,7 @@
 """A sweep's results and run directories, without a run."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def _written(file: Path, method: str) -> Path:
     [
         ('{"metric_name": "acc', "cannot be read"),
         ("[]", "is no summary of a run"),
-        ("{}", "has no 'data'; allowed: without that run's directory"),
+        ("{}", "has no 'metric_name'; allowed: without that run's directory"),
     ],
 )
 def test_a_summary_that_is_not_whole_is_refused_before_anything_runs(file: Path, text: str, message: str) -> None:
@@ -102,6 +103,24 @@ def test_a_summary_that_is_not_whole_is_refused_before_anything_runs(file: Path,
     (directory / "summary.json").write_text(text)
     with pytest.raises(UserError, match=message):
         sweep(str(file), [], [], dry_run=True, only_table=False)
+
+
+def test_a_run_of_an_older_version_goes_on_counting(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its summary has no hashes of its data, and its line the folders of data in paths of two parts."""
+    run = next(each for each in runs(file) if each.method == "dense")
+    directory = _written(file, "dense")
+    (directory / "summary.json").write_text(json.dumps(dict.fromkeys(results.OF_SUMMARY, 0) | {"metric_name": "f1"}))
+    (directory / "metrics.jsonl").touch()
+    overrides = ["task.hub=null", "task.train=a/b.jsonl", "task.validation=a/c.jsonl"]
+    (directory / "config.yaml").write_text(settings.to_yaml(runs(file, *overrides)[0].load(file.parent / "runs")))
+    sweep(str(file), overrides, [], dry_run=False, only_table=True)
+    stored = file.parent / "runs" / "results.jsonl"
+    text = stored.read_text()
+    assert '"task.train": "b.jsonl"' in text
+    stored.write_text(text.replace('"b.jsonl"', '"a/b.jsonl"'))
+    sweep(str(file), overrides, [], dry_run=True, only_table=False)
+    assert "6 runs, 1 with a result, 5 to run" in capsys.readouterr().out
+    assert json.loads(stored.read_text())["run"] == run.name
 
 
 def test_a_results_file_that_is_none_is_refused(file: Path) -> None:
@@ -112,16 +131,16 @@ def test_a_results_file_that_is_none_is_refused(file: Path) -> None:
             sweep(str(file), [], [], dry_run=True, only_table=False, results_file=str(file.parent / name))
 
 
-def test_a_line_that_a_full_disk_cuts_off_is_taken_back(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
+def test_a_line_that_a_full_disk_cuts_off_is_taken_back(file: Path) -> None:
     stored, (first, second, *_) = file.parent / "results.jsonl", runs(file)
     results.append(stored, row(first, 0.5, file.parent))
-    before = stored.read_bytes()
-    monkeypatch.setattr(results.os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
-        results.append(stored, row(second, 0.5, file.parent))
+    before, limits = stored.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
+            results.append(stored, row(second, 0.5, file.parent))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert stored.read_bytes() == before
 
 

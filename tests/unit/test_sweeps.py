@@ -117,6 +117,12 @@ def test_values_come_through_the_command_line_as_they_are(file: Path) -> None:
         ("train.epochs: 4", "train.seed: 4", "train.seed is in grid or models of dense, and set beside it"),
         ("train.epochs: 4", "train: {seed: 4}", "train.seed is in grid or models of dense, and set beside it"),
         ("train.epochs: 4", "train.output: a", "train.output is set; allowed: output"),
+        ("train.epochs: 4", "train: {output: a}", "train.output is set; allowed: output"),
+        (
+            "{recipe.name: one_shot}\n    grid: {pruning.sparsity: [0.5, 0.9]}",
+            "{deepspeed.student.bf16.enabled: true}\n    grid: {deepspeed.student.bf16.enabled: [true, false]}",
+            "deepspeed.student.bf16.enabled is in grid or models of after",
+        ),
         ("{recipe.name: one_shot}", "{model.path: a}", "model.path is in grid or models of after, and set beside it"),
         ("model.path: dense", "model.path: [dense]", r"method of models in after .*dense.* is unknown"),
         ("baseline: dense", "chance: .nan", "chance is nan; allowed: a number, or null"),

@@ -35,7 +35,7 @@ class OptimalBrainSurgeon(PositiveScore):
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of each weight around a pruning: its row of its block, both diagonals, and the weight as it was."""
+        """Bytes of each weight around a pruning: its row of its block, both diagonals, and what goes."""
         return 4 * (self.config.block + 3)
 
     def learn(self, slices: Sequence[Slice], gradients: Sequence[Tensor | None]) -> Exchange[None]:  # noqa: D102 - as in the base class
