@@ -39,4 +39,4 @@ def run(config_path: str, overrides: list[str]) -> None:
 
 def _check_scored(config: Config, scored: Path, student: PreTrainedModel) -> None:
     shapes = {name: tuple(student.get_parameter(name).shape) for name in targets_of(config.pruning, student)}
-    weights_of(scored, shapes, student.base_model_prefix)
+    weights_of(scored, shapes, student)

@@ -71,7 +71,7 @@ def test_a_written_configuration_is_derived_again(tmp_path: Path) -> None:
     other = settings.load(str(tmp_path / "config.yaml"), ["pruning.sparsity=0.97"])
     assert (other.recipe.replicas, other.pruning.initial, other.lr.peak) == (8, 0.7, 2e-4)
     for recipe in ("null", "obert_10"):
-        with pytest.raises(UserError, match=r"with recipe.name gmp, and recipe.name is .* the file that the run was"):
+        with pytest.raises(UserError, match=r"with recipe.name gmp, and recipe.name is .* the file that it was made"):
             settings.load(str(tmp_path / "config.yaml"), [f"recipe={recipe}"])
     (tmp_path / "plain.yaml").write_text(settings.to_yaml(settings.load(None, NEEDED)))
     assert settings.load(str(tmp_path / "plain.yaml"), []) == settings.load(None, NEEDED)

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def test_a_run_has_the_status_of_the_rank_that_failed_first(
     assert (job.status, job.has_stopped) == (status, stopped)
 
 
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """Give SIGINT a handler: it is ignored in what a shell has started in the background, and stays so in a sweep."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_only_a_second_ctrl_c_is_impatient() -> None:
     outcome = execute.Outcome()
     with execute._signals(outcome):
@@ -102,6 +112,7 @@ class Endless:
         self.returncode = -signal.SIGKILL
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_a_second_ctrl_c_kills_what_the_first_has_told_to_stop(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, *others = runs(file)
     rank, said = Endless(), list[str]()
