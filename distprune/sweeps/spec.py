@@ -211,7 +211,7 @@ def _check_set_once(sweep: Sweep, path: Path, name: str, overrides: Sequence[str
     method = sweep.methods[name]
     shared, own = (_keys([_override(*item) for item in values.items()]) for values in (sweep.set, method.set))
     in_grid, beside = (sweep.grid | method.grid).keys(), shared | own | _keys(overrides) | method.models.keys()
-    for key in in_grid & beside | own & method.models.keys():
+    for key in sorted(in_grid & beside | own & method.models.keys()):
         raise UserError(f"{path}: {key} is in grid or models of {name}, and set beside it; allowed: one of the two")
     if "train.output" in shared | own:
         raise UserError(f"{path}: train.output is set; allowed: output, the folder of the sweep's runs")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from distprune import settings
+from distprune.tasks.files import hashes_of
 from tests.distributed.processes import BIN, Started, start
 from tests.distributed.runs import run_command
 from tests.world import Worlds
@@ -66,6 +68,8 @@ def test_a_sweep_stops_goes_on_past_runs_that_fail_and_then_needs_its_lines_alon
     assert "going on with the run in" in second.with_name(second.name + ".log").read_text()
     assert [row["world_size"] for row in rows] == [2, 1, 1, 1]
     assert json.loads((second / "summary.json").read_text())["launcher"] == "sweep"
+    given = settings.load(str(task / "run.yaml"), []).task
+    assert all(row["data"] == hashes_of(given) != {} for row in rows), "as the run has noted them"
     assert [row["masked_weights"] for row in rows[2:]] == [rows[2]["prunable_weights"] // 2] * 2
     assert "| after |  |" in done.stdout
     assert kept.with_suffix(".png").exists()

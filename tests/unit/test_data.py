@@ -103,8 +103,7 @@ def test_pairs_share_the_length_and_differ_in_token_type(build):
 def test_files_that_cannot_be_used(build, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.jsonl").write_text('{"sentence": "a"\n')
-    with gzip.open(tmp_path / "blank.json.gz", "wt") as file:
-        file.write("\n \n")
+    (tmp_path / "blank.json.gz").write_bytes(gzip.compress(b"\n \n"))
     (tmp_path / "late.jsonl").write_text("\n" + '{"sentence": "a long sentence", "label": 0}\n' * 300_000 + "{\n")
     (tmp_path / "array.json").write_text('[\n{"sentence": "a"\n]')
     (tmp_path / "header.csv").write_text("sentence,label\n")

@@ -55,6 +55,10 @@ def drawn(path: Path, metrics: list[dict[str, Any]], dense: float | None = 0.9, 
     return path.read_bytes()
 
 
+def test_dollars_in_a_runs_name_are_no_formula(tmp_path: Path) -> None:
+    assert drawn(tmp_path / "a.png", [train(5), validation(10)], title=r"include=\w$,\w$")
+
+
 def test_plot_has_its_size_and_shows_what_it_should(tmp_path: Path) -> None:
     path = tmp_path / "plot.png"
     metrics = [train(5), validation(10, f1=0.7), train(15), validation(20, f1=0.7)]

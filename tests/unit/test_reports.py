@@ -156,6 +156,17 @@ def test_a_browser_shows_it(html: Path, tmp_path: Path) -> None:
     assert re.search(r"lr\.peak\s+0\.0001\s+0\.0002\s+0\.0001", seen["configuration"][0])
 
 
+def test_names_are_shown_as_they_are_and_what_is_not_known_yet_is_not(runs: list[str]) -> None:
+    first, _, under_way = read_runs(runs)
+    figure = curves([replace(first, name="_$a$_$b$"), replace(under_way, name=r"\w$ \w$")])
+    figure.draw_without_rendering()
+    assert len(figure.legends[0].get_texts()) == 2
+    assert figure.axes[0].get_title() == "accuracy on validation"
+    assert times(under_way)["evaluations, checkpoints, export"] is None
+    layers = {MATRIX: {"masked": 7, "weights": 10}}
+    assert replace(first, metrics=[], summary={"layers": layers}).layers == {MATRIX: 0.7}
+
+
 def test_further_metrics_are_rows_of_the_results(runs: list[str]) -> None:
     first, *others = read_runs(runs)
     more = first.summary | {"metric_name": "accuracy", "final_metrics": {"accuracy": 0.5, "f1": 0.25}}

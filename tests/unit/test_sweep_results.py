@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from distprune import settings
+from distprune.commands import sweep as command
 from distprune.commands.sweep import run as sweep
 from distprune.errors import UserError
 from distprune.sweeps import results
+from distprune.sweeps.execute import Outcome
 from tests.unit.sweep_files import row, runs, write_sweep
 
 
@@ -142,6 +144,22 @@ def test_a_line_that_a_full_disk_cuts_off_is_taken_back(file: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert stored.read_bytes() == before
+
+
+def test_a_table_names_what_has_failed(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, *_ = runs(file)
+    output, failed = file.parent / "runs", "after/train.seed=1,pruning.sparsity=0.5"
+    results.append(output / "results.jsonl", row(first, 0.75, output))
+    monkeypatch.setattr(command, "_run", lambda *_: Outcome({failed: Path("a.log")}, ["after/x"]))
+    with pytest.raises(
+        UserError, match=rf"1 of 6 runs failed, see their logs: {failed} \(a.log\); not run without them"
+    ):
+        sweep(str(file), [], [], dry_run=False, only_table=False)
+    said = f"Without a result, and in none of the means: {second.name}, {failed}, after/x\n"
+    assert said in capsys.readouterr().out
+    assert said in (output / "results.md").read_text()
 
 
 def test_a_table_is_made_of_what_there_is(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,9 +27,21 @@ from transformers import (
 from distprune.errors import UserError
 from distprune.models import files
 from distprune.models.files import ModelFiles, match_names, resolve
-from distprune.models.weights import most_tokens, set_dropout, skeleton
+from distprune.models.weights import most_tokens, set_dropout, skeleton, stored_names
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
+
+
+def test_a_tied_weight_has_several_names_in_files_and_its_own_first(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    own, other = "transformer.wte.weight", "lm_head.weight"
+    for stored in ([own], [other], [own, other]):
+        rest = {name: tensor for name, tensor in tensors.items() if name != own}
+        save_file(rest | {name: tensors[own].clone() for name in stored}, tmp_path / "model.safetensors")
+        found = stored_names(*skeleton(tmp_path, AutoModelForCausalLM, {}))
+        assert (found[own], found[other]) == (stored, stored[::-1])
 
 
 @pytest.fixture
