@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from distprune.benchmarks.timing import seconds, wait
 from distprune.config import ENCODER
 from distprune.pruning.components import component_matrices, layer_of
-from distprune.shards import full_shape
+from distprune.zero.shards import full_shape
 
 ENOUGH = 0.05
 """Part of the FLOPs that a component holds where pruning it pays."""

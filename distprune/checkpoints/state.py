@@ -8,15 +8,8 @@ from torch import Tensor
 from distprune import dist
 from distprune.checkpoints.pieces import WEIGHTS, Pieces, key_of
 from distprune.pruning.pruner import Pruner
-from distprune.shards import (
-    Shard,
-    frozen_pieces,
-    full_shape,
-    loss_scaling,
-    set_loss_scaling,
-    stored_buffers,
-    trained_shards,
-)
+from distprune.zero.engine import frozen_pieces, loss_scaling, set_loss_scaling, stored_buffers
+from distprune.zero.shards import Shard, full_shape, trained_shards
 
 
 def owned_tensors(engine: Any, pruner: Pruner | None) -> dict[str, Tensor]:

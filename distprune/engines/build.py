@@ -23,7 +23,8 @@ from distprune.errors import UserError, unknown
 from distprune.models.files import read_config
 from distprune.models.weights import fill_masters, load_model, set_dropout
 from distprune.pruning.targets import freeze
-from distprune.shards import free_weights, take_back_empty_step, trained_shards
+from distprune.zero.engine import free_weights, take_back_empty_step
+from distprune.zero.shards import trained_shards
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 

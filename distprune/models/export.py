@@ -13,7 +13,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from distprune import dist
 from distprune.checkpoints.files import save
-from distprune.shards import FullParameters, full_shape, stored_buffers
+from distprune.zero.engine import FullParameters, stored_buffers
+from distprune.zero.shards import full_shape
 
 _FILE_SIZE = "4GB"
 

@@ -21,7 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from distprune import dist
 from distprune.errors import UserError
 from distprune.models.files import ModelFiles, Source, match_names, open_source, read_config
-from distprune.shards import Shard, full_shape
+from distprune.zero.shards import Shard, full_shape
 
 _TRIM_BYTES = 16 << 20
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -23,7 +23,7 @@ from distprune.pruning.regrowth import regrow
 from distprune.pruning.scores import Score
 from distprune.pruning.slices import Slice
 from distprune.pruning.structures import Structure
-from distprune.shards import Shard, ShardedParameters
+from distprune.zero.shards import Shard, ShardedParameters
 
 
 @dataclass(frozen=True)

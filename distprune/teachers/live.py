@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from distprune.engines.evaluate import evaluate
-from distprune.shards import held_bytes
 from distprune.tasks.base import Batch, Task
+from distprune.zero.engine import held_bytes
 
 
 class Taught(NamedTuple):

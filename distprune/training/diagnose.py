@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from distprune import dist
 from distprune.errors import UserError
-from distprune.shards import trained_shards
 from distprune.tasks.base import Batch, Task
+from distprune.zero.shards import trained_shards
 
 
 def refuse_nonfinite(engine: Any, task: Task, batch: Batch, step: int) -> NoReturn:

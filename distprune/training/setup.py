@@ -20,7 +20,6 @@ from distprune.pruning.pruner import Pruner
 from distprune.pruning.scores import build_score, try_out
 from distprune.pruning.structures import build_structure
 from distprune.pruning.targets import targets_of
-from distprune.shards import ShardedParameters, shards_of, trained_shards
 from distprune.store import local_first
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
@@ -29,6 +28,7 @@ from distprune.teachers.choose import Teacher, teacher_of
 from distprune.teachers.live import LiveTeacher
 from distprune.training.objective import check_features, put_out_features
 from distprune.training.plan import Plan, make_plan
+from distprune.zero.shards import ShardedParameters, shards_of, trained_shards
 
 
 @dataclass

@@ -8,8 +8,8 @@ from distprune.engines.build import stage_of
 from distprune.models.export import count_zeros
 from distprune.monitor.records import environment
 from distprune.pruning.targets import matrices_of
-from distprune.shards import held_bytes
 from distprune.training.train import Trainer
+from distprune.zero.engine import held_bytes
 
 
 def summarise(trainer: Trainer) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from distprune.config import Config, PruningConfig, RegrowthConfig
 from distprune.engines.build import build_student
 from distprune.pruning.masks import PRUNED
-from distprune.shards import Shard
 from distprune.synthetic import tokenizer
 from distprune.training.setup import build_pruner
+from distprune.zero.shards import Shard
 
 GLOBAL_BATCH = 24  # divides by every world size up to 4, and by two accumulation steps of each
 

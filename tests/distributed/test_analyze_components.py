@@ -19,7 +19,7 @@ from distprune.commands import eval as evaluation
 from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError
 from distprune.pruning.components import component_matrices
-from distprune.shards import FullParameters
+from distprune.zero.engine import FullParameters
 from tests.distributed.engines import Layout, plain_model, reference_masks
 from tests.distributed.runs import heard, stage
 from tests.world import Worlds

@@ -23,14 +23,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from distprune import shards
 from distprune.config import Config
 from distprune.engines.build import build_frozen, build_student
 from distprune.errors import UserError
 from distprune.models.export import count_zeros, export
-from distprune.shards import held_bytes, shards_of
 from distprune.synthetic import tokenizer
 from distprune.training.distill import distillation_loss
+from distprune.zero import shards
+from distprune.zero.engine import held_bytes
+from distprune.zero.shards import shards_of
 from tests.distributed.engines import (
     ALL_LAYOUTS,
     Layout,

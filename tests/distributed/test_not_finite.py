@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from distprune.shards import shards_of
+from distprune.zero.shards import shards_of
 from tests.distributed.engines import Layout
 from tests.distributed.runs import DENSE, RATE, OnLastRank, run_patched, stage
 from tests.world import Worlds

@@ -13,7 +13,7 @@ from distprune.models.weights import skeleton
 from distprune.planning.held import mask_bytes, state_bytes, weight_bytes
 from distprune.planning.shapes import layout_of, shapes_of
 from distprune.pruning.targets import targets_of
-from distprune.shards import held_bytes
+from distprune.zero.engine import held_bytes
 from tests.distributed.engines import ALL_LAYOUTS, Layout, Student
 from tests.distributed.runs import TAUGHT, run_command
 from tests.world import Worlds, by_world

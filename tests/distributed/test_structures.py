@@ -20,8 +20,8 @@ from torch import Tensor
 from distprune.commands import oneshot
 from distprune.config import Config, PruningConfig
 from distprune.errors import UserError
-from distprune.shards import Shard, trained_shards
 from distprune.training.setup import build_pruner
+from distprune.zero.shards import Shard, trained_shards
 from tests.distributed.engines import Layout, Student, whole, write_model
 from tests.world import Worlds, by_world
 

@@ -7,10 +7,11 @@ import deepspeed
 import pytest
 import torch
 
-from distprune import dist, shards
+from distprune import dist
 from distprune.engines import build
 from distprune.errors import UserError
 from distprune.training import setup
+from distprune.zero import shards
 
 
 @pytest.mark.parametrize("kind", [AssertionError, NotImplementedError, ValueError])
