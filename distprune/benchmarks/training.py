@@ -18,7 +18,8 @@ import torch
 from distprune import dist, settings
 from distprune.benchmarks import huggingface
 from distprune.benchmarks.models import write_random_model
-from distprune.engines.build import let_go, with_defaults
+from distprune.engines.build import let_go
+from distprune.engines.options import with_defaults
 from distprune.synthetic import tokenizer
 from distprune.training.setup import prepare
 from distprune.training.train import Trainer as OurTrainer

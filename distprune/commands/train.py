@@ -13,7 +13,7 @@ from distprune.checkpoints import run_directory
 from distprune.checkpoints.files import FOLDER, Manifest, clear_behind
 from distprune.checkpoints.resume import newest_whole
 from distprune.config import Config
-from distprune.engines.build import bf16_is_slow, dtype_of
+from distprune.engines.options import bf16_is_slow, dtype_of
 from distprune.errors import UserError
 from distprune.models.card import model_card
 from distprune.monitor import Monitor

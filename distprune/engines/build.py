@@ -5,21 +5,19 @@ its use: a global one would shard every later model in the process.
 """
 
 import logging
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 from transformers import PreTrainedModel
 
 from distprune import dist
 from distprune.checkpoints.files import is_checkpoint
 from distprune.config import Config
-from distprune.errors import UserError, unknown
+from distprune.engines.options import check_options, dtype_of, engine_options, stage_of
+from distprune.errors import UserError
 from distprune.models.files import read_config
 from distprune.models.weights import fill_masters, load_model, set_dropout
 from distprune.pruning.targets import freeze
@@ -27,104 +25,6 @@ from distprune.zero.engine import free_weights, take_back_empty_step
 from distprune.zero.shards import trained_shards
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-
-def with_defaults(section: dict[str, Any]) -> dict[str, Any]:
-    """Return a section of DeepSpeed's options with distprune's own defaults where it says nothing."""
-    options = deepcopy(section)
-    zero = options.setdefault("zero_optimization", {})
-    # The replacement of torch's linear function would outlive the engine and reach the other model.
-    zero.setdefault("memory_efficient_linear", False)
-    if stage_of(section) in (1, 2) and not zero.setdefault("reduce_scatter", False):
-        # DeepSpeed all-reduces a bucket either way; without the option it does so in place, without two copies of it.
-        options.setdefault("prescale_gradients", True)  # divided before the sum, as with the option
-    options.setdefault("zero_force_ds_cpu_optimizer", False)
-    options.setdefault("steps_per_print", 2**31)
-    options.setdefault("timers", {"throughput": {"enabled": False}})  # it has the device waited for twice a step
-    return options
-
-
-def engine_options(section: dict[str, Any], micro_batch: int, accumulation: int, clip: float) -> dict[str, Any]:
-    """Return a DeepSpeed configuration: the user's section, distprune's defaults, and what distprune decides.
-
-    Args:
-        section: DeepSpeed's own options.
-        micro_batch: examples in a forward pass on one rank.
-        accumulation: forward passes in an optimizer step.
-        clip: largest gradient norm; 0: no clipping.
-    """
-    return with_defaults(section) | {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,
-    }
-
-
-def stage_of(section: dict[str, Any]) -> int:
-    """Return the ZeRO stage of a DeepSpeed configuration."""
-    return int(section.get("zero_optimization", {}).get("stage", 0))
-
-
-def dtype_of(section: dict[str, Any]) -> torch.dtype:
-    """Return the type of the weights that the forward pass uses."""
-    if section.get("bf16", {}).get("enabled"):
-        return torch.bfloat16
-    return torch.float16 if section.get("fp16", {}).get("enabled") else torch.float32
-
-
-class _Recorded(dict[str, Any]):
-    """A DeepSpeed configuration that notes which of its options are asked for."""
-
-    def __init__(self, options: dict[str, Any]):
-        super().__init__(options)
-        self.names: set[str] = set()
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.names.add(name)
-        return super().get(name, default)
-
-    def __contains__(self, name: object) -> bool:
-        self.names.add(str(name))
-        return super().__contains__(name)
-
-    def keys(self) -> Any:
-        return self
-
-
-def _check_section(key: str, section: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed refuses, and options that it never asks for: it would ignore them without a word."""
-    recorded = _Recorded(deepcopy(section))
-    try:
-        DeepSpeedConfig(recorded)
-    except Exception as error:  # DeepSpeed and pydantic raise many kinds, some over several lines
-        raise UserError(f"{key} is not what DeepSpeed accepts: {' '.join(str(error).split())}") from error
-    for name in section:
-        if name not in recorded.names:
-            raise unknown(f"option of {key}", name, sorted(recorded.names))
-    _check_dtype(key, section)
-
-
-def _check_dtype(key: str, section: dict[str, Any]) -> None:
-    accelerator, dtype = get_accelerator(), dtype_of(section)
-    allowed = [each for each in accelerator.supported_dtypes() if each != torch.bfloat16 or _has_bf16(accelerator)]
-    if dtype not in allowed:
-        name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-        raise UserError(
-            f"{key}.{name}.enabled is True, which this {accelerator.device_name()} does not support; "
-            f"allowed: {', '.join(str(each).removeprefix('torch.') for each in allowed)}"
-        )
-
-
-def bf16_is_slow() -> bool:
-    """Return whether this is a CPU that has no instructions for bf16, where fp32 is several times faster."""
-    flags = Path("/proc/cpuinfo")
-    return not dist.on_gpu() and flags.exists() and "bf16" not in flags.read_text()
-
-
-def _has_bf16(accelerator: Any) -> bool:
-    """Return whether the device computes in bf16; torch emulates it on older GPUs, many times slower than fp16."""
-    on_cuda = accelerator.device_name() == "cuda"
-    return not on_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def build_student(
@@ -136,7 +36,7 @@ def build_student(
         The engine, and the names of the weights that were initialised anew.
     """
     section = engine_options(config.deepspeed.student, micro_batch, config.train.accumulation, config.optimizer.clip)
-    dist.agree(lambda: _check_section("deepspeed.student", section))
+    dist.agree(lambda: check_options("deepspeed.student", section))
     model, fresh = load_model(
         directory,
         auto_class,
@@ -186,7 +86,7 @@ def build_frozen(
         The engine, in evaluation mode; DeepSpeed gives it no optimizer.
     """
     section = engine_options(section, micro_batch, 1, 0.0)
-    dist.agree(lambda: _check_section("deepspeed.teacher", section))
+    dist.agree(lambda: check_options("deepspeed.teacher", section))
     model, _ = load_model(
         directory,
         auto_class,

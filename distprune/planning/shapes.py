@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
 
-from distprune.engines.build import dtype_of, with_defaults
+from distprune.engines.options import dtype_of, refused, with_defaults
 from distprune.errors import UserError
 
 _ALIGNMENT = 2
@@ -117,7 +117,7 @@ def layout_of(key: str, section: dict[str, Any], world: int) -> Layout:
     try:
         zero = DeepSpeedZeroConfig(**with_defaults(section)["zero_optimization"])
     except ValidationError as error:
-        raise UserError(f"{key} is not what DeepSpeed accepts: {' '.join(str(error).split())}") from error
+        raise refused(key, section, error) from error
     for name, offload in (("optimizer", zero.offload_optimizer), ("param", zero.offload_param)):
         if offload is not None and offload.device not in ("cpu", "none"):
             raise UserError(f"{key} has offload_{name}.device {str(offload.device)!r}; allowed: cpu")

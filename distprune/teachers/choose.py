@@ -5,7 +5,8 @@ from typing import Any
 
 from distprune import dist
 from distprune.config import Config
-from distprune.engines.build import build_frozen, dtype_of, let_go
+from distprune.engines.build import build_frozen, let_go
+from distprune.engines.options import dtype_of
 from distprune.errors import UserError
 from distprune.tasks.base import Task
 from distprune.teachers import cache

@@ -4,7 +4,7 @@ from typing import Any
 
 from distprune import dist
 from distprune.config import Config, PruningConfig, RegrowthConfig
-from distprune.engines.build import stage_of
+from distprune.engines.options import stage_of
 from distprune.models.export import count_zeros
 from distprune.monitor.records import environment
 from distprune.pruning.targets import matrices_of

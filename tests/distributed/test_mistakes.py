@@ -56,7 +56,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "option within DeepSpeed's": (
         "deepspeed.student.zero_optimization.reduce_bucket_sizes=5",
-        "deepspeed.student is not what DeepSpeed accepts",
+        "option of deepspeed.student.zero_optimization 'reduce_bucket_sizes' is unknown (did you mean",
     ),
     "layout that is not known, in a dense run": (
         "deepspeed.student.zero_optimization.zero_hpz_partition_size=2; pruning.sparsity=0",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distprune import dist
-from distprune.engines import build
+from distprune.engines import build, options
 from distprune.errors import UserError
 from distprune.training import setup
 from distprune.zero import shards
@@ -38,32 +38,32 @@ def test_a_defect_in_its_start_keeps_its_traceback(monkeypatch):
     [("flags : avx512f", False, True), ("flags : avx512_bf16 amx_bf16", False, False), ("flags : avx2", True, False)],
 )
 def test_a_cpu_without_instructions_for_bf16_is_known(monkeypatch, flags, on_gpu, slow):
-    monkeypatch.setattr(build.Path, "read_text", lambda _: flags)
+    monkeypatch.setattr(options.Path, "read_text", lambda _: flags)
     monkeypatch.setattr(dist, "on_gpu", lambda: on_gpu)
-    assert build.bf16_is_slow() == slow
+    assert options.bf16_is_slow() == slow
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_gradients_are_reduced_in_place_where_deepspeed_all_reduces_them(stage):
-    options = build.with_defaults({"zero_optimization": {"stage": stage}})
-    in_place = options["zero_optimization"].get("reduce_scatter") is False
+    section = options.with_defaults({"zero_optimization": {"stage": stage}})
+    in_place = section["zero_optimization"].get("reduce_scatter") is False
     assert in_place == (stage in (1, 2)), "ZeRO-3's reduce-scatter is a real one"
-    assert options.get("prescale_gradients", False) == in_place
+    assert section.get("prescale_gradients", False) == in_place
 
 
 def test_a_section_of_the_user_keeps_its_own_options():
     given = {"zero_optimization": {"stage": 2, "reduce_scatter": True}, "steps_per_print": 10}
-    options = build.with_defaults(given)
-    assert options["zero_optimization"]["reduce_scatter"]
-    assert "prescale_gradients" not in options, "DeepSpeed refuses both together"
-    assert options["steps_per_print"] == 10
+    section = options.with_defaults(given)
+    assert section["zero_optimization"]["reduce_scatter"]
+    assert "prescale_gradients" not in section, "DeepSpeed refuses both together"
+    assert section["steps_per_print"] == 10
     assert given == {"zero_optimization": {"stage": 2, "reduce_scatter": True}, "steps_per_print": 10}
 
 
 def test_no_timer_has_the_device_waited_for_unless_asked():
-    assert build.with_defaults({})["timers"] == {"throughput": {"enabled": False}}
+    assert options.with_defaults({})["timers"] == {"throughput": {"enabled": False}}
     asked = {"throughput": {"enabled": True}}
-    assert build.with_defaults({"timers": asked})["timers"] == asked
+    assert options.with_defaults({"timers": asked})["timers"] == asked
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,45 @@ def test_no_timer_has_the_device_waited_for_unless_asked():
 def test_bf16_is_refused_where_a_gpu_only_emulates_it(monkeypatch, name, native, refused):
     dtypes = [torch.float32, torch.float16, torch.bfloat16]
     accelerator = SimpleNamespace(device_name=lambda: name, supported_dtypes=lambda: dtypes)
-    monkeypatch.setattr(build, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(options, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     section = {"bf16": {"enabled": True}}
     if refused:
         with pytest.raises(UserError, match=r"bf16.enabled is True, .* allowed: float32, float16$"):
-            build._check_dtype("deepspeed.student", section)
+            options._check_dtype("deepspeed.student", section)
     else:
-        build._check_dtype("deepspeed.student", section)
+        options._check_dtype("deepspeed.student", section)
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        (
+            {"zero_optimization": {"stge": 3}},
+            r"^option of x\.zero_optimization 'stge' is unknown \(did you mean 'stage'\?\); allowed: .*, stage,",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin": True}}},
+            r"^option of x\.zero_optimization\.offload_param 'pin' is unknown.*; allowed: .*, pin_memory",
+        ),
+        ({"bf16": {"enabld": True}}, r"^option of x\.bf16 'enabld' is unknown \(did you mean 'enabled'\?\)"),
+        ({"zero_optimization": {"stage": 7}}, r"^x\.zero_optimization\.stage is 7, .* accept: Input should be 0, 1, 2"),
+        ({"fp16": {"loss_scale": "high"}}, r"^x\.fp16\.loss_scale is 'high', .*: fp16\.loss_scale must be a number$"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            r"^x is not what DeepSpeed accepts: Partial offloading only supported for ZeRO Stage 3",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "leaf_module": {"klass": []}}},
+            r"^option of x\.zero_optimization\.leaf_module 'klass' is unknown.*; allowed: classes, ",
+        ),
+        ({"zro": {}}, r"^option of x 'zro' is unknown.*; allowed: activation_checkpointing, (?!.* optimizer, )"),
+    ],
+)
+def test_an_option_that_deepspeed_does_not_have_is_named_with_its_section(section, says):
+    with pytest.raises(UserError, match=says) as error:
+        options.check_options("x", section | {"train_batch_size": 1})
+    assert "pydantic" not in str(error.value)
 
 
 @pytest.mark.parametrize("offload", [True, False])
