@@ -100,7 +100,7 @@ class TaskConfig:
         "perplexity; empty: those of the kind of task",
     )
     max_length: int = key(128, "tokens kept of an example, or of a window of one")
-    stride: int = key(128, "question answering: tokens that a window shares with the next one")
+    stride: int = key(64, "question answering: tokens that a window shares with the next one")
     longest_answer: int = key(30, "question answering: tokens of the longest answer")
     mask: float = key(0.15, "masked language models: part of the tokens that is predicted, (0, 1)")
     bad_rows: str = key("refuse", "rows that cannot be used, such as one without a label: refuse or skip")

@@ -48,3 +48,10 @@ def parse(text: str, key: str) -> Duration:
 def whole(steps: Fraction) -> int:
     """Return the nearest whole step, half a step rounded up."""
     return math.floor(steps + Fraction(1, 2))
+
+
+def multiples(every: Fraction, last: int) -> list[int]:
+    """Return the whole steps from 1 to ``last`` that are nearest to the multiples of a length."""
+    every = max(every, Fraction(1))
+    numbers = range(1, whole(last / every) + 1)
+    return sorted({step for number in numbers if 0 < (step := whole(every * number)) <= last})

@@ -207,13 +207,14 @@ def _until_here(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 def pays(part: Part) -> bool:
-    """Return whether pruning a component pays: where its matrices do at least 5 % of the FLOPs, and are no head.
+    """Return whether pruning a component pays: where its matrices do at least 5 % of the FLOPs, and are no head's.
 
     Zeros save arithmetic only where there is some; elsewhere they save storage. The head stays dense by the paper's
-    first guideline, also that of a language model, with its many FLOPs. The measured loss decides nothing, and is said
-    beside it: without training between prunings it is far more than gradual pruning loses.
+    first guideline, also that of a language model, with its many FLOPs, which may be the token embedding's too. The
+    measured loss decides nothing, and is said beside it: without training between prunings it is far more than gradual
+    pruning loses.
     """
-    return part.flops_share >= ENOUGH and part.place.component != "head"
+    return part.flops_share >= ENOUGH and part.place.component not in ("head", "token_embedding")
 
 
 def reason(part: Part, dense: float, metric: str, is_new: bool) -> str:
@@ -234,6 +235,8 @@ def reason(part: Part, dense: float, metric: str, is_new: bool) -> str:
         why = f"; less than {ENOUGH:.0%} of the FLOPs"
     elif part.place.component == "head":
         why = "; heads stay dense by the guideline"
+    elif part.flops and part.place.component == "token_embedding":
+        why = "; tied to the head, which stays dense by the guideline"
     why += "; its weights are new, and their magnitudes mean nothing" * is_new
     measured = ", ".join(f"{value:.4f} at {sparsity:.0%}" for sparsity, value in part.metrics.items())
     verdict = "pays" if pays(part) else "does not pay"

@@ -7,6 +7,7 @@ from distprune import dist, settings
 from distprune.checkpoints.files import is_checkpoint
 from distprune.engines.build import build_frozen
 from distprune.engines.evaluate import evaluate
+from distprune.engines.options import dtype_of
 from distprune.errors import UserError
 from distprune.models.export import count_zeros
 from distprune.models.files import match_names, read_config
@@ -18,7 +19,7 @@ from distprune.training.setup import check_limits, load_task, local_model
 def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
     """Print the metrics and the sparsity of a model as one line of JSON. Collective: every rank calls it.
 
-    The model runs as the teacher's engine would: replicated at ZeRO 0, sharded at ZeRO 3.
+    The model runs as the teacher's engine would: replicated at ZeRO 0, sharded at ZeRO 3, in its type of weights.
     """
     dist.init()
     config = dist.agree(
@@ -44,7 +45,8 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
         counts = count_zeros(directory)
         stored = match_names(sorted(matrices_of(engine.module)), list(counts), engine.module.base_model_prefix)
         zeros, weights = (sum(counts[name][part] for name in stored.values()) for part in (0, 1))
-        line = {"model": model_dir, **metrics, "encoder_zeros": zeros, "encoder_weights": weights}
+        dtype = str(dtype_of(config.deepspeed.teacher)).removeprefix("torch.")
+        line = {"model": model_dir, "dtype": dtype, **metrics, "encoder_zeros": zeros, "encoder_weights": weights}
         if (remark := task.remark(metrics)) is not None:
             print(remark, file=sys.stderr)
         print(json.dumps(finite(line), allow_nan=False))

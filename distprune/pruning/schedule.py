@@ -4,7 +4,7 @@ from fractions import Fraction
 from math import cos, pi
 
 from distprune.config import PruningConfig, RegrowthConfig
-from distprune.durations import parse, whole
+from distprune.durations import multiples, parse, whole
 from distprune.errors import UserError
 
 
@@ -57,9 +57,8 @@ def regrowths(config: RegrowthConfig, steps_per_epoch: int, total_steps: int) ->
     if config.part == 0:
         return {}
     every, last = parse(config.every, "regrowth.every").exact(steps_per_epoch), config.part / 100
-    steps = sorted({whole(every * number) for number in range(1, whole(total_steps / every) + 1)})
     return {
         step: round(last + (config.part - last) * (1 + cos(pi * step / total_steps)) / 2, 9)
-        for step in steps
-        if 0 < step < total_steps
+        for step in multiples(every, total_steps)
+        if step < total_steps
     }

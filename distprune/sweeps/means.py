@@ -10,7 +10,7 @@ from scipy.stats import t as student_t
 
 from distprune.sweeps.results import Row
 from distprune.sweeps.spec import SEED, Run, seedless
-from distprune.training.best import merit_of
+from distprune.tasks.metrics import LOWER_IS_BETTER, merit_of
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,14 @@ def _mean(group: Sequence[Row], rows: dict[str, Row], baseline: str | None, chan
 def _converged(row: Row, chance: float | None) -> bool:
     if row["final_metric"] is None:
         return False
-    return chance is None or _merit(row) > merit_of({row["metric_name"]: chance})
+    return chance is None or _merit(row) > _merit(row, chance)
 
 
-def _merit(row: Row) -> float:
-    """Return a row's metric, or its negative where lower is better."""
-    return merit_of({row["metric_name"]: row["final_metric"]})
+def _merit(row: Row, value: float | None = None) -> float:
+    """Return the merit of a row's metric, or of another value of it; older rows go by its name."""
+    lower = row.get("lower_is_better")
+    known = row["metric_name"] in LOWER_IS_BETTER if lower is None else lower
+    return merit_of(row["final_metric"] if value is None else value, known)
 
 
 def _below_baseline(

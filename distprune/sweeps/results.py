@@ -22,6 +22,7 @@ Settings = dict[str, Any]
 OF_RUN = ("method", "point", "models", "settings", "examples_per_s")
 OF_SUMMARY = (
     "metric_name",
+    "lower_is_better",
     "final_metric",
     "dense_metric",
     "final_metrics",

@@ -2,6 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from distprune.config import Config
 from distprune.errors import UserError
 from distprune.tasks.data import fingerprint
+from distprune.tasks.metrics import LOWER_IS_BETTER, merit_of
 
 Example = dict[str, Any]
 Batch = dict[str, torch.Tensor]
@@ -29,6 +31,7 @@ class Task(ABC):
         hub_task: the hub's name of this kind of task.
         pads: whether rows differ in length, so that batches need a padding token.
         cacheable: whether the teacher's logits of a training row are the same in every epoch, and small enough to keep.
+        lower_is_better: names of metrics that are the better the lower.
         train: training rows without padding: ``input_ids``, ``token_type_ids`` where the tokenizer
             gives them, ``label``, and ``length`` (the number of tokens).
         validation: evaluation rows, with the same columns.
@@ -40,6 +43,7 @@ class Task(ABC):
     hub_task: ClassVar[str]
     pads: ClassVar[bool] = True
     cacheable: ClassVar[bool] = True
+    lower_is_better: ClassVar[Collection[str]] = LOWER_IS_BETTER
     train: Dataset
     validation: Dataset
     more_validation: dict[str, Dataset]
@@ -97,7 +101,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Return the mean loss of a batch, a float32 scalar.
+        """Return the mean loss of a batch's rows, a float32 scalar. Micro-batches and ranks count alike.
 
         Args:
             logits: of `forward`, any float type.
@@ -115,6 +119,11 @@ class Task(ABC):
     def predictions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return what the metrics need of a batch, float32, shape [B, ...], with the same ... for all batches."""
         return logits.float()
+
+    def merit(self, metrics: dict[str, float]) -> float:
+        """Return what states of a model are compared by, the higher the better: `merit_of` the first metric."""
+        name, value = next(iter(metrics.items()))
+        return merit_of(value, name in self.lower_is_better)
 
     @abstractmethod
     def metrics(self, predictions: torch.Tensor, data: Dataset) -> dict[str, float]:

@@ -70,8 +70,15 @@ def find_choices(split: Split, task: TaskConfig) -> Choices:
     which are in the order of the choices.
 
     Raises:
-        UserError: no column of choices, one that holds no texts, a single choice, or another number of labels.
+        UserError: no column of choices, one that holds no texts, a single choice, another number of labels, or letters
+            beside numbers, which may count from 1.
     """
+    found = {str(answer) for answer in _answers(split, task.label, task.labels)}
+    if not task.labels and found & set(ascii_uppercase) and any(answer.isdecimal() for answer in found):
+        raise UserError(
+            f"answers in column {task.label!r} of {split.origin} are letters and numbers; allowed: one of the two, or "
+            "task.labels, the answers in the order of the choices"
+        )
     number = mode(map(len, _texts(split, task.choices)))
     if number < 2:
         raise UserError(f"rows of {split.origin} have {number} choices in {task.choices}; allowed: 2 or more")

@@ -241,10 +241,11 @@ def _read_file(task: TaskConfig, name: str) -> Split:
 
 
 def _csv_options(task: TaskConfig) -> dict[str, Any]:
+    texts = [column for column in (*task.text, *task.choices) if column != task.label]
     return {
         "keep_default_na": False,  # "NA" and "null" are words;
         "na_values": {task.label: [""]},  # only an empty label is a missing value
-        "converters": {column: str for column in task.text if column != task.label},  # a text may look like a number
+        "converters": dict.fromkeys(texts, str),  # a text may look like a number
         "chunksize": 1 << 40,  # a column has one type: the first 10,000 rows would settle it for those behind them
         "index_col": False,  # with a field more than the header has, the first column would become the rows' name
     }

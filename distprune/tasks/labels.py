@@ -58,7 +58,8 @@ def find_classes(split: Split, column: str, given: list[str]) -> Classes:
 
     Class names (strings, or the named classes of a hub data set) are numbered by ``given``, else in the data
     set's own order, else sorted. Whole numbers are the numbers already, and ``given`` names them; where it is
-    whole numbers too, and at least as many of those in the data are in it as are places in it, it lists them.
+    whole numbers too, and at least as many of those in the data are in it as are places in it, it lists them. So it
+    does with truth values, where it is true and false.
 
     Args:
         split: all training data.
@@ -79,7 +80,7 @@ def find_classes(split: Split, column: str, given: list[str]) -> Classes:
                 "0, 1, ... without gaps, or task.labels must list them in the order of their classes"
             )
         names = given or [f"LABEL_{int(number)}" for number in sorted(found)]
-        listed = [int(name) for name in names if re.fullmatch(r"-?\d+", name)]
+        listed = [value for name in names if (value := _written(name, found)) is not None]
         lists = len(listed) == len(names) and len(found & set(listed)) >= len(found & set(range(len(names))))
         values = listed if lists else range(len(names))
         classes = Classes(names, {value: number for number, value in enumerate(values)}, named=bool(given))
@@ -89,6 +90,13 @@ def find_classes(split: Split, column: str, given: list[str]) -> Classes:
     if len(names) < 2:
         raise UserError(f"column {column!r} of {split.origin} has one class, {_show(names)}; it needs at least two")
     return classes
+
+
+def _written(name: str, found: set[int | str]) -> int | None:
+    """Return the number, or the truth value where some of those found are, that a name is written as; else None."""
+    if any(isinstance(value, bool) for value in found):
+        return {"false": False, "true": True}.get(name.casefold())
+    return int(name) if re.fullmatch(r"-?\d+", name) else None
 
 
 def encode_numbers(split: Split, column: str, task: TaskConfig, notes: list[str]) -> Dataset:
@@ -137,7 +145,7 @@ def _values(split: Split, column: str) -> list[int | str]:
     if not (_is_whole(split, column) or is_text(split, column)):
         raise UserError(
             f"column {column!r} of {split.origin} holds {feature}; allowed: one class a row, a whole number or a name, "
-            "or with task.regression any number (docs/extending.md has a task with several labels a row)"
+            "or with task.regression any number (docs/extending.md has a task with a label for each word)"
         )
     return values
 

@@ -1,5 +1,6 @@
 """What is measured on the evaluation data, by scikit-learn and SciPy."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,14 @@ from distprune.errors import UserError, unknown
 
 Measure = Callable[[Any, Any], float]
 
-LOWER_IS_BETTER = {"nll", "perplexity"}
+LOWER_IS_BETTER = frozenset({"nll", "perplexity"})
+
+
+def merit_of(value: float, lower_is_better: bool) -> float:
+    """Return what a metric is compared by, the higher the better: itself, or its negative; NaN is worst."""
+    if math.isnan(value):
+        return -math.inf
+    return -value if lower_is_better else value
 
 
 def constant_remark(metrics: dict[str, float], labels: Sequence[int]) -> str | None:

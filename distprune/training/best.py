@@ -1,22 +1,13 @@
 """The best state of a run, and the directory that each such state is kept in."""
 
-import math
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from distprune.checkpoints.files import Damaged, newest_first, read_manifest
 from distprune.errors import UserError
-from distprune.tasks.metrics import LOWER_IS_BETTER
-
-
-def merit_of(metrics: dict[str, float]) -> float:
-    """Return what states are compared by, the higher the better: the first metric, or its negative; NaN is worst."""
-    name, value = next(iter(metrics.items()))
-    if math.isnan(value):
-        return -math.inf
-    return -value if name in LOWER_IS_BETTER else value
 
 
 @dataclass
@@ -27,9 +18,9 @@ class Best:
     step: int = 0
     evaluations_since: int = 0
 
-    def update(self, metrics: dict[str, float], step: int) -> bool:
-        """Take in an evaluation; return whether it is the best so far."""
-        if not self.metrics or merit_of(metrics) > merit_of(self.metrics):
+    def update(self, metrics: dict[str, float], step: int, merit: Callable[[dict[str, float]], float]) -> bool:
+        """Take in an evaluation; return whether it is the best so far, by the task's `merit`."""
+        if not self.metrics or merit(metrics) > merit(self.metrics):
             self.metrics, self.step, self.evaluations_since = metrics, step, 0
             return True
         self.evaluations_since += 1

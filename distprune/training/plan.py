@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from distprune.config import Config
-from distprune.durations import parse, whole
+from distprune.durations import multiples, parse, whole
 from distprune.errors import UserError
 from distprune.pruning.schedule import regrowths, sparsity_ladder
 from distprune.training.lr import LrSchedule, lr_schedule
@@ -16,7 +16,7 @@ class Plan:
 
     steps_per_epoch: int
     total_steps: int
-    eval_every: int
+    evaluations: frozenset[int]
     ladder: dict[int, Fraction]
     regrowths: dict[int, float]
     lr: LrSchedule
@@ -41,10 +41,11 @@ def make_plan(config: Config, examples: int) -> Plan:
     total = whole(Fraction(str(config.train.epochs)) * steps_per_epoch)
     if total == 0:
         raise UserError(f"train.epochs is {config.train.epochs}, less than one optimizer step; allowed: more")
+    eval_every = parse(config.train.eval_every, "train.eval_every").exact(steps_per_epoch)
     return Plan(
         steps_per_epoch,
         total,
-        max(1, parse(config.train.eval_every, "train.eval_every").steps(steps_per_epoch)),
+        frozenset({*multiples(eval_every, total), total}),
         sparsity_ladder(config.pruning, steps_per_epoch, total),
         regrowths(config.regrowth, steps_per_epoch, total),
         lr_schedule(config.lr, steps_per_epoch, total),

@@ -35,6 +35,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         "base_model": config.model.path,
         "teacher": config.teacher.path if setup.teacher is not None else None,
         "metric_name": name,
+        "lower_is_better": name in setup.task.lower_is_better,
         "dense_metric": None if dense is None else dense[name],
         "final_metric": metrics[name],
         "dense_metrics": dense,

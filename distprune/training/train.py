@@ -30,7 +30,7 @@ from distprune.monitor.resources import memory_mib
 from distprune.monitor.wandb import stored_id
 from distprune.pruning.pruner import Pruner
 from distprune.tasks.base import Batch
-from distprune.training.best import Best, copy, merit_of, partial_of, remove_former, replace
+from distprune.training.best import Best, copy, partial_of, remove_former, replace
 from distprune.training.curvature import estimate
 from distprune.training.diagnose import refuse_nonfinite, refuse_nonfinite_weights
 from distprune.training.interrupts import Interrupted, StopRequests
@@ -119,7 +119,7 @@ class Trainer:
             self._stop(requeue > 0)
 
     def _evaluation_is_due(self) -> bool:
-        return self.step % self.setup.plan.eval_every == 0 or self.step == self.setup.plan.total_steps
+        return self.step in self.setup.plan.evaluations
 
     def _batches(self) -> Iterator[list[int]]:
         """Yield the run's global batches, the same on every rank and at every world size."""
@@ -238,7 +238,7 @@ class Trainer:
         )
         if self.setup.teacher is None and (pruner is None or pruner.masked == 0):
             self.dense_metrics = self.metrics
-        improved = self.at_target and self.best.update(self.metrics, self.step)
+        improved = self.at_target and self.best.update(self.metrics, self.step, self.setup.task.merit)
         if improved and self.config.train.select == "best":
             directory, checkpoints = self.best.directory(self.run_dir), self.saver.folder
             self._keep(directory)
@@ -268,7 +268,7 @@ class Trainer:
             "trainer": self.state(),
         }
         check = pruner.unmasked if pruner is not None and pruner.carried else list
-        merit = merit_of(self.metrics) if measured else None
+        merit = self.setup.task.merit(self.metrics) if measured else None
         self.saver.save(self.step, owned_tensors(student, pruner), state, merit, check)
 
     def state(self) -> dict[str, Any]:
@@ -287,9 +287,13 @@ class Trainer:
         self.saver.last_step = manifest.step
 
     def measure_teacher(self) -> None:
-        """Measure the teacher, which is the dense model. Collective: every rank calls it."""
+        """Measure the teacher, which is the dense model, and say what it can. Collective: every rank calls it."""
         assert self.setup.teacher is not None
         self.dense_metrics = self.setup.teacher.measure(self.config.train.eval_batch_size)
+        if dist.is_main():
+            print("the teacher:", ", ".join(f"{name} {value:.4f}" for name, value in self.dense_metrics.items()))
+            if (remark := self.setup.task.remark(self.dense_metrics)) is not None:
+                print(f"the teacher: {remark}")
 
     @property
     def seconds(self) -> float:

@@ -3,35 +3,55 @@ from math import nan
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distprune.tasks.text_classification import TextClassification
 from distprune.training.best import Best
+
+
+class Errors(TextClassification):
+    """A task whose metric is an error."""
+
+    lower_is_better = ("mae",)
+
+
+merit = object.__new__(TextClassification).merit
 
 
 def test_the_first_metric_decides() -> None:
     best = Best()
-    assert best.update({"f1": 0.5, "accuracy": 0.9}, 10)
-    assert best.update({"f1": 0.6, "accuracy": 0.1}, 20)
-    assert not best.update({"f1": 0.55, "accuracy": 1.0}, 30)
+    assert best.update({"f1": 0.5, "accuracy": 0.9}, 10, merit)
+    assert best.update({"f1": 0.6, "accuracy": 0.1}, 20, merit)
+    assert not best.update({"f1": 0.55, "accuracy": 1.0}, 30, merit)
     assert (best.metrics, best.step, best.evaluations_since) == ({"f1": 0.6, "accuracy": 0.1}, 20, 1)
 
 
 def test_a_first_evaluation_is_the_best_however_bad() -> None:
     best = Best()
-    assert best.update({"matthews": -1.0}, 5)
+    assert best.update({"matthews": -1.0}, 5, merit)
     assert (best.step, best.evaluations_since) == (5, 0)
 
 
 def test_a_metric_that_is_not_a_number_is_the_worst() -> None:
     best = Best()
-    assert best.update({"nll": nan}, 5)
-    assert best.update({"nll": 9.0}, 10)
-    assert not best.update({"nll": nan}, 15)
+    assert best.update({"nll": nan}, 5, merit)
+    assert best.update({"nll": 9.0}, 10, merit)
+    assert not best.update({"nll": nan}, 15, merit)
     assert best.step == 10
+
+
+def test_the_least_error_is_the_best_of_a_task_that_names_it() -> None:
+    best, merit_of_errors = Best(), object.__new__(Errors).merit
+    assert [best.update({"mae": value}, step, merit_of_errors) for step, value in enumerate([4.0, 2.0, 3.0])] == [
+        True,
+        True,
+        False,
+    ]
+    assert best.step == 1
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=12))
 def test_is_the_earliest_of_the_highest(values: list[float]) -> None:
     best = Best()
-    improved = [best.update({"accuracy": value}, step) for step, value in enumerate(values)]
+    improved = [best.update({"accuracy": value}, step, merit) for step, value in enumerate(values)]
     place = values.index(max(values))
     assert (best.metrics, best.step) == ({"accuracy": values[place]}, place)
     assert best.evaluations_since == len(values) - 1 - place

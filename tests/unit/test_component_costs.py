@@ -105,6 +105,7 @@ def test_pruning_pays_from_a_twentieth_of_the_arithmetic_on():
     parts = [part("token_embedding", 0.0), part("attention", 0.05), part("feed_forward", 0.9), part("head", 0.0499)]
     assert [pays(each) for each in parts] == [False, True, True, False]
     assert not pays(part("head", 0.4)), "a language model's"
+    assert not pays(part("token_embedding", 0.4)), "tied to a language model's head"
     assert setting(parts) == "pruning.components=[attention,feed_forward]"
 
 
@@ -121,6 +122,7 @@ def test_pruning_pays_from_a_twentieth_of_the_arithmetic_on():
         ),
         ("pooler", 0.01, False, "does not pay", "; less than 5% of the FLOPs"),
         ("head", 0.4, False, "does not pay", "; heads stay dense by the guideline"),
+        ("token_embedding", 0.4, False, "does not pay", "; tied to the head, which stays dense by the guideline"),
         (
             "head",
             0.01,

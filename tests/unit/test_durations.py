@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distprune.durations import parse, whole
+from distprune.durations import multiples, parse, whole
 from distprune.errors import UserError
 
 
@@ -54,3 +54,14 @@ def test_other_text_is_refused_with_its_key(text: str) -> None:
 def test_part_of_a_step_is_refused() -> None:
     with pytest.raises(UserError, match=r"lr\.warmup is '0\.5 steps'; allowed: a whole number of steps"):
         parse("0.5 steps", "lr.warmup")
+
+
+@given(st.fractions(min_value="0.01", max_value=50), st.integers(1, 300))
+def test_multiples_are_those_of_the_exact_length(every: Fraction, last: int) -> None:
+    nearest = {whole(max(every, Fraction(1)) * number) for number in range(1, last + 1)}
+    assert multiples(every, last) == sorted(step for step in nearest if step <= last)
+
+
+def test_half_epochs_of_an_odd_number_of_steps_meet_each_epochs_end() -> None:
+    assert multiples(parse("0.5 epochs", "train.eval_every").exact(25), 75) == [13, 25, 38, 50, 63, 75]
+    assert multiples(Fraction(1, 10**12), 3) == [1, 2, 3]

@@ -24,6 +24,14 @@ def test_numbered_classes_can_be_named(build):
     assert booleans.model_options()["num_labels"] == 2
 
 
+def test_truth_values_have_their_own_names_in_any_order(build):
+    turned = build(labelled(False, True), labels=["True", "False"])
+    assert turned.train["label"][:] == [1, 0]
+    assert turned.model_options()["id2label"] == {0: "True", 1: "False"}
+    assert build(labelled(False, True), labels=["bad", "good"]).train["label"][:] == [0, 1]
+    assert build(labelled(1, 0), labels=["true", "false"]).train["label"][:] == [1, 0], "numbers are named as they say"
+
+
 def test_classes_do_not_depend_on_the_examples_drawn(build):
     rows = labelled(*[0] * 30, 1, 2)
     for seed in range(3):

@@ -58,6 +58,13 @@ def test_choices_are_a_column_or_a_part_of_one_or_a_column_each(choices):
     assert choices(columns, choices=["first", "other"]).train["input_ids"][:] == expected
 
 
+def test_choices_that_look_like_numbers_are_texts(choices, tmp_path):
+    (tmp_path / "sums.csv").write_text("question,first,other,answer\na,0.50,3,0\nb,1,04,1\n")
+    sums = {"train": str(tmp_path / "sums.csv"), "validation": str(tmp_path / "sums.csv")}
+    task = choices(choices=["first", "other"], form=["{question} {choice}"], **sums)
+    assert len(task.train) == 2
+
+
 def test_the_form_is_one_text_or_a_pair(choices):
     rows = [one(choices=("c", "d e"), more="i j")]
     single = choices(rows, form=["{more} {question} {choice}"], text=["question", "more"])
@@ -140,6 +147,7 @@ def test_data_that_cannot_be_used(choices):
         (ROWS, {"label": "options"}, "'options' of train.jsonl holds .*answers are whole numbers or texts"),
         (ROWS, {"labels": ["a", "b", "c"]}, "task.labels names 3 answers; allowed: one for each of 2 choices"),
         (named, {}, "1 of 2 rows of train.jsonl have an answer in column 'answer' that is none of 0 to 1"),
+        ([one(answer="B"), one(answer="1")], {}, "'answer' of train.jsonl are letters and numbers; allowed: one of"),
         (ROWS, {"metrics": ["f1"]}, "metric of multiple_choice 'f1' is unknown; allowed: accuracy"),
         (ROWS, {"max_length": 4}, "task.max_length is 4; this tokenizer and 2 text columns allow 5"),
     ]:

@@ -55,6 +55,9 @@ def test_pairs_have_converged_on_both_sides_and_lower_may_be_better(rows: dict[s
         each["metric_name"] = "nll"
     dense, after = means_of(rows, "dense", chance=0.92)
     assert (dense.diverged, after.diverged, after.pairs) == (2, 0, 1)
+    for each in rows.values():
+        each.update(metric_name="mae", lower_is_better=True)
+    assert [each.diverged for each in means_of(rows, "dense", chance=0.92)] == [2, 0]
     assert after.below == pytest.approx(0.5 - 0.91), "it is better"
 
 
