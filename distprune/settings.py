@@ -201,6 +201,8 @@ def _merge(config: DictConfig, layer: Layer, origin: str) -> set[str]:
                 raise UserError(f"{origin}: {path} is {value!r}; allowed: {allowed}") from error
             if _holds_bool(path, value):
                 raise UserError(f"{origin}: {path} is {value!r}; allowed: true and false in quotes")
+            if TYPES[path] is bool and isinstance(value, int | float) and not isinstance(value, bool):
+                raise UserError(f"{origin}: {path} is {value!r}; allowed: {TYPE_WORDS[bool]}")
             given.add(path)
     return given
 

@@ -275,6 +275,15 @@ def _write_flushed(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def flush(directory: Path) -> None:
+    """Have the disk hold the files of a directory, and their names."""
+    for path in directory.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _flush_folder(directory)
+
+
 def _flush_folder(path: Path) -> None:
     """Have the disk know a folder's names, where its file system can be asked to."""
     descriptor = os.open(path, os.O_RDONLY)

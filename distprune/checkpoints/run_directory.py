@@ -37,7 +37,7 @@ def is_unfinished(run_dir: Path) -> bool:
     allowed = "allowed: a new or empty directory, or that of a run to go on with"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"train.output {str(run_dir)!r} is a file; {allowed}")
-    held = {path.name for path in run_dir.iterdir()} - {LOCK} if run_dir.exists() else set()
+    held = {path.name for path in run_dir.iterdir()} - {LOCK, f"{CONFIG}.partial"} if run_dir.exists() else set()
     if SUMMARY in held:
         raise UserError(f"train.output {str(run_dir)!r} holds a finished run; {allowed}")
     if held and CONFIG not in held:

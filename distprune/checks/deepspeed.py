@@ -43,6 +43,10 @@ def _section(key: str) -> Check:
     return Check(key, "a section of options", lambda c: isinstance(value_of(c, key, {}), dict))
 
 
+def _switch(key: str) -> Check:
+    return Check(key, "true or false", lambda c: isinstance(value_of(c, key, False), bool))
+
+
 def _offload(key: str) -> Check:
     return Check(f"{key}.device", "cpu or none", lambda c: value_of(c, f"{key}.device", "none") in ("cpu", "none"))
 
@@ -67,6 +71,7 @@ def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:
     return (
         *(_unset(f"{root}.{name}", instead) for name, instead in OWNED.items()),
         *(_section(f"{root}.{name}") for name in READ_SECTIONS),
+        *(_switch(f"{root}.{name}.enabled") for name in ("bf16", "fp16", "torch_autocast")),
         _absent(f"{root}.tensor_parallel", "its ranks would need the same rows, and each has its own"),
         _absent(f"{zero}.zenflow", "it updates weights where pruned ones would come back"),
         Check(
@@ -84,6 +89,11 @@ def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:
             ),
         ),
         _offload(f"{zero}.offload_param"),
+        Check(
+            f"{root}.fp16.enabled",
+            "false at ZeRO stage 0, where DeepSpeed does not scale the loss; true at stages 1 to 3",
+            lambda c: not (enabled(c, "fp16") and value_of(c, f"{zero}.stage", 0) == 0),
+        ),
         Check(
             f"{root}.fp16.enabled",
             "true for one of fp16 and bf16 only",

@@ -149,7 +149,7 @@ TASK = (
     _at_least_one_or_null("task.limit"),
 )
 
-SEED = _not_negative("train.seed")
+SEED = Check("train.seed", "at least 0 and less than 2^63", lambda c: 0 <= c.train.seed < 1 << 63)
 
 TRAIN = (
     Check("train.output", "a directory", lambda c: c.train.output != ""),

@@ -4,11 +4,9 @@ import json
 import sys
 
 from distprune import dist, settings
-from distprune.checkpoints.files import is_checkpoint
 from distprune.engines.build import build_frozen
 from distprune.engines.evaluate import evaluate
 from distprune.engines.options import dtype_of
-from distprune.errors import UserError
 from distprune.models.export import count_zeros
 from distprune.models.files import match_names, read_config
 from distprune.monitor.jsonl import finite
@@ -26,8 +24,6 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
         lambda: settings.load_valid(config_path, ["model.revision=null", *overrides, f"model.path={model_dir}"])
     )
     directory = local_model(config.model.path, config.model.revision)
-    if is_checkpoint(directory):
-        raise UserError(f"{model_dir!r} is a checkpoint; allowed: a model directory, as distprune export makes")
     task = load_task(config, directory)
     dist.agree(lambda: task.check_labels(read_config(directory), "the model"))
     dist.agree(lambda: check_limits(directory, task))

@@ -29,7 +29,7 @@ def run(source: str, out: str, shrinking: bool = False, packing: bool = False) -
 
     Collective, where it is a checkpoint: every rank calls it.
     """
-    directory, target = Path(source).expanduser(), Path(out).expanduser()
+    directory, target = Path(source).expanduser().resolve(), Path(out).expanduser()  # a run moves its link latest
     checkpoint = is_checkpoint(directory)
     if packing and not checkpoint:
         raise UserError(f"--packed is for checkpoints, which {source!r} is none; a model directory is packed without")

@@ -1,6 +1,6 @@
 """Evaluation that gives the same number at any world size: every example once, every rank as many forward passes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from distprune.engines.batches import eval_batches, in_order
 from distprune.tasks.base import Batch, Task
 
 
-def evaluate(engine: Any, task: Task, batch_size: int) -> dict[str, float]:
+def evaluate(
+    engine: Any, task: Task, batch_size: int, before_batch: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """Return the task's metrics of a model over all its evaluation data, the same on every rank.
 
     Collective: every rank calls it.
@@ -20,10 +22,11 @@ def evaluate(engine: Any, task: Task, batch_size: int) -> dict[str, float]:
         engine: a DeepSpeed engine; left in the mode it was in.
         task: gives batches and metrics.
         batch_size: rows in a forward pass on one rank.
+        before_batch: called on every rank before each forward pass; what it raises ends the evaluation.
     """
     measured: dict[str, float] = {}
     for prefix, data in task.evaluations().items():
-        metrics = _evaluate(engine, task, data, batch_size)
+        metrics = _evaluate(engine, task, data, batch_size, before_batch)
         measured |= {prefix + name: value for name, value in metrics.items()}
     return measured
 
@@ -55,13 +58,16 @@ def on_device(batch: Batch, engine: Any) -> Batch:
 
 
 @torch.no_grad()
-def _evaluate(engine: Any, task: Task, data: Dataset, batch_size: int) -> dict[str, float]:
+def _evaluate(
+    engine: Any, task: Task, data: Dataset, batch_size: int, before_batch: Callable[[], None]
+) -> dict[str, float]:
     """Collective: every rank calls it."""
     world = dist.detect()
     was_training = engine.module.training
     engine.eval()
     predictions, indices, valid = [], [], []
     for rows in eval_batches(data["length"], batch_size, world.rank, world.size):
+        before_batch()
         batch = on_device(task.collate(data.__getitems__(rows.indices)), engine)
         predictions.append(task.predictions(task.forward(engine, batch), batch))
         indices += rows.indices

@@ -68,7 +68,7 @@ def resolve(path: str, revision: str | None) -> Path:
     """Return the directory of a model: itself, or the hub's snapshot in the local cache.
 
     Raises:
-        UserError: where it is neither a directory nor a hub id that can be reached.
+        UserError: where it is neither a directory nor a hub id that can be reached, or a checkpoint.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -76,6 +76,8 @@ def resolve(path: str, revision: str | None) -> Path:
             final = local / "final"
             hint = f"{final}, the model of that run" if final.exists() else "a Hugging Face model directory or hub id"
             raise UserError(f"{path} holds no config.json; allowed: {hint}")
+        if is_checkpoint(local):
+            raise UserError(f"{path!r} is a checkpoint; allowed: a model directory, as distprune export makes")
         return local
     if local.exists() or path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1:
         raise UserError(f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id")

@@ -3,10 +3,11 @@
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from distprune.checkpoints.files import Damaged, newest_first, read_manifest
+from distprune.checkpoints.files import Damaged, Entry, check, entry_of, flush, newest_first, read_manifest
 from distprune.errors import UserError
 
 
@@ -17,6 +18,8 @@ class Best:
     metrics: dict[str, float] = field(default_factory=dict)
     step: int = 0
     evaluations_since: int = 0
+    files: list[dict[str, Any]] = field(default_factory=list)
+    """The `Entry` of each file of the state that is kept."""
 
     def update(self, metrics: dict[str, float], step: int, merit: Callable[[dict[str, float]], float]) -> bool:
         """Take in an evaluation; return whether it is the best so far, by the task's `merit`."""
@@ -29,6 +32,15 @@ class Best:
     def directory(self, run_dir: Path) -> Path:
         """Return where the state is kept."""
         return run_dir / "best" / f"step-{self.step:08d}"
+
+    def problem(self, run_dir: Path) -> str | None:
+        """Return what is wrong with the state that is kept, None where it is as it was written."""
+        directory = self.directory(run_dir)
+        try:
+            check(directory, [Entry(**each) for each in self.files])
+        except Damaged as error:
+            return str(error)
+        return None if directory.is_dir() else f"{directory} is gone"
 
 
 def remove_former(best: Path, checkpoints: Path) -> None:
@@ -48,9 +60,16 @@ def remove_former(best: Path, checkpoints: Path) -> None:
 
 
 def replace(partial: Path, directory: Path) -> None:
-    """Give a complete directory its name; what had it before goes."""
+    """Give a complete directory its name, once the disk has it; what had the name before goes."""
+    flush(partial)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
+    flush(directory.parent)
+
+
+def entries_of(directory: Path) -> list[dict[str, Any]]:
+    """Return the `Entry` of each file of a directory."""
+    return [asdict(entry_of(path)) for path in sorted(directory.iterdir())]
 
 
 def copy(source: Path, directory: Path) -> None:

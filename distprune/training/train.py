@@ -30,7 +30,7 @@ from distprune.monitor.resources import memory_mib
 from distprune.monitor.wandb import stored_id
 from distprune.pruning.pruner import Pruner
 from distprune.tasks.base import Batch
-from distprune.training.best import Best, copy, partial_of, remove_former, replace
+from distprune.training.best import Best, copy, entries_of, partial_of, remove_former, replace
 from distprune.training.curvature import estimate
 from distprune.training.diagnose import refuse_nonfinite, refuse_nonfinite_weights
 from distprune.training.interrupts import Interrupted, StopRequests
@@ -153,14 +153,22 @@ class Trainer:
         if pruner is not None:
             self._prune(pruner)
         asked = self._agree(sums, suspect)
-        student.step()
-        self._check_taken()
+        self._take_step()
         self.step += 1
         return asked
 
-    def _check_taken(self) -> None:
-        """Count a step that DeepSpeed has left out: fp16 finds its loss's scale so, and no other type should."""
+    def _take_step(self) -> None:
+        """Take the step, or count it where DeepSpeed has left it out: only fp16 finds its loss's scale so."""
         student = self.setup.student
+        try:
+            student.step()
+        except Exception as error:  # DeepSpeed's has no kind of its own
+            if "loss scale" not in str(error):
+                raise
+            raise UserError(
+                f"fp16's gradients are not finite at step {self.step}, at the smallest scale of the loss; allowed: a "
+                "lower lr.peak, or bf16 or fp32 in place of fp16"
+            ) from error
         if student.was_step_applied():
             return
         if not student.fp16_enabled():
@@ -222,7 +230,9 @@ class Trainer:
         """Measure, and keep the state where it is the best one at the target sparsity."""
         plan, pruner = self.setup.plan, self.setup.pruner
         started = time.perf_counter()
-        self.metrics = evaluate(self.setup.student, self.setup.task, self.config.train.eval_batch_size)
+        self.metrics = evaluate(
+            self.setup.student, self.setup.task, self.config.train.eval_batch_size, self._stop_if_asked
+        )
         self.measured_at = self.step
         self._logged_at += time.perf_counter() - started  # examples/s are those of training
         layers = {} if pruner is None else pruner.layer_sparsity
@@ -242,6 +252,7 @@ class Trainer:
         if improved and self.config.train.select == "best":
             directory, checkpoints = self.best.directory(self.run_dir), self.saver.folder
             self._keep(directory)
+            self.best.files = dist.on_main(lambda: entries_of(directory))
             self.saver.finish()  # a checkpoint that is being written may need the former
             dist.write_on_main(lambda: remove_former(directory, checkpoints), directory)
 
@@ -250,6 +261,14 @@ class Trainer:
         partial = partial_of(directory)
         self.export(partial)
         dist.write_on_main(lambda: replace(partial, directory), directory)
+
+    def _forget_damaged_best(self) -> None:
+        """Choose among later states where the best one is not as it was written. Collective: every rank calls it."""
+        problem = dist.on_main(lambda: self.best.problem(self.run_dir)) if self.best.metrics else None
+        if problem is not None:
+            if dist.is_main():
+                print(f"the best state, of step {self.best.step}, is lost: {problem}; chosen among later ones")
+            self.best, self.measured_at = Best(), -1
 
     def _save_is_planned(self) -> bool:
         plan, checkpoint = self.setup.plan, self.config.checkpoint
@@ -285,6 +304,8 @@ class Trainer:
             setattr(self, name, state[name])
         self.setup.new_weights = manifest.state["new_weights"]
         self.saver.last_step = manifest.step
+        if self.config.train.select == "best":
+            self._forget_damaged_best()
 
     def measure_teacher(self) -> None:
         """Measure the teacher, which is the dense model, and say what it can. Collective: every rank calls it."""

@@ -12,7 +12,7 @@ from distprune.zero.shards import full_shape, trained_shards
 
 @torch.no_grad()
 def take_back_empty_step(engine: Any) -> None:
-    """Undo the step without gradients by which stage 0 makes AdamW's state in bf16 and fp16: it decays, and counts."""
+    """Undo the step without gradients by which stage 0 makes AdamW's state in bf16: it decays, and counts."""
     engine.basic_optimizer.state.clear()
     for shard in trained_shards(engine).shards:
         shard.master.copy_(shard.low_precision)
@@ -78,10 +78,7 @@ def set_loss_scaling(engine: Any, values: dict[str, float]) -> None:
 
 def _scaler(engine: Any) -> Any:
     """Return the object that scales an fp16 engine's loss, None for others."""
-    optimizer = engine.optimizer
-    if not engine.fp16_enabled():
-        return None
-    return getattr(optimizer, "loss_scale_config", None) or optimizer.loss_scaler
+    return engine.optimizer.loss_scaler if engine.fp16_enabled() else None
 
 
 class FullParameters:

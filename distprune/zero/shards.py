@@ -107,7 +107,7 @@ class ShardedParameters(ABC):
 
 
 class ReplicatedParameters(ShardedParameters):
-    """Stage 0: every rank holds every parameter whole; the fp32 copy is apart in bf16 and fp16."""
+    """Stage 0: every rank holds every parameter whole; the fp32 copy is apart in bf16."""
 
     def __init__(self, engine: Any, names: Iterable[str]):
         optimizer = engine.optimizer

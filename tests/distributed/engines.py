@@ -84,7 +84,8 @@ OTHER_LAYOUTS = [
 ]
 """Options of DeepSpeed that cut or move the weights, or the gradients, in another way."""
 
-FP16_LAYOUTS = [layout._replace(dtype="fp16") for layout in ALL_LAYOUTS if layout.dtype == "bf16"]
+FP16_LAYOUTS = [layout._replace(dtype="fp16") for layout in ALL_LAYOUTS if layout.dtype == "bf16" and layout.stage]
+"""At stage 0 DeepSpeed does not scale fp16's loss, and distprune refuses it."""
 
 
 def write_model(directory: Path, levels: int | None = None, **sizes: int) -> Path:

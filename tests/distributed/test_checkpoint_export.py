@@ -113,6 +113,13 @@ def test_a_checkpoint_is_no_model_directory_to_measure(world: Worlds, task: Path
     assert "is a checkpoint; allowed: a model directory, as distprune export makes" in said
 
 
+def test_a_run_does_not_begin_with_a_checkpoint(world: Worlds, task: Path, tmp_path: Path, trained: Any) -> None:
+    latest = trained(2) / "checkpoints" / "latest"
+    for key in ("model", "teacher"):
+        (said,) = world(1).run(run, task, tmp_path / "run", f"{key}.path={latest}", "distillation.hardness=0.5")
+        assert said == f"{str(latest)!r} is a checkpoint; allowed: a model directory, as distprune export makes"
+
+
 def test_the_command_knows_a_checkpoint(tmp_path: Path, trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
     latest = str(trained(3) / "checkpoints" / "latest")
     export.run(latest, str(tmp_path / "model"))

@@ -3,26 +3,22 @@
 import os
 import shutil
 import socket
-import time
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distprune.checkpoints.files import read_manifest, write_tensors
+from distprune.checkpoints.files import read_manifest
 from distprune.checkpoints.pieces import Pieces
 from distprune.checkpoints.run_directory import lock, unlock
 from tests.distributed.runs import (
     DENSE,
     EVERY_STEP,
-    RATE,
-    CutOff,
     cut_off,
     heard,
     records,
@@ -258,38 +254,6 @@ def test_a_run_cannot_become_shorter_than_it_is_by_now(world: Worlds, task: Path
     cut_off(world, 1, task, tmp_path / "other", 9, *EVERY_STEP, *DENSE)
     (said,) = world(1).run(run, task, tmp_path / "other", *EVERY_STEP, *options)
     assert said == "train.epochs makes a run of 4 steps, and 8 are done; allowed: more"
-
-
-class Rising:
-    """Stands in for `evaluate`: each state is better than the one before."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, *_: Any) -> dict[str, float]:
-        self.calls += 1
-        return {"accuracy": self.calls / 100}
-
-
-def run_with_a_slow_disk(task: Path, output: Path, step: int, *overrides: str) -> Any:
-    """Run up to a step, with checkpoints that are still being written when a better state is found. Collective."""
-
-    def slow(*arguments: Any) -> Any:
-        time.sleep(0.2)
-        return write_tensors(*arguments)
-
-    with patch("distprune.checkpoints.files.write_tensors", slow), patch(RATE, CutOff(step)):
-        return run_patched("distprune.training.train.evaluate", Rising(), task, output, *overrides)
-
-
-def test_the_best_state_of_every_checkpoint_stays(world: Worlds, task: Path, tmp_path: Path) -> None:
-    options = ("train.select=best", "train.eval_every=1 steps", "checkpoint.steps=1", *DENSE)
-    world(2).run(run_with_a_slow_disk, task, tmp_path / "run", 6, *options)
-    checkpoints = list((tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert checkpoints
-    for each in checkpoints:
-        best = read_manifest(each).state["trainer"]["best"]["step"]
-        assert (tmp_path / "run" / "best" / f"step-{best:08d}" / "model.safetensors").exists(), each.name
 
 
 def test_other_data_are_refused(world: Worlds, task: Path, tmp_path: Path, interrupted: Callable[..., Path]) -> None:

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch.distributed as torch_dist
 from distprune import dist
 from distprune.checkpoints import files
 from distprune.checkpoints.files import Manifest
+from distprune.engines.batches import eval_batches
 from distprune.training.heartbeat import Heartbeat, is_fault
 from distprune.training.interrupts import Interrupted
 from tests.distributed.processes import BIN, Started, srun_variables, steps
@@ -168,6 +169,39 @@ def test_a_run_that_is_told_to_stop_saves_before_what_takes_long(
     assert all(record["step"] < done for record in told(tmp_path / "run") if record["split"] == "validation")
     world(2).run(run, task, tmp_path / "run", *options)
     assert same_weights(tmp_path / "whole", tmp_path / "run")
+    assert told(tmp_path / "run") == told(tmp_path / "whole")
+
+
+class InEvaluation:
+    """Stands in for `eval_batches`: before its second batch the last rank gets SLURM's signal, once."""
+
+    told = False
+
+    def __call__(self, *arguments: Any) -> Iterator[Any]:
+        for number, batch in enumerate(eval_batches(*arguments)):
+            if number == 1 and not self.told and torch_dist.get_rank() == torch_dist.get_world_size() - 1:
+                self.told = True
+                os.kill(os.getpid(), signal.SIGUSR1)
+            yield batch
+
+
+def told_in_evaluation(task: Path, output: Path, *overrides: str) -> tuple[str, bool]:
+    """Collective."""
+    try:
+        return str(
+            run_patched("distprune.engines.evaluate.eval_batches", InEvaluation(), task, output, *overrides)
+        ), False
+    except Interrupted as interrupted:
+        return str(interrupted), interrupted.requeue
+
+
+def test_an_evaluation_ends_where_a_run_is_told_to_stop(world: Worlds, task: Path, tmp_path: Path) -> None:
+    options = ("train.eval_every=6 steps", "train.eval_batch_size=4")
+    world(2).run(run, task, tmp_path / "whole", *options)
+    said = world(2).run(told_in_evaluation, task, tmp_path / "run", *options)
+    assert said == [("stopped after step 6, as asked; the same command goes on from there", True)] * 2
+    assert not [record for record in told(tmp_path / "run") if record["split"] == "validation"]
+    world(2).run(run, task, tmp_path / "run", *options)
     assert told(tmp_path / "run") == told(tmp_path / "whole")
 
 

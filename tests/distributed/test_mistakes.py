@@ -330,6 +330,6 @@ def unsupported(_: Any) -> bool:
 def test_a_type_that_the_device_cannot_do_is_refused(world: Worlds, task: Path, tmp_path: Path) -> None:
     target = "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.is_fp16_supported"
     option = "deepspeed.student.fp16.enabled=true"
-    said = world(2).run(run_patched, target, unsupported, task, tmp_path / "run", option, *stage(0, 0))
+    said = world(2).run(run_patched, target, unsupported, task, tmp_path / "run", option, *stage(2, 0))
     assert len(set(said)) == 1
     assert "deepspeed.student.fp16.enabled is True, which this cpu does not support; allowed: float32, " in said[0]

@@ -37,8 +37,15 @@ def test_the_benchmark_of_selection_runs_on_a_gpu(tmp_path: Path) -> None:
     assert result["device"] == "cuda"
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize(("stage", "offload"), [(0, False), (2, False), (2, True), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    ("dtype", "stage", "offload"),
+    [
+        (dtype, stage, offload)
+        for dtype in ("fp32", "bf16", "fp16")
+        for stage, offload in ((0, False), (2, False), (2, True), (3, False), (3, True))
+        if (dtype, stage) != ("fp16", 0)  # is refused
+    ],
+)
 def test_a_run_on_a_gpu_ends_at_the_exact_sparsity(tmp_path: Path, dtype: str, stage: int, offload: bool) -> None:
     task, output = write_task(tmp_path, hardness=0.5), tmp_path / "run"
     overrides = [f"train.output={output}", f"deepspeed.student.zero_optimization.stage={stage}"]

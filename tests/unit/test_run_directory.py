@@ -1,10 +1,11 @@
 """What of a configuration may change when a run goes on, and what would make another run of it."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
-from distprune.checkpoints.run_directory import changes
+from distprune.checkpoints.run_directory import changes, is_unfinished
 from distprune.config import Config, describe
 from distprune.errors import UserError
 
@@ -37,6 +38,11 @@ def test_a_key_that_follows_from_a_recipe_is_said_to() -> None:
     config.recipe.derived, config.pruning.start = ["pruning.start"], "3 epochs"
     with pytest.raises(UserError, match=r"pruning.start is '3 epochs' by its recipe, and was"):
         changes(asdict(Config()), config)
+
+
+def test_a_directory_whose_first_file_was_cut_off_is_new(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml.partial").write_text("task:")
+    assert not is_unfinished(tmp_path)
 
 
 def test_what_an_older_checkpoint_does_not_know_is_as_it_was() -> None:

@@ -174,6 +174,9 @@ def test_yaml_keeps_odd_values(tmp_path_factory, sparsity, peak, name, labels) -
     assert settings.load(str(path), []) == config
 
 
+BF16_OFF = "deepspeed.student.bf16.enabled=false"
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -186,7 +189,7 @@ def test_yaml_keeps_odd_values(tmp_path_factory, sparsity, peak, name, labels) -
         ["deepspeed.student.zero_optimization.stage=1", "deepspeed.student.bf16.enabled=true"],
         ["deepspeed.student.zero_optimization.offload_optimizer.device=cpu"],
         ["deepspeed.student.zero_optimization.offload_param.device=none"],
-        ["deepspeed.student.fp16.enabled=true", "deepspeed.student.bf16.enabled=false"],
+        [*(f"deepspeed.student.{each}" for each in ("fp16.enabled=true", "zero_optimization.stage=1")), BF16_OFF],
         ["deepspeed.student.wall_clock_breakdown=true"],
         ["optimizer.clip=0", "train.patience=1", "task.limit=1", "model.dropout=0"],
     ],
@@ -223,7 +226,7 @@ STAGE_1_FP32 = [
         (["task.text=[label]", "task.label=gold"], "task.text"),
         (["distillation.layers=[1]"], "distillation.layers"),
         (["distillation.attention=1", "teacher.path=t"], "model.dropout"),
-        (["task.name=question_answering", "task.max_length=128"], "task.stride"),
+        (["task.name=question_answering", "task.stride=128"], "task.stride"),
         (["task.labels=[a]"], "task.labels"),
         (["task.labels=[a,a]"], "task.labels"),
         (["task.labels=[a,b]", "task.regression=true"], "task.labels"),
@@ -253,6 +256,7 @@ STAGE_1_FP32 = [
         (["train.eval_every=often"], "train.eval_every"),
         (["train.log_every=0"], "train.log_every"),
         (["train.seed=-1"], "train.seed"),
+        (["train.seed=9223372036854775808"], "train.seed"),
         (["train.select=first"], "train.select"),
         (["train.patience=0"], "train.patience"),
         (["optimizer.betas=[0.9]"], "optimizer.betas"),
@@ -288,6 +292,12 @@ STAGE_1_FP32 = [
         (["deepspeed.teacher.zero_optimization.stage=2"], "deepspeed.teacher.zero_optimization.stage"),
         (["deepspeed.student.zero_optimization=3"], "deepspeed.student.zero_optimization"),
         (["deepspeed.student.bf16=true"], "deepspeed.student.bf16"),
+        (["deepspeed.student.bf16.enabled=off"], "deepspeed.student.bf16.enabled"),
+        (["deepspeed.student.fp16.enabled=1"], "deepspeed.student.fp16.enabled"),
+        (
+            ["deepspeed.student.fp16.enabled=true", "deepspeed.student.zero_optimization.stage=0", BF16_OFF],
+            "deepspeed.student.fp16.enabled",
+        ),
         (
             ["deepspeed.student.fp16.enabled=true", "deepspeed.student.bf16.enabled=true"],
             "deepspeed.student.fp16.enabled",
