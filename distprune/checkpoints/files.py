@@ -141,10 +141,10 @@ def complete(folder: Path, manifest: Manifest) -> Path:
     content = asdict(manifest)
     text = json.dumps(content | {"checksum": _of_text(content)}, indent=1)
     _write_flushed(saving / MANIFEST, text)
-    _flush_folder(saving)
+    flush_folder(saving)
     final = folder / _name(manifest.step)
     saving.rename(final)
-    _flush_folder(folder)
+    flush_folder(folder)
     _point_at(folder, final.name)
     return final
 
@@ -281,10 +281,10 @@ def flush(directory: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    _flush_folder(directory)
+    flush_folder(directory)
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
     """Have the disk know a folder's names, where its file system can be asked to."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

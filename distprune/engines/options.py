@@ -1,5 +1,6 @@
 """DeepSpeed's options of one engine: what they are where nothing is said, and which are refused."""
 
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
@@ -127,11 +128,17 @@ def _options_of(title: str, path: list[str]) -> set[str]:
         title: name of the model's class.
         path: of the section within.
     """
-    model: type[BaseModel] = next(each for each in DeepSpeedConfigModel.__subclasses__() if each.__name__ == title)
+    model: type[BaseModel] = next(each for each in _kinds(DeepSpeedConfigModel) if each.__name__ == title)
     for part in path:
         annotation: Any = model.model_fields[part].annotation
         model = next(each for each in get_args(annotation) or [annotation] if issubclass(each, BaseModel))
     return set(model.model_fields)
+
+
+def _kinds(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for each in model.__subclasses__():
+        yield each
+        yield from _kinds(each)
 
 
 def _check_dtype(key: str, section: dict[str, Any]) -> None:

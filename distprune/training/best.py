@@ -7,7 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distprune.checkpoints.files import Damaged, Entry, check, entry_of, flush, newest_first, read_manifest
+from distprune.checkpoints.files import (
+    Damaged,
+    Entry,
+    check,
+    entry_of,
+    flush,
+    flush_folder,
+    newest_first,
+    read_manifest,
+)
 from distprune.errors import UserError
 
 
@@ -64,7 +73,7 @@ def replace(partial: Path, directory: Path) -> None:
     flush(partial)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
-    flush(directory.parent)
+    flush_folder(directory.parent)
 
 
 def entries_of(directory: Path) -> list[dict[str, Any]]:

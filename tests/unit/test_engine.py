@@ -104,6 +104,10 @@ def test_bf16_is_refused_where_a_gpu_only_emulates_it(monkeypatch, name, native,
             {"zero_optimization": {"stage": 3, "leaf_module": {"klass": []}}},
             r"^option of x\.zero_optimization\.leaf_module 'klass' is unknown.*; allowed: classes, ",
         ),
+        (
+            {"weight_quantization": {"bits": 8}},
+            r"^option of x\.weight_quantization 'bits' is unknown.*; allowed: enabled, ",
+        ),
         ({"zro": {}}, r"^option of x 'zro' is unknown.*; allowed: activation_checkpointing, (?!.* optimizer, )"),
     ],
 )
