@@ -104,8 +104,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
 
 def entry_of(path: Path) -> Entry:
     """Wait until the disk has a file, and return its entry."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    _flush_file(path)
     return Entry(path.name, path.stat().st_size, checksum(path))
 
 
@@ -279,9 +278,13 @@ def flush(directory: Path) -> None:
     """Have the disk hold the files of a directory, and their names."""
     for path in directory.iterdir():
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _flush_file(path)
     flush_folder(directory)
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def flush_folder(path: Path) -> None:

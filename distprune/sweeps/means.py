@@ -98,14 +98,14 @@ def _mean(group: Sequence[Row], rows: dict[str, Row], baseline: str | None, chan
 def _converged(row: Row, chance: float | None) -> bool:
     if row["final_metric"] is None:
         return False
-    return chance is None or _merit(row) > _merit(row, chance)
+    return chance is None or _merit(row) > _merit(row | {"final_metric": chance})
 
 
-def _merit(row: Row, value: float | None = None) -> float:
-    """Return the merit of a row's metric, or of another value of it; older rows go by its name."""
+def _merit(row: Row) -> float:
+    """Return the merit of a row's metric; older rows go by its name."""
     lower = row.get("lower_is_better")
     known = row["metric_name"] in LOWER_IS_BETTER if lower is None else lower
-    return merit_of(row["final_metric"] if value is None else value, known)
+    return merit_of(row["final_metric"], known)
 
 
 def _below_baseline(

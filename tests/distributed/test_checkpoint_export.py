@@ -120,6 +120,21 @@ def test_a_run_does_not_begin_with_a_checkpoint(world: Worlds, task: Path, tmp_p
         assert said == f"{str(latest)!r} is a checkpoint; allowed: a model directory, as distprune export makes"
 
 
+def test_a_link_that_a_run_moves_is_followed_once(
+    tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latest, read = trained(3) / "checkpoints" / "latest", []
+
+    def note(checkpoint: Path, *_: Any) -> dict[str, int]:
+        read.append(checkpoint)
+        return {"files": 1, "tensors": 1}
+
+    monkeypatch.setattr(export, "export_checkpoint", note)
+    export.run(str(latest), str(tmp_path / "model"))
+    assert latest.is_symlink()
+    assert read == [latest.resolve()]
+
+
 def test_the_command_knows_a_checkpoint(tmp_path: Path, trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
     latest = str(trained(3) / "checkpoints" / "latest")
     export.run(latest, str(tmp_path / "model"))

@@ -112,6 +112,7 @@ def test_a_base_may_be_reached_twice_but_not_from_itself(write) -> None:
         ("pruning: {sparsity: {x: 1}}", ["pruning.sparsity is {'x': 1}; allowed: a number"]),
         ("deepspeed: {student: 2}", ["deepspeed.student is 2; allowed: a section"]),
         ("task: {labels: [false, true]}", ["task.labels is [False, True]; allowed: true and false in quotes"]),
+        ("checkpoint: {epochs: 5}", ["checkpoint.epochs is 5; allowed: true or false"]),
         ("task: {label: true}", ["task.label is True; allowed: true and false in quotes"]),
         ("lr: 5", ["lr is 5; allowed: a section with the keys peak, final"]),
         ("lr:", ["lr is None; allowed: a section"]),
