@@ -238,3 +238,10 @@ def test_a_student_may_be_of_another_kind_than_its_teacher(world: Worlds, task: 
     summary, _ = world(2).run(run, task, tmp_path / "run", f"model.path={tmp_path}/distil", *TAUGHT, *stage(3))
     assert len(summary["layers"]) == 2 * 6
     assert summary["zeros_in_file"] == math.floor(0.9 * summary["prunable_weights"])
+
+
+def test_what_the_teacher_can_is_said_before_the_first_step(world: Worlds, task: Path, tmp_path: Path) -> None:
+    options = ("train.epochs=0.5", "lr.rewind_every=null", *DENSE, *TAUGHT)
+    (summary, said), (_, other) = world(2).run(heard, run, task, tmp_path / "run", *options)
+    assert f"the teacher: accuracy {summary['dense_metric']:.4f}" in said.partition("validation at step")[0]
+    assert "the teacher" not in other, "one rank says it"
