@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from distprune import __version__, allocator
 from distprune.errors import LOST, STOPPED, CannotGoOn, UserError
-from distprune.training.interrupts import Interrupted
+from distprune.training.interrupts import EndedAtOnce, Interrupted
 
 RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
@@ -55,7 +55,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if lost.speaks:
             print(f"distprune: error: {lost}", file=sys.stderr)
         return LOST
-    except Interrupted:
+    except (Interrupted, EndedAtOnce):
         return STOPPED
     return 0
 

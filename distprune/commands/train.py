@@ -1,5 +1,6 @@
 """``distprune train``: fine-tune, prune and distil, under any launcher or alone."""
 
+import os
 import shutil
 import sys
 from functools import partial
@@ -21,7 +22,14 @@ from distprune.monitor.plots import plot_layers, plot_run
 from distprune.monitor.records import read_metrics, write_json
 from distprune.monitor.wandb import store_id
 from distprune.training.heartbeat import Heartbeat
-from distprune.training.interrupts import Interrupted, StopRequests, requeue_job
+from distprune.training.interrupts import (
+    REQUEUE,
+    EndedAtOnce,
+    Interrupted,
+    StopRequests,
+    ending_at_once,
+    requeue_job,
+)
 from distprune.training.setup import Setup, prepare
 from distprune.training.summary import pruning_record, summarise
 from distprune.training.train import Trainer
@@ -34,11 +42,14 @@ def run(config_path: str, overrides: list[str]) -> None:
         ranks = f"{world.size} rank{'s' * (world.size > 1)}"
         print(f"{ranks} on {world.device.type}, started by {world.launcher.replace('none', 'no launcher')}")
     try:
-        with Heartbeat(world):
+        with Heartbeat(world), ending_at_once():
             train(dist.agree(lambda: settings.load_valid(config_path, overrides)))
     except Interrupted as interrupted:
         # All wait for rank 0: srun ends all ranks as soon as one has ended with another status than 0.
         dist.on_main(partial(_say_how_it_goes_on, interrupted))
+        raise
+    except EndedAtOnce as ended:
+        _say_how_it_ends(ended)
         raise
     dist.shutdown()
 
@@ -46,6 +57,14 @@ def run(config_path: str, overrides: list[str]) -> None:
 def _say_how_it_goes_on(interrupted: Interrupted) -> None:
     print(f"distprune: {interrupted}", file=sys.stderr, flush=True)
     if interrupted.requeue:
+        print(f"distprune: {requeue_job()}", file=sys.stderr, flush=True)
+
+
+def _say_how_it_ends(ended: EndedAtOnce) -> None:
+    """Leave word to queue the job again on any rank: the others may hear nothing, and end as this one is missing."""
+    if dist.is_main():
+        print(f"distprune: {ended}", file=sys.stderr, flush=True)
+    if ended.requeue and (dist.is_main() or REQUEUE in os.environ):
         print(f"distprune: {requeue_job()}", file=sys.stderr, flush=True)
 
 

@@ -22,7 +22,6 @@ Settings = dict[str, Any]
 OF_RUN = ("method", "point", "models", "settings", "examples_per_s")
 OF_SUMMARY = (
     "metric_name",
-    "lower_is_better",
     "final_metric",
     "dense_metric",
     "final_metrics",
@@ -39,6 +38,8 @@ OF_SUMMARY = (
     "wall_time_s",
     "environment",
 )
+OF_LATER_VERSIONS = ("lower_is_better",)
+"""What older summaries and lines lack, and are read without."""
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("run", "method", "metric_name"), (str,)),
     **dict.fromkeys(("point", "models", "settings"), (dict,)),
@@ -121,7 +122,7 @@ def row_of(run: Run, settings: Settings, output: Path) -> Row:
         "models": run.models,
         "settings": settings,
         "data": summary.get("data", {}),
-        **{key: summary[key] for key in OF_SUMMARY},
+        **{key: summary[key] for key in (*OF_SUMMARY, *OF_LATER_VERSIONS) if key in summary},
         "examples_per_s": median(speeds) if speeds else None,
     }
     return finite(row)  # type: ignore[return-value]

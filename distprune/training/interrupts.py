@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves at the end of the step, all ranks together, and can go on later.
+"""Signals that ask a run to stop: while it trains, it saves at the end of the step, all ranks together; else it ends.
 
 SIGTERM and SIGINT (Ctrl-C) stop it. SIGUSR1, which SLURM sends ahead of a time limit (``--signal=USR1@SECONDS``), stops
 it and has the job queued again. A second Ctrl-C ends the process at once.
@@ -7,6 +7,8 @@ it and has the job queued again. A second Ctrl-C ends the process at once.
 import os
 import signal
 import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -14,6 +16,8 @@ from typing import Any, Self
 from distprune.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REQUEUE = "DISTPRUNE_REQUEUE"
+"""Names the file that slurm/train.sbatch looks for: the job is to be queued again."""
 
 
 class Interrupted(Exception):
@@ -49,8 +53,7 @@ class StopRequests:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        _restore(self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # DeepSpeed's launcher makes a SIGINT and a SIGTERM of one Ctrl-C, so only SIGINT counts.
@@ -59,6 +62,55 @@ class StopRequests:
         self._interrupted |= number == signal.SIGINT
         self.requeue |= number == signal.SIGUSR1
         self.stop = True
+
+
+class EndedAtOnce(BaseException):
+    """The process ends as it was asked to outside of training, where there is nothing to save.
+
+    Other ranks hear the signal themselves, or miss this one. Handlers of errors let it pass.
+
+    Args:
+        requeue: whether the job is to be queued again.
+    """
+
+    def __init__(self, requeue: bool):
+        super().__init__("ended outside of training, as asked; the same command goes on from where the run is")
+        self.requeue = requeue
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Let the signals end this process within a ``with``, as far as no `StopRequests` listens; in the main thread.
+
+    Raises:
+        EndedAtOnce: at the first of them. Of those that follow, only a SIGINT is still heard.
+    """
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a library has forked it, and ends it so when its work is done
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        raise EndedAtOnce(number == signal.SIGUSR1)
+
+    before = {each: signal.signal(each, end) for each in SIGNALS}
+    try:
+        yield
+    except EndedAtOnce:  # launchers may send several: none is to cut off what is left to say
+        raise
+    except BaseException:
+        _restore(before)
+        raise
+    _restore(before)
+
+
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
 
 
 def requeue_job() -> str:
@@ -70,8 +122,8 @@ def requeue_job() -> str:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return "there is no SLURM job to queue again"
-    if "DISTPRUNE_REQUEUE" in os.environ:
-        Path(os.environ["DISTPRUNE_REQUEUE"]).touch()
+    if REQUEUE in os.environ:
+        Path(os.environ[REQUEUE]).touch()
         return f"job {job} will be queued again"
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)

@@ -33,7 +33,7 @@ def start(command: Command, **variables: str) -> subprocess.CompletedProcess[str
     )
 
 
-def srun_variables(tasks: int, tmp_path: Path) -> list[dict[str, str]]:
+def srun_variables(tasks: int, tmp_path: Path, **others: str) -> list[dict[str, str]]:
     """Return what srun sets for each task on one node, and a PATH with a scontrol."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir(exist_ok=True)
@@ -49,7 +49,7 @@ def srun_variables(tasks: int, tmp_path: Path) -> list[dict[str, str]]:
         "SLURM_JOB_NODELIST": "localhost",
         "PATH": f"{scontrol.parent}{os.pathsep}{environment()['PATH']}",
     }
-    return [slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(tasks)]
+    return [others | slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(tasks)]
 
 
 class Started:

@@ -244,6 +244,42 @@ def test_ctrl_c_stops_a_process_that_no_launcher_started_and_a_second_one_kills_
     assert hurried.end(20) in (75, 1, 130, -signal.SIGINT), hurried.said
 
 
+SLOW = """
+import os, time
+from pathlib import Path
+from distprune.tasks.text_classification import TextClassification
+
+Path(os.environ["BEGUN"]).with_suffix("." + os.environ["RANK"]).touch()
+time.sleep(120 * int(os.environ["RANK"]))
+
+
+class Slow(TextClassification):
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_before_its_first_step_ends_and_no_rank_counts_as_lost(
+    begin: Callable[..., Started], task: Path, tmp_path: Path
+) -> None:
+    """Rank 1 hears it in a slow import; rank 0 waits for it in a collective, and then as it is gone."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = {"DISTPRUNE_ENDED": str(tmp_path / "ended"), "DISTPRUNE_REQUEUE": str(tmp_path / "requeue")}
+    ranks = [
+        begin([*alone(task, tmp_path / "run"), "task.name=slow:Slow"], **each, **words, BEGUN=str(tmp_path / "begun"))
+        for each in srun_variables(2, tmp_path, PYTHONPATH=str(tmp_path))
+    ]
+    for number, rank in enumerate(ranks):
+        rank.wait_for((tmp_path / f"begun.{number}").exists)
+    for rank in ranks:
+        rank.process.send_signal(signal.SIGUSR1)
+    assert [rank.end() for rank in ranks] == [75, 75], [rank.said for rank in ranks]
+    assert "distprune: ended outside of training, as asked; the same command goes on" in ranks[0].said
+    assert "Traceback" not in ranks[0].said + ranks[1].said
+    assert (tmp_path / "ended").read_text() == "75\n"
+    assert (tmp_path / "requeue").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_rank_is_named_and_ends_the_others(
     begin: Callable[..., Started], world: Worlds, task: Path, tmp_path: Path, whole: Path

@@ -2,12 +2,13 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from distprune.errors import UserError
-from distprune.training.interrupts import SIGNALS, StopRequests, requeue_job
+from distprune.training.interrupts import SIGNALS, EndedAtOnce, StopRequests, ending_at_once, requeue_job
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
@@ -44,3 +45,44 @@ def test_a_job_is_queued_again_by_the_script_outside_a_container(
     monkeypatch.setenv("DISTPRUNE_REQUEUE", str(tmp_path / "requeue"))
     assert requeue_job() == "job 7 will be queued again"
     assert (tmp_path / "requeue").exists()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Give the signals back what they did."""
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("number", "requeue"), [(each, each == signal.SIGUSR1) for each in SIGNALS])
+def test_outside_of_training_the_first_signal_ends_and_the_launchers_next_cuts_nothing_off(
+    number: signal.Signals, requeue: bool
+) -> None:
+    with pytest.raises(EndedAtOnce, match="the same command goes on") as ended, ending_at_once():
+        os.kill(os.getpid(), number)
+    assert ended.value.requeue == requeue
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_nothing_is_left_of_it_behind_a_run_or_in_one() -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with ending_at_once():
+        with StopRequests() as requests:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.stop
+    with pytest.raises(ValueError, match="a mistake"), ending_at_once():
+        raise ValueError("a mistake")
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_a_process_that_a_library_has_forked_ends_as_ever() -> None:
+    with ending_at_once():
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM

@@ -15,6 +15,12 @@ from distprune.sweeps import results
 from distprune.sweeps.execute import Outcome
 from tests.unit.sweep_files import row, runs, write_sweep
 
+SHIPPED = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "docs" / "results").glob("*.jsonl"))
+    if '"point"' in path.read_text().partition("\n")[0]  # a sweep's
+]
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
@@ -60,6 +66,12 @@ def test_results_that_do_not_fit_are_refused(file: Path, change: Any, message: s
     stored.write_text(change(stored.read_text()))
     with pytest.raises(UserError, match=message):
         sweep(str(file), [], [], dry_run=True, only_table=False)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_results_that_are_shipped_can_be_gone_on_with(path: Path) -> None:
+    """They are of several versions: what later ones have added, older lines lack."""
+    assert results.read_rows(path)
 
 
 def test_a_directory_of_another_run_is_refused(file: Path) -> None:
