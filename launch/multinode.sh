@@ -37,6 +37,7 @@ for argument in "$@"; do
     [[ $argument != *[\|\&\;\<\>\(\)\$\`\\\'\"]* ]] \
         || die "$argument has characters of the shell that pdsh starts; allowed with -H: such values within CONFIG"
 done
+[[ $PWD != *[[:space:]]* ]] || die "this folder, $PWD, has a space, which DeepSpeed's line to pdsh does not quote; allowed with -H: one without"
 command -v pdsh >/dev/null || die "pdsh is missing; install it with: apt-get install -y pdsh"
 # pdsh hands over little of the environment; the deepspeed CLI reads the rest from a file of this name in $HOME or here.
 settings=$(mktemp -d)

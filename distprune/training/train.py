@@ -12,17 +12,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import torch
-
 from distprune import dist
 from distprune.checkpoints.files import FOLDER, Manifest, newest_step
 from distprune.checkpoints.pieces import Pieces
 from distprune.checkpoints.saver import Saver
 from distprune.checkpoints.state import owned_tensors, restore, state_of
 from distprune.config import Config
-from distprune.engines.batches import rank_part, stream_seed, train_batches
+from distprune.engines.batches import train_batches
 from distprune.engines.build import set_learning_rate
-from distprune.engines.evaluate import evaluate, on_device
+from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError
 from distprune.models.export import describe, export
 from distprune.monitor import Monitor
@@ -36,6 +34,7 @@ from distprune.training.diagnose import refuse_nonfinite, refuse_nonfinite_weigh
 from distprune.training.interrupts import Interrupted, StopRequests
 from distprune.training.objective import Losses, Objective
 from distprune.training.setup import Setup
+from distprune.training.steps import backward, take_step
 
 _KEPT = ("metrics", "measured_at", "dense_metrics", "losses", "skipped_steps")
 """What of a `Trainer` a checkpoint has as it is."""
@@ -132,51 +131,17 @@ class Trainer:
     def _optimizer_step(self, batch: list[int]) -> _Asked:
         """Train on a global batch; return what any rank asks for, the same on every rank."""
         student, pruner, plan = self.setup.student, self.setup.pruner, self.setup.plan
-        world, task = self.setup.world, self.setup.task
         set_learning_rate(student, plan.lr.at(self.step))
         if pruner is not None and pruner.score.learns and self.step in plan.ladder:
             estimate(self.config, self.setup, pruner, self.step, self._stop_if_asked)
-        parts = rank_part(batch, world.rank, world.size, self.config.train.accumulation)
-        sums, draw = [0.0] * len(Losses._fields), stream_seed(self.config.train.seed, self.step, [])
-        for number, rows in enumerate(parts):
-            if number > 0:
-                student.step()  # within a step: DeepSpeed counts micro-batches
-            micro_batch = on_device(task.collate(task.train.__getitems__(rows), draw), student)
-            if all(map(math.isfinite, sums)):
-                suspect = micro_batch  # in the end the first with a loss that is not finite, where there is one
-            torch.manual_seed(stream_seed(self.config.train.seed, self.step, rows))
-            losses = self.objective.losses(student, micro_batch, rows)
-            student.backward(losses.total)
-            values = torch.stack([loss.detach() for loss in losses]).tolist()  # one wait for the device
-            sums = [total + value / len(parts) for total, value in zip(sums, values, strict=True)]
+        sums, suspect = backward(self.setup, self.objective, self.config.train, batch, self.step)
         self.saver.before_change()
         if pruner is not None:
             self._prune(pruner)
         asked = self._agree(sums, suspect)
-        self._take_step()
+        self.skipped_steps += not take_step(student, self.step)
         self.step += 1
         return asked
-
-    def _take_step(self) -> None:
-        """Take the step, or count it where DeepSpeed has left it out: only fp16 finds its loss's scale so."""
-        student = self.setup.student
-        try:
-            student.step()
-        except Exception as error:  # DeepSpeed's has no kind of its own
-            if "loss scale" not in str(error):
-                raise
-            raise UserError(
-                f"fp16's gradients are not finite at step {self.step}, at the smallest scale of the loss; allowed: a "
-                "lower lr.peak, or bf16 or fp32 in place of fp16"
-            ) from error
-        if student.was_step_applied():
-            return
-        if not student.fp16_enabled():
-            raise UserError(
-                f"the loss is finite at step {self.step} and its gradients are not, so that no step can be taken; "
-                "allowed: finite gradients (a lower lr.peak, or fp32 in place of bf16, may help)"
-            )
-        self.skipped_steps += 1
 
     def _prune(self, pruner: Pruner) -> None:
         plan = self.setup.plan
@@ -311,6 +276,7 @@ class Trainer:
         """Measure the teacher, which is the dense model, and say what it can. Collective: every rank calls it."""
         assert self.setup.teacher is not None
         self.dense_metrics = self.setup.teacher.measure(self.config.train.eval_batch_size)
+        self.monitor.log({"step": 0, "epoch": 0.0, "split": "teacher", **self.dense_metrics})
         if dist.is_main():
             print("the teacher:", ", ".join(f"{name} {value:.4f}" for name, value in self.dense_metrics.items()))
             if (remark := self.setup.task.remark(self.dense_metrics)) is not None:

@@ -26,6 +26,7 @@ from tests.distributed.runs import (
     run_patched,
     same_weights,
     stage,
+    told,
 )
 from tests.world import Worlds
 
@@ -245,3 +246,5 @@ def test_what_the_teacher_can_is_said_before_the_first_step(world: Worlds, task:
     (summary, said), (_, other) = world(2).run(heard, run, task, tmp_path / "run", *options)
     assert f"the teacher: accuracy {summary['dense_metric']:.4f}" in said.partition("validation at step")[0]
     assert "the teacher" not in other, "one rank says it"
+    first = told(tmp_path / "run")[0]
+    assert (first["step"], first["split"], first["accuracy"]) == (0, "teacher", summary["dense_metric"])

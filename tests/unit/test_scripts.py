@@ -128,6 +128,11 @@ def test_other_machines_find_out_their_devices_unless_told(tmp_path: Path, given
         refused = bash(f"{script} '{override}'", VENV=str(tmp_path))
         assert f"{override} has characters of the shell" in refused.stderr
         assert (refused.returncode, refused.stdout) == (2, "")
+    (tmp_path / "two words").mkdir()
+    elsewhere = script.replace("launch/multinode.sh", f"cd '{tmp_path}/two words'; {REPOSITORY}/launch/multinode.sh")
+    refused = bash(elsewhere, VENV=str(tmp_path))
+    assert re.search(r"this folder, .*/two words, has a space.*; allowed with -H: one without", refused.stderr)
+    assert (refused.returncode, refused.stdout) == (2, "")
 
 
 @pytest.mark.parametrize("cores", [None, "8"])

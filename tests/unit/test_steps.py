@@ -5,25 +5,22 @@ from types import SimpleNamespace
 import pytest
 
 from distprune.errors import UserError
-from distprune.training.train import Trainer
+from distprune.training.steps import take_step
 
 
-def trainer_whose_step_raises(error: Exception) -> Trainer:
+def engine_that_raises(error: Exception) -> SimpleNamespace:
     def fail() -> None:
         raise error
 
-    trainer = object.__new__(Trainer)
-    trainer.step = 7
-    trainer.setup = SimpleNamespace(student=SimpleNamespace(step=fail))  # type: ignore[assignment]
-    return trainer
+    return SimpleNamespace(step=fail)
 
 
 def test_the_smallest_scale_of_the_loss_is_one_sentence() -> None:
     error = Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
     with pytest.raises(UserError, match=r"^fp16's gradients are not finite at step 7, .*; allowed: a lower lr\.peak"):
-        trainer_whose_step_raises(error)._take_step()
+        take_step(engine_that_raises(error), 7)
 
 
 def test_another_error_stays_what_it_is() -> None:
     with pytest.raises(RuntimeError, match="a defect"):
-        trainer_whose_step_raises(RuntimeError("a defect"))._take_step()
+        take_step(engine_that_raises(RuntimeError("a defect")), 7)
