@@ -66,8 +66,8 @@ class Monitor:
         """Send a flat record to every sink.
 
         Args:
-            record: ``step``, ``epoch``, ``split`` ("train", "validation", "teacher") and numbers; a name with a slash, as
-                in ``sparsity/<weight>``, belongs to no split.
+            record: ``step``, ``epoch``, ``split`` ("train", "validation", "teacher") and numbers; a name with a slash,
+                as in ``sparsity/<weight>``, belongs to no split.
         """
         for sink in self._sinks:
             with self._forgiving():
