@@ -99,7 +99,7 @@ def _train(
         else:
             with torch.no_grad():
                 target = teacher(**batch).logits
-            loss = distillation_loss(logits, target, config.distillation.temperature)
+            loss = distillation_loss(logits, target, config.distillation.temperature).mean()
         student.backward(loss)
         pruner.after_backward(Fraction(4 * (step + 1), 5 * steps))
         student.step()

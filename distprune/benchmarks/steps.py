@@ -98,7 +98,7 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
             return cross_entropy(logits.float(), labels)
         with torch.no_grad():
             target = teacher(**batch).logits
-        return distillation_loss(logits, target, 5.5)
+        return distillation_loss(logits, target, 5.5).mean()
 
     def step(masked: bool, taught: bool) -> float:
         pruner.masked_of = masked_of if masked else nothing  # without a masked weight it does nothing

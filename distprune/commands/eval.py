@@ -6,7 +6,7 @@ import sys
 from distprune import dist, settings
 from distprune.engines.build import build_frozen
 from distprune.engines.evaluate import evaluate
-from distprune.engines.options import dtype_of
+from distprune.engines.options import precision_of
 from distprune.models.export import count_zeros
 from distprune.models.files import match_names, read_config
 from distprune.monitor.jsonl import finite
@@ -41,7 +41,7 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
         counts = count_zeros(directory)
         stored = match_names(sorted(matrices_of(engine.module)), list(counts), engine.module.base_model_prefix)
         zeros, weights = (sum(counts[name][part] for name in stored.values()) for part in (0, 1))
-        dtype = str(dtype_of(config.deepspeed.teacher)).removeprefix("torch.")
+        dtype = precision_of(config.deepspeed.teacher)
         line = {"model": model_dir, "dtype": dtype, **metrics, "encoder_zeros": zeros, "encoder_weights": weights}
         if (remark := task.remark(metrics)) is not None:
             print(remark, file=sys.stderr)

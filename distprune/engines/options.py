@@ -1,5 +1,6 @@
 """DeepSpeed's options of one engine: what they are where nothing is said, and which are refused."""
 
+import json
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -14,6 +15,9 @@ from pydantic import BaseModel, ValidationError
 from distprune import dist
 from distprune.checks.deepspeed import OWNED
 from distprune.errors import UserError, unknown
+
+QUANTIZING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+"""Options of ZeRO-3 that round the weights which the forward pass uses."""
 
 
 def with_defaults(section: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +61,18 @@ def dtype_of(section: dict[str, Any]) -> torch.dtype:
     if section.get("bf16", {}).get("enabled"):
         return torch.bfloat16
     return torch.float16 if section.get("fp16", {}).get("enabled") else torch.float32
+
+
+def precision_of(section: dict[str, Any]) -> str:
+    """Return in words what an engine computes in: the type of its weights, and what else changes its outputs' bits."""
+    words = [str(dtype_of(section)).removeprefix("torch.")]
+    autocast, zero = section.get("torch_autocast", {}), section.get("zero_optimization", {})
+    if autocast.get("enabled"):
+        options = {name: value for name, value in sorted(autocast.items()) if name != "enabled"}
+        words.append(f"autocast {options.pop('dtype')}{f' {json.dumps(options)}' if options else ''}")
+    if stage_of(section) == 3:
+        words += [name for name in QUANTIZING if zero.get(name)]
+    return ", ".join(words)
 
 
 class _Recorded(dict[str, Any]):

@@ -18,8 +18,8 @@ def sparsity_ladder(config: PruningConfig, steps_per_epoch: int, total_steps: in
 
     A step is the number of optimizer steps completed before it. The first pruning, at ``start``, has
     exactly the initial sparsity; the last, at ``end``, exactly the final one, also where ``every`` does not
-    divide the time between. Sparsities are the decimals as written. Of prunings on one step the last counts. One to
-    a sparsity of 0 is left out.
+    divide the time between; none comes less than a step behind another, but that one. Sparsities are the decimals as
+    written. Of prunings on one step the last counts. One to a sparsity of 0 is left out.
 
     Raises:
         UserError: where the prunings are not in order, or leave no optimizer step with the last mask.
@@ -43,7 +43,7 @@ def sparsity_ladder(config: PruningConfig, steps_per_epoch: int, total_steps: in
     time = start
     while time < end:
         ladder[whole(time)] = cubic((time - start) / (end - start), initial, final)
-        time += every
+        time += max(every, Fraction(1))
     ladder[whole(end)] = final
     return {step: sparsity for step, sparsity in ladder.items() if sparsity > 0}
 

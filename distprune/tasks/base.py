@@ -109,12 +109,24 @@ class Task(ABC):
         """
 
     def split(self, logits: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
-        """Return the logits of each row of a batch, without padding."""
+        """Return the logits of each row of a batch, or of each prediction another value, without padding."""
         return list(logits)
 
     def join(self, rows: list[torch.Tensor], batch: Batch) -> torch.Tensor:
         """Return the logits of a batch from those of its rows: the inverse of `split`."""
         return torch.stack(rows)
+
+    def mean_over_rows(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return the mean over a batch's rows of each row's own, 0 of one without a prediction: as `loss` counts rows.
+
+        Args:
+            values: one for each prediction, the shape of `logits` without its last dimension.
+            batch: of `collate`.
+        """
+        rows = self.split(values, batch)
+        if values.numel() and len({row.numel() for row in rows}) == 1:
+            return values.mean()
+        return torch.stack([row.sum() / max(1, row.numel()) for row in rows]).mean()
 
     def predictions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return what the metrics need of a batch, float32, shape [B, ...], with the same ... for all batches."""

@@ -80,8 +80,8 @@ class LanguageModelling(Task):
         return super().logits(outputs, batch)[batch["labels"] != IGNORED]
 
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Return the mean cross entropy of logits [N, V], in nats."""
-        return F.cross_entropy(logits.float(), _targets(batch))
+        """Return the mean over rows of the cross entropy of logits [N, V], in nats a predicted token."""
+        return self.mean_over_rows(F.cross_entropy(logits.float(), _targets(batch), reduction="none"), batch)
 
     def split(self, logits: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
         """Return what there is of each predicted token, such as logits [N, V], for each row of a batch."""

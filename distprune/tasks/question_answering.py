@@ -94,6 +94,10 @@ class QuestionAnswering(Task):
         """Return logits [B, 2, T] from those of the rows: the inverse of `split`."""
         return _padded(rows, self.padding_side)
 
+    def mean_over_rows(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return the mean: each row has two predictions, a start and an end."""
+        return values.mean()
+
     def predictions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the logits by the rows' own tokens, float32, shape [B, 2, task.max_length], the rest `PADDING`."""
         aligned = _padded(self.split(logits.float(), batch), "right")

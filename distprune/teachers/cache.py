@@ -55,21 +55,21 @@ class CacheManifest:
     format: str = FORMAT
 
 
-def fingerprints(directory: Path, task: Task, dtype: torch.dtype) -> Fingerprints:
+def fingerprints(directory: Path, task: Task, precision: str) -> Fingerprints:
     """Return what tells whether a cache is that of a teacher, its tokenizer and these data.
 
     Args:
         directory: of the teacher's model.
         task: with the tokenised data.
-        dtype: that the teacher runs in.
+        precision: that the teacher computes in.
     """
     weights = xxhash.xxh3_128()
     for path in sorted({path for pattern in WEIGHTS for path in directory.glob(pattern)}):
         weights.update(f"{path.name} {checksum(path)};".encode())
     vocabulary = json.dumps(sorted(task.tokenizer.get_vocab().items()))
     return {
-        "the task": type(task).__qualname__,
-        "the teacher": f"{weights.hexdigest()} {str(dtype).removeprefix('torch.')}",
+        "the task": f"{type(task).__module__}:{type(task).__qualname__}",
+        "the teacher": f"{weights.hexdigest()} {precision}",
         "the tokenizer": xxhash.xxh3_128(vocabulary.encode()).hexdigest(),
     } | task.fingerprints
 

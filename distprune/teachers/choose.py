@@ -6,7 +6,7 @@ from typing import Any
 from distprune import dist
 from distprune.config import Config
 from distprune.engines.build import build_frozen, let_go
-from distprune.engines.options import dtype_of
+from distprune.engines.options import precision_of
 from distprune.errors import UserError
 from distprune.tasks.base import Task
 from distprune.teachers import cache
@@ -38,8 +38,8 @@ def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int, is
     if not is_cached(config, task):
         return LiveTeacher(_engine(config, task, directory, micro_batch), task)
     assert config.teacher.cache is not None
-    dtype = dtype_of(config.deepspeed.teacher)
-    found = dist.on_main(lambda: cache.fingerprints(directory, task, dtype))
+    precision = precision_of(config.deepspeed.teacher)
+    found = dist.on_main(lambda: cache.fingerprints(directory, task, precision))
     folder = cache.folder_of(found) if config.teacher.cache == "auto" else Path(config.teacher.cache).expanduser()
     if config.teacher.rebuild_cache and is_new:
         cache.remove(folder)

@@ -32,9 +32,9 @@ def estimate(config: Config, setup: Setup, pruner: Pruner, step: int, before_eac
             module.training = True  # this alone and not what is in it: else transformers keeps all activations
     for sample, batch in enumerate(islice(batches, config.fisher.samples)):
         before_each()
-        parts = rank_part(batch, world.rank, world.size, config.train.accumulation)
+        parts, draw = rank_part(batch, world.rank, world.size, config.train.accumulation), stream_seed(seed, sample, [])
         for number, rows in enumerate(parts, start=1):
-            micro_batch = on_device(task.collate(task.train.__getitems__(rows), seed), student)
+            micro_batch = on_device(task.collate(task.train.__getitems__(rows), draw), student)
             student.set_gradient_accumulation_boundary(number == len(parts))
             torch.manual_seed(stream_seed(seed, sample, rows))  # dropout, the same where a run goes on
             logits = task.logits(task.run(student, micro_batch), micro_batch)

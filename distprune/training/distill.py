@@ -14,7 +14,7 @@ SMALLEST = 1e-6
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return ``T^2 * KL(teacher || student)`` of the softened distributions, the mean over all distributions.
+    """Return ``T^2 * KL(teacher || student)`` of each two softened distributions.
 
     T^2 keeps the gradient's size the same at any temperature.
 
@@ -24,18 +24,18 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
         temperature: T > 0.
 
     Returns:
-        A scalar, fp32.
+        Shape [...], fp32.
     """
-    student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
+    student, teacher = student.float(), teacher.float()
     if student.shape[-1] == 1:
-        return F.mse_loss(student, teacher)
+        return (student - teacher).square().squeeze(-1)
     divergence = F.kl_div(
         F.log_softmax(student / temperature, dim=-1),
         F.log_softmax(teacher / temperature, dim=-1),
-        reduction="batchmean",
+        reduction="none",
         log_target=True,
     )
-    return divergence * temperature**2
+    return divergence.sum(-1) * temperature**2
 
 
 def layer_pairs(layers: list[int], student: int, teacher: int) -> list[tuple[int, int]]:

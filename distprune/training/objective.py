@@ -49,7 +49,8 @@ class Objective:
         if self._teacher is None:
             return Losses(task_loss, task_loss, zero, zero, zero)
         target = self._teacher.outputs(batch, rows, **self._options)
-        distilled = distillation_loss(logits, target.logits, self._config.temperature)
+        divergences = distillation_loss(logits, target.logits, self._config.temperature)
+        distilled = self._task.mean_over_rows(divergences, batch)
         hidden, attention = self._features(outputs, target.outputs, batch) if self._options else (zero, zero)
         total = torch.lerp(task_loss, distilled, self._config.hardness)
         total = total + self._config.hidden * hidden + self._config.attention * attention

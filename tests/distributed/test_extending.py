@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import BertConfig, BertForTokenClassification
 
 from distprune import settings
 from distprune.commands.train import train
+from tests.distributed.runs import told
 from tests.unit.task_files import make_tokenizer
 from tests.world import Worlds
 
@@ -23,6 +26,7 @@ def write(folder: Path) -> list[str]:
     (code,) = re.findall(r"```python\n(# tagging.py.*?)```", PAGE.read_text(), re.DOTALL)
     (folder / "tagging.py").write_text(code)
     rows = [{"words": list("abcd"[: 2 + n % 3]), "tags": ["NAME" if n % 2 else "O"] * (2 + n % 3)} for n in range(40)]
+    rows[7]["tags"] = rows[7]["words"] = []
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = make_tokenizer()
     BertForTokenClassification(BertConfig(vocab_size=len(words), **SIZES)).save_pretrained(folder / "model")
@@ -62,3 +66,23 @@ def test_a_task_of_another_module_trains_like_any_other(world: Worlds, tmp_path:
     assert (summary["metric_name"], summary["sparsity_masked"]) == ("accuracy", 0.5)
     assert list((tmp_path / "cache").glob("rank-*"))
     assert "AutoModelForTokenClassification" in (tmp_path / "run" / "final" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_losses_do_not_depend_on_how_a_batch_is_cut(world: Worlds, tmp_path: Path) -> None:
+    """Though rows have one to four predictions, and one has none."""
+    overrides = [*write(tmp_path), "train.batch_size=8", "train.epochs=3", "train.log_every=1", "model.dropout=0"]
+    torch.manual_seed(1)
+    model = BertForTokenClassification(BertConfig(vocab_size=len(make_tokenizer()), initializer_range=0.5, **SIZES))
+    model.save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    found = []
+    for size, accumulation in ((1, 1), (1, 8), (2, 2)):
+        output = tmp_path / f"run-{size}-{accumulation}"
+        options = (f"train.accumulation={accumulation}", f"train.output={output}", f"teacher.path={tmp_path}/teacher")
+        world(size).run(trained, tmp_path, [*overrides, *options])
+        found.append(
+            [(step["task_loss"], step["distillation_loss"]) for step in told(output) if step["split"] == "train"]
+        )
+    for other in found[1:]:
+        assert np.allclose(other, found[0], rtol=1e-4)

@@ -159,3 +159,23 @@ def test_a_deterministic_run_takes_no_algorithm_that_is_not(monkeypatch, as_befo
     fused = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled())
     assert fused == (not on_gpu,) * 3
     assert cuda.math_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({}, "float32"),
+        ({"bf16": {"enabled": True}}, "bfloat16"),
+        ({"torch_autocast": {"enabled": False, "dtype": "bfloat16"}}, "float32"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "float32, autocast bfloat16"),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": ["a.B"]}},
+            'float32, autocast bfloat16 {"lower_precision_safe_modules": ["a.B"]}',
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "float32, zero_quantized_weights"),
+        ({"zero_optimization": {"stage": 2, "zero_quantized_weights": True}}, "float32"),
+    ],
+)
+def test_what_an_engine_computes_in_is_told_apart(section, words):
+    """A teacher's cache is of one of them."""
+    assert options.precision_of(section) == words

@@ -180,11 +180,26 @@ def test_the_loss_is_the_models_own(lm, name):
     rows = task.split(logits, batch)
     assert [len(row) for row in rows] == (batch["labels"] != -100).sum(1).tolist()
     assert torch.equal(task.join(rows, batch), logits)
+    assert torch.allclose(
+        task.mean_over_rows(logits[:, 0], batch), torch.stack([row[:, 0].mean() for row in rows]).mean()
+    )
     alone = [task.forward(model, task.collate([row], draw=3)) for row in all_rows(task.train)[:4]]
     assert torch.allclose(torch.cat(alone), logits, atol=1e-5)
 
 
 @torch.no_grad()
+def test_blocks_with_fewer_words_than_masks_count_as_much_as_others(lm):
+    task = lm(rows=[{"text": "a"}] * 30 + [{"text": "a b c d e f g h"}] * 20, max_length=8, mask=0.5)
+    model, rows = model_of(task), all_rows(task.train)
+    batch = task.collate(rows)
+    assert len(set((batch["labels"] != -100).sum(1).tolist())) > 1
+    whole, half = (task.loss(task.forward(model, each), each) for each in (batch, task.collate(rows[::2] + rows[1::2])))
+    parts = [task.collate([row]) for row in rows]
+    alone = torch.stack([task.loss(task.forward(model, part), part) for part in parts])
+    assert torch.allclose(whole, alone.mean(), atol=1e-5)
+    assert torch.allclose(whole, half, atol=1e-5)
+
+
 def test_perplexity_is_that_of_a_plain_loop(lm):
     task = lm("causal_lm")
     model, nats, tokens = model_of(task), 0.0, 0

@@ -64,10 +64,18 @@ def test_a_last_pruning_happens_at_the_end_where_every_does_not_divide() -> None
 
 
 def test_of_prunings_on_one_step_the_last_counts() -> None:
-    ladder = sparsity_ladder(PruningConfig(0.8, 0.0, "0", "1 epochs", "0.1 epochs"), 2, 4)
+    ladder = sparsity_ladder(PruningConfig(0.8, 0.5, "0", "1.2 epochs", "0.5 epochs"), 2, 4)
     assert list(ladder) == [0, 1, 2]
-    assert ladder[1] == cubic(Fraction(7, 10), Fraction(0), Fraction(4, 5))  # 0.3 to 0.7 round to step 1
-    assert ladder[2] == Fraction(4, 5)
+    assert ladder[1] == cubic(Fraction(5, 12), Fraction(1, 2), Fraction(4, 5))
+    assert ladder[2] == Fraction(4, 5), "2.0 and the end, 2.4, round to step 2"
+
+
+def test_prunings_are_a_step_apart_at_least() -> None:
+    often, each = (
+        sparsity_ladder(PruningConfig(0.8, 0.5, "1", "9", every), 100, 1000) for every in ("1e-9", "1 steps")
+    )
+    assert often == each
+    assert len(each) == 801
 
 
 def test_a_pruning_to_nothing_is_left_out() -> None:

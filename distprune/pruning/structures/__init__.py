@@ -11,7 +11,7 @@ from distprune.pruning.components import layer_of
 from distprune.pruning.structures.attention import heads, neurons
 from distprune.pruning.structures.base import Choice, Structure
 from distprune.pruning.structures.blocks import Blocks, tiles
-from distprune.pruning.structures.n_of_m import NOfM
+from distprune.pruning.structures.n_of_m import WRITTEN, NOfM
 from distprune.pruning.structures.unstructured import Unstructured
 
 __all__ = ["Choice", "Structure", "build_structure"]
@@ -56,7 +56,7 @@ def _check_n_of_m(config: PruningConfig, kept: int, of: int, first: tuple[str, t
     name, shape = first
     if not 0 < kept < of:
         raise UserError(f"pruning.structure is '{kept}:{of}'; allowed: N:M with N at least 1 and less than M")
-    if Fraction(str(config.sparsity)) > Fraction(of - kept, of):
+    if Fraction(str(config.sparsity)) > Fraction(of - kept, of) + WRITTEN:
         raise UserError(
             f"pruning.sparsity is {config.sparsity}, which {kept}:{of} cannot express, e.g. in {name} of shape "
             f"{list(shape)}; allowed: at most {(of - kept) / of:.6g}"

@@ -30,6 +30,8 @@ from distprune.pruning.structures.shared import (
     unit_keys,
 )
 
+WRITTEN = Fraction(1, 1_000_000)
+"""What a decimal may be off (M - N) / M, which may have no end, and stand for it."""
 _PAIRS = 1 << 20
 """Comparisons within groups that are held at a time."""
 
@@ -73,6 +75,8 @@ class NOfM(Structure):
         self.total = first
 
     def masked_at(self, sparsity: Fraction) -> int:  # noqa: D102 - as in the base class
+        if sparsity >= Fraction(self.of - self.kept, self.of) - WRITTEN:
+            return self.total // self.of * (self.of - self.kept)
         return floor(sparsity * self.total / (self.of - self.kept)) * (self.of - self.kept)
 
     def choose(  # noqa: D102

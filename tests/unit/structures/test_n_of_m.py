@@ -203,7 +203,7 @@ def test_counts_that_cannot_be_meant_are_refused(name: str) -> None:
         prune(drawn(shapes_of(4), 0), shapes_of(4), Fraction(0), structure=name)
 
 
-@pytest.mark.parametrize(("name", "sparsity", "most"), [("2:4", "0.51", "0.5"), ("1:3", "0.667", "0.666667")])
+@pytest.mark.parametrize(("name", "sparsity", "most"), [("2:4", "0.51", "0.5"), ("1:3", "0.66667", "0.666667")])
 def test_a_sparsity_that_the_structure_cannot_have_is_refused(name: str, sparsity: str, most: str) -> None:
     shapes = {"layer.0.weight": (2, 12), "layer.1.weight": (3, 12)}
     message = (
@@ -211,6 +211,14 @@ def test_a_sparsity_that_the_structure_cannot_have_is_refused(name: str, sparsit
     )
     with pytest.raises(UserError, match=message):
         prune(drawn(shapes, 0), shapes, Fraction(sparsity), structure=name)
+
+
+@pytest.mark.parametrize("sparsity", ["0.6666666666666666", "0.666667"])
+def test_a_decimal_stands_for_what_has_no_end(sparsity: str) -> None:
+    shapes = {"layer.0.weight": (2, 12), "layer.1.weight": (3, 12)}
+    found = prune(drawn(shapes, 0), shapes, Fraction(sparsity), structure="1:3")
+    masks = torch.cat([each.mask for each in found.parameters.values()]).view(-1, 3)
+    assert ((masks == PRUNED).sum(1) == 2).all()
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (8, 2), (7,), (4, 4, 1)])
