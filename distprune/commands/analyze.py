@@ -17,7 +17,8 @@ from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError
 from distprune.monitor.plots import save_png
 from distprune.monitor.records import save_json
-from distprune.training.setup import check_teacher, load_task, local_model
+from distprune.training.fit import check_teacher
+from distprune.training.setup import load_task, local_model
 
 
 def run(subject: str, config_path: str, overrides: list[str], png: str, json_path: str | None, **options: Any) -> None:

@@ -7,6 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from huggingface_hub.constants import ENDPOINT
 from distprune import dist, settings
 from distprune.config import Config
 from distprune.errors import UserError
+from distprune.paths import expanded
 from distprune.pruning import native
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors")
@@ -46,7 +48,7 @@ def run(config_path: str | None, overrides: list[str]) -> None:
     """
     world = dist.init()
     config = dist.agree(lambda: settings.load(config_path, overrides))
-    folder = Path(config.train.output).expanduser().absolute().parent
+    folder = expanded(config.train.output).absolute().parent
     checks: dict[str, Callable[[], Finding]] = {
         "versions": _versions,
         "devices": _devices,
@@ -166,7 +168,8 @@ def _locks(folder: Path) -> Finding:
     except OSError as error:
         return Finding(False, f"{folder} has none: {error}", "make sure yourself that no two runs share a train.output")
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
     return Finding(True, f"{folder} has them")
 
 
@@ -179,7 +182,7 @@ def _compiler() -> Finding:
 
 def _hub(config: Config) -> Finding:
     models = (config.model.path, config.model.tokenizer, config.teacher.path, config.pruning.weights_of)
-    if config.task.hub is None and all(Path(path).expanduser().is_dir() for path in models if path):
+    if config.task.hub is None and all(expanded(path).is_dir() for path in models if path):
         return Finding(True, "not needed: models and data are local")
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
         return Finding(True, "HF_HUB_OFFLINE is set; distprune prepare must have run before")

@@ -4,14 +4,17 @@ import json
 import sys
 
 from distprune import dist, settings
+from distprune.config import Config
 from distprune.engines.build import build_frozen
 from distprune.engines.evaluate import evaluate
 from distprune.engines.options import precision_of
 from distprune.models.export import count_zeros
 from distprune.models.files import match_names, read_config
+from distprune.models.weights import skeleton
 from distprune.monitor.jsonl import finite
 from distprune.pruning.targets import matrices_of
-from distprune.training.setup import check_limits, load_task, local_model
+from distprune.training.fit import check_limits
+from distprune.training.setup import load_task, local_model
 
 
 def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
@@ -20,13 +23,11 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
     The model runs as the teacher's engine would: replicated at ZeRO 0, sharded at ZeRO 3, in its type of weights.
     """
     dist.init()
-    config = dist.agree(
-        lambda: settings.load_valid(config_path, ["model.revision=null", *overrides, f"model.path={model_dir}"])
-    )
+    config = dist.agree(lambda: _config_of(model_dir, config_path, overrides))
     directory = local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)
     dist.agree(lambda: task.check_labels(read_config(directory), "the model"))
-    dist.agree(lambda: check_limits(directory, task))
+    dist.agree(lambda: check_limits(skeleton(directory, task.auto_class, task.model_options())[0], task))
     for note in task.notes if dist.is_main() else ():
         print(f"data: {note}", file=sys.stderr)  # beside the line of JSON
     engine = build_frozen(
@@ -47,3 +48,11 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
             print(remark, file=sys.stderr)
         print(json.dumps(finite(line), allow_nan=False))
     dist.shutdown()
+
+
+def _config_of(model_dir: str, config_path: str, overrides: list[str]) -> Config:
+    """Return the configuration with the model that was named, whose name is no YAML."""
+    config = settings.load(config_path, ["model.revision=null", *overrides])
+    config.model.path = model_dir
+    settings.validate(config)
+    return config

@@ -13,12 +13,12 @@ from distprune import dist
 from distprune.benchmarks.timing import seconds
 from distprune.checkpoints.files import is_checkpoint
 from distprune.errors import UserError
-from distprune.models.files import auto_class_of, begin_directory, open_source, read_config, resolve
+from distprune.models.files import auto_class_of, load_tokenizer, new_directory, open_source, read_config, resolve
 from distprune.models.from_checkpoint import export_checkpoint
 from distprune.models.packed import is_packed, pack_directory, unpack_directory
-from distprune.models.shrunk import Removed, load_shrunk, save_shrunk, shrink
+from distprune.models.shrunk import load_shrunk, save_shrunk, shrink
 from distprune.models.weights import most_tokens
-from distprune.training.setup import load_tokenizer
+from distprune.paths import expanded
 
 _BATCH, _LENGTH, _REPEAT = 8, 128, 7
 _TOLERANCE = 1e-5
@@ -29,7 +29,7 @@ def run(source: str, out: str, shrinking: bool = False, packing: bool = False) -
 
     Collective, where it is a checkpoint: every rank calls it.
     """
-    directory, target = Path(source).expanduser().resolve(), Path(out).expanduser()  # a run moves its link latest
+    directory, target = expanded(source).resolve(), expanded(out)  # a run moves its link latest
     checkpoint = is_checkpoint(directory)
     if packing and not checkpoint:
         raise UserError(f"--packed is for checkpoints, which {source!r} is none; a model directory is packed without")
@@ -38,6 +38,10 @@ def run(source: str, out: str, shrinking: bool = False, packing: bool = False) -
     if checkpoint:
         _export_checkpoint(directory, target, packing)
         return
+    if dist.detect().size > 1:
+        raise UserError(
+            f"{source!r} is no checkpoint, and {dist.detect().size} ranks were started; allowed: one of them"
+        )
     if shrinking:
         _shrink(resolve(source, None), target)
         return
@@ -70,16 +74,21 @@ def _shrink(directory: Path, target: Path) -> None:
     removed = shrink(small, number)
     if removed.all_heads + removed.all_neurons == 0:
         raise UserError(f"{str(directory)!r} has no heads and neurons that --shrink knows; allowed: see docs/tasks.md")
-    partial_dir = begin_directory(target)
-    save_shrunk(small, load_tokenizer(str(directory)), partial_dir)
-    small = load_shrunk(partial_dir, auto_class)
-    _report(whole.float(), small.float(), removed, chooses=auto_class is AutoModelForMultipleChoice)
-    partial_dir.rename(target)
+    with new_directory(directory, target) as partial_dir:
+        save_shrunk(small, load_tokenizer(str(directory)), partial_dir)
+        small = load_shrunk(partial_dir, auto_class)
+        first, second = (sum(parameter.nbytes for parameter in model.parameters()) for model in (whole, small))
+        print(
+            f"took out {removed.heads} of {removed.all_heads} heads, {removed.neurons} of {removed.all_neurons} neurons"
+        )
+        print(f"{first:,} bytes of weights before, {second:,} after ({second / first:.3f})")
+        _compare(whole.float(), small.float(), chooses=auto_class is AutoModelForMultipleChoice)
     print(f"-> {target}; in Python distprune.models.shrunk.load_shrunk({str(target)!r}) loads it")
 
 
 @torch.no_grad()
-def _report(whole: PreTrainedModel, small: PreTrainedModel, removed: Removed, chooses: bool) -> None:
+def _compare(whole: PreTrainedModel, small: PreTrainedModel, chooses: bool) -> None:
+    """Prove that the outputs in fp32 are the same, and print how long each takes."""
     generator = torch.Generator().manual_seed(0)
     length = min(_LENGTH, most_tokens(whole) or _LENGTH)
     ids = torch.randint(2, whole.config.vocab_size, (_BATCH, length), generator=generator)
@@ -96,8 +105,5 @@ def _report(whole: PreTrainedModel, small: PreTrainedModel, removed: Removed, ch
     cpu = torch.device("cpu")
     pairs = [[seconds(partial(output, model), cpu) for model in (whole, small)] for _ in range(_REPEAT)]
     before, after = (1e3 * median(pair[column] for pair in pairs) for column in (0, 1))
-    first, second = (sum(parameter.nbytes for parameter in model.parameters()) for model in (whole, small))
-    print(f"took out {removed.heads} of {removed.all_heads} heads, {removed.neurons} of {removed.all_neurons} neurons")
     print(f"the same outputs, to {difference:.1g} of the largest")
-    print(f"{first:,} bytes of weights before, {second:,} after ({second / first:.3f})")
-    print(f"{before:.1f} ms for {_BATCH} x {length} tokens before, {after:.1f} ms after ({after / before:.3f})")
+    print(f"{before:.1f} ms for {_BATCH} x {length} tokens in fp32 before, {after:.1f} ms after ({after / before:.3f})")

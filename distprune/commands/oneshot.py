@@ -4,13 +4,12 @@ A score of the weights alone reads one file after the other. One that needs grad
 configuration's data, by the engine that a run would use.
 """
 
-from pathlib import Path
-
 from distprune import dist, settings
 from distprune.checks.sections import SCORING, SEED
 from distprune.errors import UserError
 from distprune.models.pruned import prune_files
 from distprune.monitor.records import write_json
+from distprune.paths import expanded
 from distprune.pruning.scores import build_score
 from distprune.training.one_step import for_one_pruning, prune_by_gradients
 from distprune.training.setup import local_model
@@ -25,7 +24,7 @@ def run(model_dir: str, out: str, config_path: str | None, overrides: list[str])
     config.model.path, config.train.output = model_dir, out
     for_one_pruning(config)
     settings.validate(config, (SEED, *SCORING))
-    pruning, target = config.pruning, Path(out).expanduser()
+    pruning, target = config.pruning, expanded(out)
     score = build_score(pruning.score, config.train.seed)
     if score.needs_gradient and config_path is None:
         raise UserError(
@@ -36,7 +35,8 @@ def run(model_dir: str, out: str, config_path: str | None, overrides: list[str])
     if score.needs_gradient:
         made = prune_by_gradients(config, target)
     else:
-        made = prune_files(local_model(model_dir, config.model.revision), target, pruning, score)
+        source = local_model(model_dir, config.model.revision)
+        made = prune_files(source, target, pruning, score, config.model.freeze)
     counts = {"masked": made.masked, "prunable": made.prunable, "threshold": made.threshold}
 
     def finish() -> None:

@@ -1,6 +1,7 @@
 """``distprune plan``: memory, bytes on the wire and hours of a run, in one process before its job is queued."""
 
 from dataclasses import replace
+from math import inf
 
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +28,7 @@ def run(config_path: str, overrides: list[str], world: int, examples_per_s: floa
     Raises:
         UserError: where the run could not be, or DeepSpeed's options are not known here.
     """
-    if examples_per_s is not None and not examples_per_s > 0:
+    if examples_per_s is not None and not 0 < examples_per_s < inf:
         raise UserError(f"--examples-per-s is {examples_per_s}; allowed: more than 0")
     subject = subject_of(settings.load_valid(config_path, overrides), world)
     console = Console(soft_wrap=True)
@@ -35,15 +36,17 @@ def run(config_path: str, overrides: list[str], world: int, examples_per_s: floa
     console.print(memory_table(need))
     console.print(memory_table(replace(need, on_gpu=False)))
     console.print(
-        "Activations: counted here in a forward pass of the longest example; a GPU's attention kernels may keep less, "
-        "and its allocator leaves gaps that are not counted."
+        "Activations and outputs: counted here in forward passes of the longest example; a GPU's attention kernels may "
+        "keep less, its allocator leaves gaps that are not counted, and torch_autocast is not. An evaluation's batches "
+        f"have {subject.config.train.eval_batch_size} examples (train.eval_batch_size); caching is the teacher's pass for its "
+        "cache, ahead of the run."
     )
     console.print(wire_table(subject))
     console.print(_hours(subject, examples_per_s))
 
 
 def memory_table(need: Need) -> Table:
-    """Return a table of a rank's memory in each moment of a step that may be the fullest."""
+    """Return a table of a rank's memory in each moment of a run that may be the fullest."""
     layout, moments = need.layout, memory.moments(need)
     kind, dtype = "GPU" if need.on_gpu else "CPU", str(layout.dtype).removeprefix("torch.")
     title = (
@@ -89,7 +92,7 @@ def _hours(subject: Subject, examples_per_s: float | None) -> str:
     took = hours(plan.total_steps, batch_size, examples_per_s)
     return (
         f"{took:.2f} hours for {plan.total_steps:,} steps of {batch_size} examples at {examples_per_s:.1f} examples/s "
-        f"({source}); evaluations and checkpoints come on top."
+        f"({source}); evaluations, checkpoints and a pass of the teacher for its cache come on top."
     )
 
 

@@ -6,10 +6,11 @@ from transformers import PreTrainedModel
 
 from distprune import settings
 from distprune.config import Config
-from distprune.models.weights import skeleton
 from distprune.pruning import native
 from distprune.pruning.targets import targets_of
-from distprune.training.setup import check_limits, check_teacher, load_task, local_model, weights_of
+from distprune.training.fit import check_model, check_teacher
+from distprune.training.plan import make_plan
+from distprune.training.setup import load_task, local_model, weights_of
 
 
 def run(config_path: str, overrides: list[str]) -> None:
@@ -22,14 +23,14 @@ def run(config_path: str, overrides: list[str]) -> None:
     directory = local_model(config.model.path, config.model.revision)
     print(f"model    {config.model.path}: {directory}")
     task = load_task(config, directory)
-    check_limits(directory, task)
+    student = check_model(config, make_plan(config, len(task.train)), task, directory)
     if config.distillation.teaches and config.teacher.path is not None:
         teacher = local_model(config.teacher.path, config.teacher.revision)
         check_teacher(config, teacher, task, directory)
         print(f"teacher  {config.teacher.path}: {teacher}")
     if config.pruning.weights_of is not None:
         scored = local_model(config.pruning.weights_of, None)
-        _check_scored(config, scored, skeleton(directory, task.auto_class, task.model_options())[0])
+        _check_scored(config, scored, student)
         print(f"scored   {config.pruning.weights_of}: {scored}")
     print(f"data     {len(task.train):,} training and {len(task.validation):,} validation examples, tokenised")
     compiled = "compiled" if native.library() else "no C compiler: pruning will take NumPy, in more than twice the time"

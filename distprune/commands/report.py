@@ -1,10 +1,10 @@
 """``distprune report``: a page, a picture and a table of a run, or of several side by side."""
 
-from pathlib import Path
-
+from distprune.checkpoints.run_directory import CONFIG
 from distprune.errors import UserError
 from distprune.monitor.plots import save_png
 from distprune.monitor.records import csv_text
+from distprune.paths import expanded
 from distprune.reports.figures import curves
 from distprune.reports.page import page, write
 from distprune.reports.runs import read_runs
@@ -20,9 +20,11 @@ def run(run_dirs: list[str], html: str) -> None:
     Raises:
         UserError: a directory that is no run's, or a file that cannot be written.
     """
-    target = Path(html).expanduser()
+    target = expanded(html)
     if target.suffix != ".html":
         raise UserError(f"--html is {html!r}; allowed: a name that ends in .html")
+    if target.stem in ("plot", "layers") and (target.parent / CONFIG).exists():
+        raise UserError(f"--html is {html!r}, and {target.stem}.png beside it is the run's own; allowed: another name")
     runs = read_runs(run_dirs)
     figure = curves(runs)
     write(target, page(runs, figure))

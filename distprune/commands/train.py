@@ -21,6 +21,7 @@ from distprune.monitor import Monitor
 from distprune.monitor.plots import plot_layers, plot_run
 from distprune.monitor.records import read_metrics, write_json
 from distprune.monitor.wandb import store_id
+from distprune.paths import expanded
 from distprune.training.heartbeat import Heartbeat
 from distprune.training.interrupts import (
     REQUEUE,
@@ -74,7 +75,7 @@ def train(config: Config) -> dict[str, Any]:
     Returns:
         The run's summary on rank 0, an empty one elsewhere.
     """
-    run_dir = Path(config.train.output).expanduser()
+    run_dir = expanded(config.train.output)
     try:
         return _train(config, run_dir)
     finally:

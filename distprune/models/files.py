@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil, prod
 from pathlib import Path
@@ -18,12 +20,15 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
 )
 
 from distprune.checkpoints.files import is_checkpoint
 from distprune.checkpoints.pieces import Pieces
 from distprune.errors import UserError, written
+from distprune.paths import expanded
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 SHRUNK = "shrunk.json"
@@ -70,7 +75,7 @@ def resolve(path: str, revision: str | None) -> Path:
     Raises:
         UserError: where it is neither a directory nor a hub id that can be reached, or a checkpoint.
     """
-    local = Path(path).expanduser()
+    local = expanded(path)
     if local.is_dir():
         if not (local / "config.json").exists():
             final = local / "final"
@@ -89,19 +94,79 @@ def resolve(path: str, revision: str | None) -> Path:
         ) from error
 
 
-def begin_directory(target: Path) -> Path:
-    """Return an empty directory beside a new one; it is given that one's name once it is complete.
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a model directory or on the hub.
 
     Raises:
-        UserError: the new one exists, or cannot be made.
+        UserError: where there is none.
     """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(expanded(path))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(
+            f"{path!r} gives no tokenizer: {reason}; allowed: a directory or hub id with tokenizer files"
+        ) from error
+    # Without its files transformers makes one of special tokens alone, or with a word boundary, from config.json.
+    words = tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
+    if len(words) < 2:
+        raise UserError(
+            f"{path!r} gives no tokenizer: it has special tokens alone, as where the directory lacks the tokenizer's "
+            "files; allowed: model.tokenizer, or tokenizer.save_pretrained(DIRECTORY)"
+        )
+    return tokenizer
+
+
+def begin_directory(source: Path, target: Path) -> Path:
+    """Return an empty directory beside a new one; it is given that one's name once it is complete.
+
+    Args:
+        source: what the new one is made of.
+        target: the new one.
+
+    Raises:
+        UserError: the new one exists, is within the source, or cannot be made.
+    """
+    partial = target.with_name(target.name + ".partial")
     if target.exists():
         raise UserError(f"{str(target)!r} exists; allowed: a new directory")
-    partial = target.with_name(target.name + ".partial")
+    if source.resolve() in target.resolve().parents:
+        raise UserError(f"{str(target)!r} is within {str(source)!r}, of which it is made; allowed: outside of it")
+    if partial.exists():
+        raise UserError(
+            f"{str(partial)!r} exists, as a command that was cut off leaves it; allowed: another directory, or without "
+            "what is there"
+        )
     with written(target):
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     return partial
+
+
+@contextmanager
+def gone_if_it_fails(directory: Path) -> Iterator[None]:
+    """Remove a directory that is written within a ``with`` where that fails."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def new_directory(source: Path, target: Path) -> Iterator[Path]:
+    """Give what is written within a ``with`` the new directory's name in the end; it goes where that fails.
+
+    Yields:
+        The directory of `begin_directory`.
+
+    Raises:
+        UserError: as `begin_directory` does.
+    """
+    partial = begin_directory(source, target)
+    with gone_if_it_fails(partial):
+        yield partial
+        with written(target):
+            partial.rename(target)
 
 
 @dataclass
@@ -115,7 +180,7 @@ class ModelFiles:
     def __post_init__(self) -> None:
         self.file_of = {}
         for file in self._files():
-            with self._opening(file) as reader:
+            with opened(file) as reader:
                 self.file_of |= dict.fromkeys(reader.keys(), file)
 
     def read(self, name: str) -> Tensor:
@@ -133,14 +198,14 @@ class ModelFiles:
 
     def shape(self, name: str) -> list[int]:
         """Return the shape of one tensor, without reading it."""
-        with self._opening(self.file_of[name]) as reader:
+        with opened(self.file_of[name]) as reader:
             shape: list[int] = reader.get_slice(name).get_shape()
         return shape
 
     def _reader(self, name: str) -> Any:
         file = self.file_of[name]
         if self._open is None or self._open[0] != file:
-            self._open = (file, self._opening(file))
+            self._open = (file, opened(file))
         return self._open[1]
 
     def _files(self) -> list[Path]:
@@ -167,12 +232,17 @@ class ModelFiles:
         except (ValueError, KeyError) as error:
             raise UserError(f"{index} is not an index of safetensors files: {error!r}") from error
 
-    @staticmethod
-    def _opening(file: Path) -> Any:
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+
+def opened(file: Path) -> Any:
+    """Return a reader of a file of tensors, for a ``with`` or to be kept.
+
+    Raises:
+        UserError: it cannot be read as one.
+    """
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read as safetensors: {error}") from error
 
 
 def match_names(wanted: list[str], available: list[str], base_prefix: str) -> dict[str, str]:

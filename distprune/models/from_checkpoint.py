@@ -14,7 +14,7 @@ from distprune.checkpoints.files import Damaged, Manifest, save
 from distprune.checkpoints.pieces import Pieces
 from distprune.errors import UserError, written
 from distprune.models.export import plan_files, write_index
-from distprune.models.files import begin_directory
+from distprune.models.files import begin_directory, gone_if_it_fails
 from distprune.models.packed import PREFIX, save_packed
 from distprune.monitor.records import write_json
 
@@ -39,18 +39,16 @@ def export_checkpoint(checkpoint: Path, target: Path, packed: bool) -> dict[str,
     world = dist.detect()
     manifest = dist.agree(lambda: _checked(checkpoint, world.rank, world.size))
 
+    pieces = Pieces(checkpoint)
+    plan = plan_files({name: _meta(pieces, name) for name in pieces.file_of})
+
     def begin() -> Path:
-        with written(target):
-            partial = begin_directory(target)
+        partial = begin_directory(checkpoint, target)
+        with gone_if_it_fails(partial), written(target):
             for entry in manifest.files:
                 if not entry.name.endswith(".safetensors"):
                     shutil.copy(checkpoint / entry.name, partial / entry.name)
-            return partial
-
-    partial = dist.on_main(begin)
-    pieces = Pieces(checkpoint)
-    plan = plan_files({name: _meta(pieces, name) for name in pieces.file_of})
-    dist.agree(lambda: _write_files(pieces, plan, partial, packed, world.rank, world.size))
+        return partial
 
     def finish() -> None:
         write_index(plan, partial)  # a packed directory keeps it for what is unpacked
@@ -58,7 +56,10 @@ def export_checkpoint(checkpoint: Path, target: Path, packed: bool) -> dict[str,
             write_json(partial / "pruning.json", record)
         partial.rename(target)
 
-    dist.write_on_main(finish, target)
+    partial = dist.on_main(begin)
+    with gone_if_it_fails(partial):
+        dist.agree(lambda: _write_files(pieces, plan, partial, packed, world.rank, world.size))
+        dist.write_on_main(finish, target)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     return {"files": size, "tensors": sum(_meta(pieces, name).nbytes for name in pieces.file_of)}
 

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from distprune.checkpoints.files import save
 from distprune.errors import UserError, written
 from distprune.models.card import mark_card
-from distprune.models.files import begin_directory
+from distprune.models.files import new_directory, opened
 
 PREFIX = "packed-"
 _FORMAT = "distprune-packed"
@@ -72,21 +71,18 @@ def _convert(source: Path, target: Path, prefix: str, convert: Callable[[Path, P
     if not files:
         raise UserError(f"{str(source)!r} holds no {prefix}model*.safetensors; allowed: a model directory")
     made = []
-    with written(target):
-        partial = begin_directory(target)
+    with new_directory(source, target) as partial, written(target):
         shutil.copytree(source, partial, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
         mark_card(partial / "README.md", packed=not prefix)
         for file in files:
             name = file.name.removeprefix(PREFIX)
             made.append(partial / (name if prefix else PREFIX + name))
             convert(file, made[-1])
-        sizes = sum(file.stat().st_size for file in files), sum(file.stat().st_size for file in made)
-        partial.rename(target)
-    return sizes
+        return sum(file.stat().st_size for file in files), sum(file.stat().st_size for file in made)
 
 
 def _packed(source: Path, target: Path) -> None:
-    with safe_open(source, framework="pt") as reader:
+    with opened(source) as reader:
         names = list(reader.keys())
         save_packed({name: reader.get_tensor(name) for name in names}, target)
 
@@ -111,7 +107,7 @@ def save_packed(tensors: dict[str, Tensor], target: Path) -> None:
 
 def _unpacked(source: Path, target: Path) -> None:
     tensors: dict[str, Tensor] = {}
-    with safe_open(source, framework="pt") as reader:
+    with opened(source) as reader:
         metadata = reader.metadata() or {}
         if metadata.get("format") != _FORMAT:
             raise UserError(f"{source} is not of the format {_FORMAT}")

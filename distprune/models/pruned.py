@@ -20,14 +20,14 @@ from distprune import dist
 from distprune.checkpoints.files import is_checkpoint, save
 from distprune.config import PruningConfig
 from distprune.errors import UserError, written
-from distprune.models.files import Source, auto_class_of, begin_directory
+from distprune.models.files import Source, auto_class_of, begin_directory, gone_if_it_fails
 from distprune.models.weights import names_to_prune, skeleton
 from distprune.pruning.exchange import over_ranks, summed
 from distprune.pruning.masks import KEPT, PRUNED, count_pruned
 from distprune.pruning.scores import Score
 from distprune.pruning.slices import Slice
 from distprune.pruning.structures import Choice, build_structure
-from distprune.pruning.targets import targets_of
+from distprune.pruning.targets import freeze, targets_of
 
 _OF_THE_DENSE_MODEL = ("*.safetensors", "*.bin", "README.md", "pruning.json", ".*")
 
@@ -73,7 +73,7 @@ class _Files:
         return slices
 
 
-def prune_files(source: Path, target: Path, pruning: PruningConfig, score: Score) -> Pruned:
+def prune_files(source: Path, target: Path, pruning: PruningConfig, score: Score, frozen: list[str]) -> Pruned:
     """Write a pruned copy of a model directory beside a new one. Collective: every rank calls it.
 
     Args:
@@ -81,33 +81,35 @@ def prune_files(source: Path, target: Path, pruning: PruningConfig, score: Score
         target: the new directory, which is not made yet.
         pruning: which weights, and how many.
         score: of weights alone.
+        frozen: regexes of what is to stay as it is.
 
     Raises:
         UserError: on every rank, where the model is not one that can be pruned so, or the copy cannot be written.
     """
-    files = dist.agree(lambda: _open(source, pruning))
+    files = dist.agree(lambda: _open(source, pruning, frozen))
     slices = files.slices(pruning.start_sparse)
     sizes = {name: prod(shape) for name, shape in files.shapes.items()}
     heads = getattr(files.model.config, "num_attention_heads", None)
     structure = dist.agree(lambda: build_structure(pruning, files.shapes, {name: [] for name in sizes}, heads))
-    directory = dist.on_main(lambda: begin_directory(target))
-    device = dist.detect().device
-    over_ranks(score.prepare(slices, sizes), device)
-    sparsity = Fraction(str(pruning.sparsity))
-    mine = {each.name: count_pruned(each.mask) for each in slices}
-    before = over_ranks(summed(torch.tensor([mine.get(name, 0) for name in sizes])), device).tolist()
-    choosing = structure.choose(slices, score, sparsity, dict(zip(sizes, before, strict=True)))
-    choice = over_ranks(choosing, device)
-    others = shutil.ignore_patterns(*_OF_THE_DENSE_MODEL)
-    dist.write_on_main(lambda: shutil.copytree(source, directory, ignore=others, dirs_exist_ok=True), target)
-    masked = dist.agree(lambda: _write(files, slices, choice, directory))
-    (total,) = over_ranks(summed(torch.tensor([masked])), device).tolist()
-    wanted = structure.masked_at(sparsity)
-    assert total == wanted or (sum(before) and total > wanted), f"{total} weights were masked, and not {wanted}"
+    directory = dist.on_main(lambda: begin_directory(source, target))
+    with gone_if_it_fails(directory):
+        device = dist.detect().device
+        over_ranks(score.prepare(slices, sizes), device)
+        sparsity = Fraction(str(pruning.sparsity))
+        mine = {each.name: count_pruned(each.mask) for each in slices}
+        before = over_ranks(summed(torch.tensor([mine.get(name, 0) for name in sizes])), device).tolist()
+        choosing = structure.choose(slices, score, sparsity, dict(zip(sizes, before, strict=True)))
+        choice = over_ranks(choosing, device)
+        others = shutil.ignore_patterns(*_OF_THE_DENSE_MODEL)
+        dist.write_on_main(lambda: shutil.copytree(source, directory, ignore=others, dirs_exist_ok=True), target)
+        masked = dist.agree(lambda: _write(files, slices, choice, directory))
+        (total,) = over_ranks(summed(torch.tensor([masked])), device).tolist()
+        wanted = structure.masked_at(sparsity)
+        assert total == wanted or (sum(before) and total > wanted), f"{total} weights were masked, and not {wanted}"
     return Pruned(directory, total, sum(sizes.values()), choice.threshold)
 
 
-def _open(source: Path, pruning: PruningConfig) -> _Files:
+def _open(source: Path, pruning: PruningConfig, frozen: list[str]) -> _Files:
     """Find the weights to prune, and deal the files out to the ranks.
 
     Raises:
@@ -116,6 +118,7 @@ def _open(source: Path, pruning: PruningConfig) -> _Files:
     if is_checkpoint(source):
         raise UserError(f"{str(source)!r} is a checkpoint; allowed: a model directory, as distprune export makes")
     model, checkpoint = skeleton(source, auto_class_of(source), {})
+    freeze(model, frozen)
     names = targets_of(pruning, model)
     shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
     stored = names_to_prune(model, checkpoint, shapes)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from distprune.checkpoints.files import open_to_readers
 from distprune.errors import UserError
 from distprune.models.files import SHRUNK, auto_class_of, read_config
+from distprune.paths import expanded
 from distprune.pruning.structures.attention import heads, is_by_columns, members, neurons
 from distprune.pruning.structures.blocks import Grid
 
@@ -84,7 +85,7 @@ def load_shrunk(directory: Path | str, auto_class: Any = None) -> PreTrainedMode
     Raises:
         UserError: where the directory is no such one, or lacks weights that are not tied to others.
     """
-    directory = Path(directory).expanduser()
+    directory = expanded(directory)
     if not (directory / SHRUNK).exists():
         raise UserError(f"{str(directory)!r} holds no {SHRUNK}; allowed: a directory of distprune export --shrink")
     sizes = json.loads((directory / SHRUNK).read_text())

@@ -71,8 +71,7 @@ def load_model(
     """
     model, checkpoint = dist.agree(lambda: skeleton(directory, auto_class, options))
     sources = _sources(model, checkpoint)
-    missing = [name for name, _ in model.named_parameters() if name not in sources]
-    dist.agree(lambda: _check_match(model, checkpoint, sources, missing, new_weights_allowed))
+    missing = dist.agree(lambda: missing_weights(model, checkpoint, new_weights_allowed))
     dist.agree(lambda: _check_tied(model, checkpoint) if dist.is_main() else None)
 
     torch.manual_seed(seed)
@@ -229,13 +228,14 @@ def _sources(model: PreTrainedModel, checkpoint: Source) -> dict[str, str]:
     return {name: names[0] for name, names in stored_names(model, checkpoint).items()}
 
 
-def _check_match(
-    model: PreTrainedModel,
-    checkpoint: Source,
-    sources: dict[str, str],
-    missing: list[str],
-    new_allowed: bool,
-) -> None:
+def missing_weights(model: PreTrainedModel, checkpoint: Source, new_allowed: bool) -> list[str]:
+    """Return the names of the parameters that a checkpoint lacks.
+
+    Raises:
+        UserError: any, unless new ones are allowed; or such as are no head's.
+    """
+    sources = _sources(model, checkpoint)
+    missing = [name for name, _ in model.named_parameters() if name not in sources]
     if not sources:
         raise UserError(f"no weight in {checkpoint.directory} belongs to a {type(model).__name__}")
     if missing and not new_allowed:
@@ -248,6 +248,7 @@ def _check_match(
     lost = [name for name in missing if (name.startswith(prefix) and "pooler" not in name) or model.can_generate()]
     if lost:
         raise UserError(f"{checkpoint.directory} lacks weights of the pretrained model: {', '.join(lost[:5])}")
+    return missing
 
 
 def _materialise(

@@ -51,6 +51,8 @@ def save_png(figure: Figure, path: str | Path) -> None:
     Raises:
         UserError: it cannot be written, or has a suffix that matplotlib does not know.
     """
+    if not Path(path).suffix:
+        raise UserError(f"{str(path)!r} has no suffix, which says the kind of picture; allowed: e.g. {path}.png")
     try:
         with written(path):
             figure.savefig(path)

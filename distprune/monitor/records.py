@@ -30,10 +30,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{str(path)!r} does not exist; a run writes it as metrics.jsonl in its directory")
     records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            record["step"]
+            record["step"] + 0
         except (ValueError, KeyError, TypeError):
             continue
         while records and records[-1]["step"] > record["step"]:

@@ -1,7 +1,8 @@
-"""The memory of a rank in its fullest moment of a step: arithmetic from shapes, after what DeepSpeed 0.19 allocates.
+"""The memory of a rank in its fullest moment: arithmetic from shapes, after what DeepSpeed 0.19 allocates.
 
 A step has three moments that may be the fullest: the end of the forward pass, with all activations; the reduction of
-the gradients, at the end of the backward pass; and the update. On a CPU, what torch frees in pieces smaller than a huge
+the gradients, at the end of the backward pass; and the update. Evaluations, in larger batches, and the pass that makes
+a teacher's cache come beside them. On a CPU, what torch frees in pieces smaller than a huge
 page stays with the process: the C library keeps it, and uses it again only where it fits. So such activations, and such
 weights as they were loaded where DeepSpeed moves them into flat tensors, count in every moment.
 """
@@ -35,6 +36,8 @@ class Need:
         micro_batch: examples in a forward pass on one rank.
         on_gpu: whether ranks have GPUs.
         score_bytes: what the score holds of each prunable weight.
+        evaluation: the most that tensors take in the forward pass of an evaluation's batch.
+        cached: sizes and layout of a teacher whose outputs are cached, and the same of a batch of that.
     """
 
     student: Shapes
@@ -44,6 +47,8 @@ class Need:
     micro_batch: int
     on_gpu: bool
     score_bytes: int = 0
+    evaluation: int = 0
+    cached: tuple[Shapes, Layout, int] | None = None
 
 
 class Bytes(NamedTuple):
@@ -54,14 +59,20 @@ class Bytes(NamedTuple):
 
 
 def moments(need: Need) -> dict[str, Bytes]:
-    """Return what is held in each moment of a step that may be the fullest, by its name."""
+    """Return what is held in each moment of a run that may be the fullest, by its name."""
     found = {"forward pass": _forward(need), "reduction": _reduction(need), "update": _update(need)}
+    if need.evaluation:
+        passing = _without_gradients(need, need.student, need.layout, need.evaluation)
+        found["evaluation"] = Bytes(passing + _freed_activations(need), Counter())
     lasting = _lasting(need)
-    return {name: Bytes(lasting.device + each.device, lasting.host + each.host) for name, each in found.items()}
+    every = {name: Bytes(lasting.device + each.device, lasting.host + each.host) for name, each in found.items()}
+    if need.cached is not None:  # the student comes behind it
+        every["caching"] = _caching(need, *need.cached)
+    return every
 
 
 def peak(need: Need) -> Bytes:
-    """Return what is held in a step's fullest moment, by the device."""
+    """Return what is held in a run's fullest moment, by the device."""
     return max(moments(need).values(), key=lambda moment: moment.device.total())
 
 
@@ -144,6 +155,27 @@ def _forward(need: Need) -> Bytes:
         device["teacher's gathered weights"] = gathered(shapes, layout) * layout.width
         arriving = max(arriving, _arriving(shapes, layout, need.on_gpu) * layout.width)
     return Bytes(device + Counter({"copies": arriving}), Counter())
+
+
+def _without_gradients(need: Need, shapes: Shapes, layout: Layout, tensors: int) -> Counter[str]:
+    """Return what a forward pass takes that no backward pass follows."""
+    once = replace(layout, reuse=0)
+    return Counter(
+        {
+            "gathered weights": gathered(shapes, once) * layout.width,
+            "copies": _arriving(shapes, once, need.on_gpu) * layout.width,
+            "outputs": tensors,
+        }
+    )
+
+
+def _caching(need: Need, shapes: Shapes, layout: Layout, tensors: int) -> Bytes:
+    """Return what a teacher takes while its outputs are computed."""
+    device = _without_gradients(need, shapes, layout, tensors)
+    weights = Counter({"teacher": weight_bytes(shapes, layout)})
+    if need.on_gpu and layout.offload_weights:
+        return Bytes(device, weights)
+    return Bytes(device + weights + Counter({"libraries": 0 if need.on_gpu else LIBRARIES}), Counter())
 
 
 def _freed_activations(need: Need) -> Counter[str]:

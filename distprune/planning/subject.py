@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,19 +13,20 @@ from distprune.config import Config
 from distprune.engines.batches import check_batch_size
 from distprune.engines.build import checkpoint_activations, decay_groups
 from distprune.errors import UserError
-from distprune.models.weights import set_dropout, skeleton
-from distprune.planning.activations import Activations, count
+from distprune.models.weights import skeleton
+from distprune.planning.activations import Activations, count, most_at_once
 from distprune.planning.hours import measure
 from distprune.planning.memory import Need
 from distprune.planning.shapes import Layout, Shapes, layout_of, shapes_of
 from distprune.pruning.scores import build_score
-from distprune.pruning.targets import freeze, targets_of
+from distprune.pruning.targets import targets_of
 from distprune.tasks.base import Batch, Task
 from distprune.teachers.choose import is_cached
 from distprune.teachers.live import LiveTeacher
+from distprune.training.fit import check_model, check_teacher, prunes
 from distprune.training.objective import Objective, put_out_features
 from distprune.training.plan import Plan, make_plan
-from distprune.training.setup import check_limits, check_teacher, load_task, local_model
+from distprune.training.setup import load_task, local_model
 
 _SPREAD = 0.02
 """Standard deviation of the weights that stand in for the real ones; speed and sizes do not depend on it."""
@@ -42,11 +44,13 @@ class Subject:
     layout: Layout
     teacher: PreTrainedModel | None
     teacher_layout: Layout
+    is_cached: bool
+    """Whether the teacher's outputs are."""
 
     @property
     def teacher_shapes(self) -> tuple[Shapes, Layout] | None:
         """Sizes and layout of a teacher that is run; None where there is none, or its outputs are cached."""
-        if self.teacher is None:
+        if self.teacher is None or self.is_cached:
             return None
         return shapes_of(self.teacher, [], ()), self.teacher_layout
 
@@ -55,30 +59,50 @@ class Subject:
         """Examples in a forward pass on one rank."""
         return self.config.train.batch_size // (self.layout.world * self.config.train.accumulation)
 
-    def longest(self, examples: int) -> Batch:
-        """Return the batch of the training rows with the most tokens."""
-        lengths = self.task.train["length"][:]
+    def longest(self, data: Dataset, examples: int) -> Batch:
+        """Return the batch of the rows with the most tokens."""
+        lengths = data["length"][:]
         rows = sorted(range(len(lengths)), key=lengths.__getitem__)[-examples:]
-        return self.task.collate(self.task.train.__getitems__(rows))
+        return self.task.collate(data.__getitems__(rows))
 
     def activations(self) -> Activations:
         """Count the activations of the longest example, on this machine, with weights that stand in."""
-        model, batch = stand_in(self.student, self.layout.dtype), self.longest(1)
+        model, batch = stand_in(self.student, self.layout.dtype), self.longest(self.task.train, 1)
         model.train()
         return count(model, lambda: self.task.loss(self.task.forward(model, batch), batch))
+
+    def outputs(self, model: PreTrainedModel, layout: Layout, data: Dataset) -> int:
+        """Return the most bytes at once in the forward pass of an evaluation's batch, counted as activations are."""
+        batch, filled = self.longest(data, 1), stand_in(model, layout.dtype).eval()
+        one = most_at_once(filled, lambda: self.task.predictions(self.task.forward(filled, batch), batch))
+        return one * min(self.config.train.eval_batch_size, len(data))
 
     def need(self, on_gpu: bool) -> Need:
         """Return everything that a rank's memory depends on."""
         score = build_score(self.config.pruning.score, self.config.train.seed, self.config.fisher)
         held = score.bytes_held if self.shapes.prunable else 0
-        activations = self.activations()
-        return Need(self.shapes, self.layout, self.teacher_shapes, activations, self.micro_batch, on_gpu, held)
+        cached = None
+        if self.teacher is not None and self.is_cached:
+            outputs = self.outputs(self.teacher, self.teacher_layout, self.task.train)
+            cached = (shapes_of(self.teacher, [], ()), self.teacher_layout, outputs)
+        return Need(
+            self.shapes,
+            self.layout,
+            self.teacher_shapes,
+            self.activations(),
+            self.micro_batch,
+            on_gpu,
+            held,
+            self.outputs(self.student, self.layout, self.task.validation),
+            cached,
+        )
 
     def examples_per_s(self) -> float:
         """Measure a rank's micro batch of the longest examples, on this machine's CPU in one process."""
-        model, batch = stand_in(self.student, self.layout.dtype).train(), self.longest(self.micro_batch)
+        model = stand_in(self.student, self.layout.dtype).train()
+        batch = self.longest(self.task.train, self.micro_batch)
         teacher = None
-        if self.teacher is not None:
+        if self.teacher is not None and not self.is_cached:
             teacher = LiveTeacher(stand_in(self.teacher, self.teacher_layout.dtype).eval(), self.task)
         objective = Objective(self.task, teacher, self.config.distillation)
         groups = decay_groups(model, self.config.optimizer.weight_decay)
@@ -103,26 +127,18 @@ def subject_of(config: Config, world: int) -> Subject:
     directory = local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)
     plan = make_plan(config, len(task.train))
-    check_limits(directory, task)
-    student, _ = skeleton(
-        directory, task.auto_class, set_dropout(task.model_options(), directory, config.model.dropout)
-    )
+    student = check_model(config, plan, task, directory)
     put_out_features(config.distillation, student)
-    freeze(student, config.model.freeze)
     if config.model.activation_checkpointing:
         checkpoint_activations(student)
-    shapes = shapes_of(student, decay_groups(student, config.optimizer.weight_decay), _prunable(config, plan, student))
-    return Subject(config, plan, task, student, shapes, layout, _live_teacher(config, task, directory), teacher_layout)
+    names = targets_of(config.pruning, student) if prunes(config, plan) else []
+    shapes = shapes_of(student, decay_groups(student, config.optimizer.weight_decay), names)
+    teacher = _teacher(config, task, directory)
+    return Subject(config, plan, task, student, shapes, layout, teacher, teacher_layout, is_cached(config, task))
 
 
-def _prunable(config: Config, plan: Plan, student: PreTrainedModel) -> list[str]:
-    if not plan.ladder and not config.pruning.start_sparse:
-        return []
-    return targets_of(config.pruning, student)
-
-
-def _live_teacher(config: Config, task: Task, student: Path) -> PreTrainedModel | None:
-    if not config.distillation.teaches or is_cached(config, task):
+def _teacher(config: Config, task: Task, student: Path) -> PreTrainedModel | None:
+    if not config.distillation.teaches:
         return None
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)

@@ -32,6 +32,8 @@ def targets_of(pruning: PruningConfig, model: nn.Module) -> list[str]:
     """
     include, exclude, structure, components = pruning.include, pruning.exclude, pruning.structure, pruning.components
     parameters = dict(model.named_parameters())
+    if not include:
+        _refuse_unknown(model, components)
     chosen = _matching(include, list(parameters), "pruning.include") if include else matrices_of(model, components)
     if structure in ("heads", "neurons") and not include:
         chosen = set(members(sorted(chosen), structure))
@@ -58,6 +60,18 @@ def targets_of(pruning: PruningConfig, model: nn.Module) -> list[str]:
             "unstructured"
         )
     return names
+
+
+def _refuse_unknown(model: nn.Module, components: Collection[str]) -> None:
+    """Refuse a part of the encoder that is to be pruned and has no matrix here: less would be pruned than is said."""
+    held = set(component_matrices(model).values())
+    found = [name for name in components if name in held]
+    unknown = [name for name in ENCODER if name in components and name not in held]
+    if found and unknown:
+        raise UserError(
+            f"pruning.components has {unknown[0]!r}, and no matrix of it is known in a {type(model).__name__}; "
+            f"allowed: {found}, or pruning.include with regexes over names"
+        )
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:

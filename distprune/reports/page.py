@@ -61,7 +61,7 @@ def page(runs: Sequence[RunRecord], curves: Figure) -> str:
 def _result(run: RunRecord, key: str) -> str:
     if not run.summary:
         return "under way"
-    return "dense" if key == "method" and not run.summary["masked_weights"] else _shown(run.summary[key])
+    return "dense" if key == "method" and not run.summary.get("masked_weights") else _shown(run.summary.get(key))
 
 
 def _further(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:

@@ -12,6 +12,7 @@ from distprune import yaml12
 from distprune.checkpoints.run_directory import CONFIG, SUMMARY, read_summary
 from distprune.errors import UserError
 from distprune.monitor.records import read_metrics
+from distprune.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def read_runs(directories: Sequence[str]) -> list[RunRecord]:
     Raises:
         UserError: a directory that is no run's, or is given twice.
     """
-    paths = [Path(each).expanduser() for each in directories]
+    paths = [expanded(each) for each in directories]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError(f"the runs are {', '.join(directories)}; allowed: each once")
     return [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
@@ -104,5 +105,6 @@ def times(run: RunRecord) -> dict[str, float | None]:
         if record["split"] == "train" and record.get("examples_per_s"):
             training += (record["step"] - before) * size / record["examples_per_s"]
             before = record["step"]
-    rest = max(0.0, run.summary["wall_time_s"] - training) if run.summary else None
+    whole = run.summary.get("wall_time_s")
+    rest = None if whole is None else max(0.0, whole - training)
     return {"training steps": training, "evaluations, checkpoints, export": rest}

@@ -8,6 +8,7 @@ from pathlib import Path
 from distprune.checkpoints import run_directory
 from distprune.config import Config
 from distprune.errors import UserError
+from distprune.paths import expanded
 from distprune.sweeps import results
 from distprune.sweeps.data import changed_data, check_files
 from distprune.sweeps.results import Row, Settings, difference, is_finished
@@ -29,13 +30,13 @@ class Opened:
     @property
     def output(self) -> Path:
         """The sweep's folder."""
-        return Path(self.sweep.output).expanduser()
+        return expanded(self.sweep.output)
 
     @property
     def stored(self) -> Path:
         """The file of its results."""
         given = self.sweep.results
-        return self.output / "results.jsonl" if given is None else Path(given).expanduser()
+        return self.output / "results.jsonl" if given is None else expanded(given)
 
     def check_directories(self, runs: Iterable[Run]) -> None:
         """Refuse run directories of other runs than these, or of runs on other data.
@@ -154,7 +155,7 @@ def expand(sweep: Sweep, path: Path, overrides: Sequence[str]) -> Opened:
     if sweep.results is not None and not sweep.results.endswith(".jsonl"):
         raise UserError(f"{path}: results is {sweep.results!r}; allowed: a name that ends in .jsonl")
     runs = runs_of(sweep, path, overrides)
-    output = Path(sweep.output).expanduser()
+    output = expanded(sweep.output)
     configs = {each.name: each.load(output) for each in runs}
     settings = {each.name: each.settings(configs[each.name]) for each in runs}
     _refuse_twins(settings)

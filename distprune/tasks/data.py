@@ -18,6 +18,7 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 
 from distprune.config import Config, TaskConfig
 from distprune.errors import UserError, unknown
+from distprune.paths import expanded
 from distprune.tasks.files import defect_of
 from distprune.tasks.rows import screen, settle_length
 
@@ -221,7 +222,7 @@ def _read_hub(task: TaskConfig, names: list[str]) -> list[Split]:
 
 
 def _read_file(task: TaskConfig, name: str) -> Split:
-    path, suffix = Path(name).expanduser(), _suffix(name)
+    path, suffix = expanded(name), _suffix(name)
     if suffix not in READERS:
         raise UserError(
             f"the data file {name} has an unknown suffix; allowed: {', '.join(READERS)}, also with .gz "

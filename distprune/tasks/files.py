@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distprune.checkpoints.files import checksum
 from distprune.config import TaskConfig
+from distprune.paths import expanded
 
 
 def local_files(task: TaskConfig) -> list[tuple[str, Path]]:
@@ -16,7 +17,7 @@ def local_files(task: TaskConfig) -> list[tuple[str, Path]]:
         return []
     held = [] if task.holdout else [("task.validation", task.validation)]
     more = [("task.more_validation", file) for file in task.more_validation]
-    return [(key, Path(file).expanduser()) for key, file in (("task.train", task.train), *held, *more)]
+    return [(key, expanded(file)) for key, file in (("task.train", task.train), *held, *more)]
 
 
 def hashes_of(task: TaskConfig) -> dict[str, str]:

@@ -26,6 +26,7 @@ from distprune.checkpoints import files
 from distprune.checkpoints.files import Damaged, Entry, check, checksum, write_tensors
 from distprune.engines.evaluate import logits_of_rows
 from distprune.errors import UserError
+from distprune.paths import expanded
 from distprune.tasks.base import Batch, Task
 from distprune.teachers.live import LiveTeacher, Taught
 
@@ -76,7 +77,7 @@ def fingerprints(directory: Path, task: Task, precision: str) -> Fingerprints:
 
 def folder_of(found: Fingerprints) -> Path:
     """Return where a cache is kept for whoever may need it: in the user's folder for caches, by its fingerprints."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    root = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return root / "distprune" / "teachers" / xxhash.xxh3_128(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 

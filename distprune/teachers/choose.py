@@ -8,6 +8,7 @@ from distprune.config import Config
 from distprune.engines.build import build_frozen, let_go
 from distprune.engines.options import precision_of
 from distprune.errors import UserError
+from distprune.paths import expanded
 from distprune.tasks.base import Task
 from distprune.teachers import cache
 from distprune.teachers.cache import CachedTeacher, CacheManifest, Fingerprints
@@ -40,7 +41,7 @@ def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int, is
     assert config.teacher.cache is not None
     precision = precision_of(config.deepspeed.teacher)
     found = dist.on_main(lambda: cache.fingerprints(directory, task, precision))
-    folder = cache.folder_of(found) if config.teacher.cache == "auto" else Path(config.teacher.cache).expanduser()
+    folder = cache.folder_of(found) if config.teacher.cache == "auto" else expanded(config.teacher.cache)
     if config.teacher.rebuild_cache and is_new:
         cache.remove(folder)
     manifest = dist.on_main(lambda: cache.find(folder, found))

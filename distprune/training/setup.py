@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from distprune import dist
 from distprune.config import Config
 from distprune.engines.batches import check_batch_size
 from distprune.engines.build import build_student
 from distprune.errors import UserError
-from distprune.models.files import open_source, read_config, resolve
-from distprune.models.weights import most_tokens, names_to_prune, skeleton
+from distprune.models.files import load_tokenizer, open_source, resolve
+from distprune.models.weights import names_to_prune
 from distprune.pruning.pruner import Pruner
 from distprune.pruning.scores import build_score, try_out
 from distprune.pruning.structures import build_structure
@@ -26,7 +26,8 @@ from distprune.tasks.base import Task
 from distprune.tasks.files import hashes_of
 from distprune.teachers.choose import Teacher, teacher_of
 from distprune.teachers.live import LiveTeacher
-from distprune.training.objective import check_features, put_out_features
+from distprune.training.fit import check_model, check_teacher, prunes
+from distprune.training.objective import put_out_features
 from distprune.training.plan import Plan, make_plan
 from distprune.zero.shards import ShardedParameters, shards_of, trained_shards
 
@@ -76,8 +77,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     dist.agree_equal(sections, "the settings")  # paths may differ from node to node
     dist.agree_equal((len(task.train), len(task.validation)), "the numbers of training and validation examples")
     dist.agree_equal(task.fingerprints, "the fingerprints of the data")
-    dist.agree(lambda: task.check_order(read_config(directory), f"the model {config.model.path}"))
-    dist.agree(lambda: check_limits(directory, task))
+    dist.agree(lambda: check_model(config, plan, task, directory))
     teacher = None
     if config.distillation.teaches:
         teacher = _teacher(config, task, directory, micro_batch, is_new=checkpoint is None)
@@ -85,8 +85,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     if isinstance(teacher, LiveTeacher):
         put_out_features(config.distillation, student.module, teacher.engine.module)
     dist.agree(lambda: trained_shards(student))  # a layout that is not known is refused now, not at the export
-    prunes = bool(plan.ladder) or config.pruning.start_sparse
-    pruner = build_pruner(config, student, resumes=checkpoint is not None) if prunes else None
+    pruner = build_pruner(config, student, resumes=checkpoint is not None) if prunes(config, plan) else None
     return Setup(world, task, student, teacher, pruner, plan, fresh, task.fingerprints, files)
 
 
@@ -197,57 +196,6 @@ def _hashes(config: Config) -> dict[str, str]:
     """Return the hashes of local data on rank 0, for which the others wait in the store. Collective."""
     with local_first():
         return hashes_of(config.task) if dist.is_main() else {}
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a model directory or on the hub.
-
-    Raises:
-        UserError: where there is none.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(os.path.expanduser(path))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise UserError(
-            f"{path!r} gives no tokenizer: {reason}; allowed: a directory or hub id with tokenizer files"
-        ) from error
-    return tokenizer
-
-
-def check_teacher(config: Config, directory: Path, task: Task, student: Path) -> None:
-    """Refuse a teacher that reads other tokens, predicts other labels, is too small, or whose layers do not fit.
-
-    Args:
-        config: of the run; says what of the layers is distilled.
-        directory: the teacher's.
-        task: gives tokens and labels.
-        student: its model directory.
-
-    Raises:
-        UserError: as said.
-    """
-    teacher = read_config(directory)
-    task.check_teacher(teacher, load_tokenizer(str(directory)))
-    task.check_outputs(read_config(student), teacher)
-    check_features(config.distillation, read_config(student), teacher)
-    check_limits(directory, task)
-
-
-def check_limits(directory: Path, task: Task) -> None:
-    """Refuse examples that are longer than the model's positions, and tokens that it has no embedding for.
-
-    Raises:
-        UserError: as said.
-    """
-    model, _ = skeleton(directory, task.auto_class, task.model_options())
-    longest = max(max(part["length"][:]) for part in (task.train, *task.evaluations().values()))
-    most = most_tokens(model)
-    if most is not None and most < longest:
-        raise UserError(f"an example has {longest} tokens; allowed: task.max_length up to the model's {most}")
-    tokens, embeddings = len(task.tokenizer), getattr(model.config, "vocab_size", None)
-    if embeddings is not None and tokens > embeddings:
-        raise UserError(f"the tokenizer has {tokens} tokens; allowed: up to the model's vocab_size, {embeddings}")
 
 
 def _teacher(config: Config, task: Task, student: Path, micro_batch: int, is_new: bool) -> Teacher:

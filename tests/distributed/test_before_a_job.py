@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from transformers import AutoModel
 
 from distprune import dist
 from distprune.commands import doctor
@@ -31,10 +32,18 @@ def test_prepare_leaves_nothing_to_fetch_or_compile(world: Worlds, task: Path, t
     assert "96 training and 61 validation examples" in done.stdout
     assert list((tmp_path / "cache" / "distprune").glob("native-*.so"))
     other = write_model(tmp_path / "other", intermediate_size=12)
+    turned = write_model(tmp_path / "turned", id2label={0: "yes", 1: "no"}, label2id={"yes": 0, "no": 1})
+    headless = write_model(tmp_path / "headless")
+    AutoModel.from_pretrained(headless).save_pretrained(headless)
     for overrides, part in (
         ("pruning.weights_of=./nowhere", "model path './nowhere' is not a directory"),
         (f"pruning.weights_of={other}", "has shape"),
         (f"teacher.path={other} distillation.hidden=1", "the student has hidden states of 16 and the teacher"),
+        (f"model.path={turned} task.labels=[no,yes]", "labels are in the order"),
+        (f"teacher.path={headless}", "lacks weights of a BertForSequenceClassification"),
+        ("pruning.structure=7:9", "which 7:9 cannot express"),
+        ("pruning.include=[nothing]", "'nothing' matches no parameter"),
+        ("train.batch_size=1000", "there are only 96 training examples"),
     ):
         ((status, said),) = world(1).run(run_command, "prepare", task / "run.yaml", *TAUGHT, *overrides.split())
         assert (status, part in said) == (2, True), said
@@ -88,6 +97,11 @@ def test_a_disk_that_is_not_shared_and_another_version_are_seen(world: Worlds, t
     assert first.good
     assert not second.good
     assert "torch torch-1 and not torch-0" in second.text
+
+
+def test_a_folder_that_cannot_be_locked_is_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "file has none: " in doctor._locks(tmp_path / "file").text
 
 
 @pytest.mark.parametrize(("hub", "path", "needed"), [(None, ".", False), ("glue", ".", True), (None, "a/model", True)])

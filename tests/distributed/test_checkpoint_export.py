@@ -1,13 +1,14 @@
 """The model in a checkpoint, written on any number of ranks, is the one that the run itself wrote."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -16,7 +17,7 @@ from distprune.commands import export, oneshot
 from distprune.errors import UserError
 from distprune.models.from_checkpoint import export_checkpoint
 from distprune.models.packed import unpack_directory
-from tests.distributed.runs import run, stage
+from tests.distributed.runs import heard, run, stage
 from tests.world import Worlds
 
 BF16 = ("deepspeed.student.bf16.enabled=true", "model.freeze=[embeddings]")
@@ -106,6 +107,27 @@ def refused_evaluation(checkpoint: Path, task: Path) -> str:
     with pytest.raises(UserError) as error:
         evaluate.run(str(checkpoint), str(task / "run.yaml"), [])
     return str(error.value)
+
+
+def measured(directories: list[Path], task: Path) -> None:
+    """Collective."""
+    for directory in directories:
+        evaluate.run(str(directory), str(task / "run.yaml"), [])
+
+
+def test_the_model_that_is_named_is_measured_whatever_yaml_makes_of_its_name(
+    world: Worlds, task: Path, tmp_path: Path
+) -> None:
+    names = ["model", "model #1", "a: b", "[c]", "d${model.path}"]
+    directories = [shutil.copytree(task / "model", tmp_path / name) for name in names]
+    file = directories[1] / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = [name for name in tensors if name.endswith("layer.0.intermediate.dense.weight")]
+    save_file(tensors | {name: torch.zeros_like(tensors[name])}, file, {"format": "pt"})
+    ((_, said),) = world(1).run(heard, measured, directories, task)
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert [line["model"] for line in lines] == [str(each) for each in directories]
+    assert [line["encoder_zeros"] for line in lines] == [0, tensors[name].numel(), 0, 0, 0]
 
 
 def test_a_checkpoint_is_no_model_directory_to_measure(world: Worlds, task: Path, trained: Any) -> None:

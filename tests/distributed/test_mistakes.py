@@ -68,7 +68,12 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "teacher.path={root}/few-positions; {taught}",
         "up to the model's 8",
     ),
+    "model without its tokenizer": (
+        "model.path={root}/no-words",
+        "no-words' gives no tokenizer: it has special tokens alone, as where the directory lacks the tokenizer's files",
+    ),
     "tokenizer": ("model.tokenizer={root}/gone", "gone' gives no tokenizer: "),
+    "home of nobody": ("train.output=~nobody.here/run", "'~nobody.here/run' begins with a home that is not known"),
     "run directory that is a file": ("train.output={root}/range.jsonl", "is a file; allowed: a new or empty directory"),
     "run directory on a disk that is read-only": ("train.output=/sys/run", "'/sys/run' cannot be written"),
     "row without text": ("task.train={root}/no-text.jsonl", "have no value in column 'sentence': row 2; allowed: none"),
@@ -93,6 +98,8 @@ def mistaken(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(root / "other-words")
     words.save_pretrained(root / "other-words")
     words.save_pretrained(root / "more-words")
+    for path in write_model(root / "no-words").glob("*token*"):
+        path.unlink()
     write_model(root / "few-positions", max_position_embeddings=8)
     write_model(root / "no-config")
     (root / "no-config" / "config.json").write_text('{"hidden_size": 10}')

@@ -70,6 +70,8 @@ def test_a_plan_is_printed(world: Worlds, task: Path) -> None:
     for part in (
         "GPUs: ZeRO-2, float32, 3 ranks, micro batches of 2",
         "on CPUs",
+        "evaluation",
+        "outputs",
         "activations",
         "gradients",
         "teacher's weights",
@@ -79,6 +81,13 @@ def test_a_plan_is_printed(world: Worlds, task: Path) -> None:
     ):
         assert part in said
     assert f"{24 * 12 / 2 / 3600:.2f} hours" in said
+
+
+def test_a_teacher_whose_outputs_are_cached_comes_before_the_run(world: Worlds, task: Path) -> None:
+    status, said = planned(world, task, "--world", "2", "--examples-per-s", "2", *TAUGHT, "teacher.cache=auto")
+    assert status == 0, said
+    assert "caching" in said
+    assert "teacher's weights" not in said
 
 
 @pytest.mark.slow
@@ -94,6 +103,8 @@ def test_speed_is_measured_where_none_is_given(world: Worlds, task: Path) -> Non
         (["--world", "5"], "or start 1, 2, 3, 4, 6, 12 ranks"),
         (["--world", "0"], "--world is 0; allowed: at least 1"),
         (["--world", "2", "--examples-per-s", "0"], "--examples-per-s is 0.0; allowed: more than 0"),
+        (["--world", "2", "--examples-per-s", "inf"], "--examples-per-s is inf; allowed: more than 0"),
+        (["--world", "2", "pruning.structure=7:9"], "which 7:9 cannot express"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(world: Worlds, task: Path, arguments: list[str], message: str) -> None:

@@ -14,7 +14,7 @@ from distprune.errors import UserError
 from distprune.tasks import language_modelling
 from distprune.tasks.data import fingerprint
 from distprune.teachers.live import LiveTeacher
-from distprune.training.setup import check_teacher
+from distprune.training.fit import check_teacher
 from tests.unit.task_files import CLS, SEP, WORDS, ids, make_masked_tokenizer, make_tokenizer
 
 MASK = len(WORDS)

@@ -119,16 +119,30 @@ def test_a_copy_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
     monkeypatch.setattr(pruned, "save", full)
     with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
         prune(source, out, "pruning.sparsity=0.5")
-    assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
     monkeypatch.undo()
     prune(source, out, "pruning.sparsity=0.5")
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["dense", "out"]
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    """And nothing removed: what has the name of an unfinished copy may be the model itself."""
+    source = write_model(tmp_path / "dense.partial")
+    before = sorted(path.name for path in source.iterdir())
+    for out, message in (
+        (source, "'.*dense.partial' exists; allowed: a new directory"),
+        (tmp_path / "dense", "'.*dense.partial' exists, as a command that was cut off leaves it; allowed: another"),
+        (source / "in" / "out", "is within '.*dense.partial', of which it is made; allowed: outside of it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prune(source, out, "pruning.sparsity=0.5")
+    assert sorted(path.name for path in source.iterdir()) == before
+
+
+def test_what_is_frozen_is_not_to_be_pruned(tmp_path: Path) -> None:
     source = write_model(tmp_path / "dense")
-    with pytest.raises(UserError, match="exists"):
-        prune(source, source, "pruning.sparsity=0.5")
+    with pytest.raises(UserError, match=r"is to be pruned, but model\.freeze keeps it fixed"):
+        prune(source, tmp_path / "out", "pruning.sparsity=0.5", "model.freeze=[encoder]")
 
 
 @pytest.mark.parametrize("start_sparse", [False, True])

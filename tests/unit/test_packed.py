@@ -88,7 +88,8 @@ def test_a_packed_directory_is_no_models(tmp_path: Path) -> None:
         ModelFiles(tmp_path)
 
 
-def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+def test_mistakes_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path.parent)
     with pytest.raises(UserError, match=r"holds no model\*\.safetensors"):
         export.run(str(tmp_path), str(tmp_path / "out"), False)
     model = write_model(tmp_path / "dense")
@@ -96,5 +97,12 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         export.run(str(model), str(model), False)
     save_file({"weight": torch.ones(3)}, tmp_path / "packed-model.safetensors")
     with pytest.raises(UserError, match="is not of the format distprune-packed"):
-        export.run(str(tmp_path), str(tmp_path / "out"), False)
-    assert not (tmp_path / "out").exists()
+        export.run(str(tmp_path), "out", False)
+    (tmp_path / "packed-model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"packed-model\.safetensors cannot be read as safetensors"):
+        export.run(str(tmp_path), "out", False)
+    assert not list(Path().glob("out*")), "nor is anything left over"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="is no checkpoint, and 2 ranks were started; allowed: one of them"):
+        export.run(str(model), "out", False)

@@ -10,7 +10,7 @@ from torch.nn.functional import gelu
 from distprune.config import FisherConfig
 from distprune.errors import UserError
 from distprune.planning import memory, wire
-from distprune.planning.activations import Activations, count
+from distprune.planning.activations import Activations, count, most_at_once
 from distprune.planning.held import mask_bytes, reduced, state_bytes, weight_bytes
 from distprune.planning.hours import hours
 from distprune.planning.memory import Need, gathered
@@ -178,6 +178,28 @@ def test_activations_are_counted_once_and_parameters_not() -> None:
     counted = count(layer, lambda: (gelu(layer(inputs)) + gelu(layer(inputs).view(5, 2)).view(2, 5)).sum())
     assert sorted(counted.sizes) == [2 * 3 * 4, 2 * 5 * 4, 2 * 5 * 4]
     assert counted.total(4) == 4 * 104
+
+
+def test_what_is_there_at_once_is_counted_and_what_has_gone_is_not() -> None:
+    model = nn.Linear(1000, 10)
+
+    def work() -> torch.Tensor:
+        rows = torch.ones(2, 1000)
+        halves = rows.view(4, 500) * 0.5
+        del rows
+        return model(halves.view(2, 1000).tanh_()).sum()
+
+    assert most_at_once(model, work) == 2 * 2 * 4000, "both, and not the view, the result in place, or the weights"
+
+
+def test_an_evaluation_and_the_pass_for_a_cache_are_moments_of_their_own() -> None:
+    layout = Layout(3, 2, prefetch=0)
+    moments = memory.moments(need(layout, evaluation=900, cached=(SHAPES, Layout(0, 2), 70)))
+    passing, caching = moments["evaluation"].device, moments["caching"].device
+    assert (passing["outputs"], caching["outputs"]) == (900, 70)
+    assert passing["masks"] == moments["update"].device["masks"] > 0 == caching["masks"]
+    assert caching["teacher"] == weight_bytes(SHAPES, Layout(0, 2))
+    assert "evaluation" not in memory.moments(need(layout))
 
 
 def test_hours() -> None:

@@ -7,13 +7,14 @@ from typing import Any
 import matplotlib.image
 import pytest
 from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from distprune.config import Config
 from distprune.errors import UserError
 from distprune.models.card import model_card
 from distprune.monitor import Monitor
-from distprune.monitor.plots import main_metric, plot_layers, plot_run
+from distprune.monitor.plots import main_metric, plot_layers, plot_run, save_png
 from distprune.monitor.records import environment, read_metrics, write_json
 from distprune.quickstart import Row, comparison_table
 
@@ -36,6 +37,9 @@ def test_what_a_run_logs_is_read_back(tmp_path: Path) -> None:
         monitor.log(train(1, loss=math.nan))
         monitor.log(validation(2))
     assert read_metrics(tmp_path / "metrics.jsonl") == [train(1) | {"loss": None}, validation(2)]
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": "3"}\n{"step": 3, "note": "\xff"}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl")[2:] == [{"step": 3, "note": "\ufffd"}]
 
 
 def test_steps_done_again_after_a_resume_count_once(tmp_path: Path) -> None:
@@ -43,6 +47,11 @@ def test_steps_done_again_after_a_resume_count_once(tmp_path: Path) -> None:
     after = [train(20, loss=1.0), validation(20), train(25)]
     path = write_lines(tmp_path / "metrics.jsonl", [*before, '{"step": 31, "spl', *after])
     assert read_metrics(path) == [train(10), *after]
+
+
+def test_a_picture_without_a_suffix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'.*curves' has no suffix, .*; allowed: e\.g\. .*curves\.png"):
+        save_png(Figure(), tmp_path / "curves")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

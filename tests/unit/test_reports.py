@@ -175,6 +175,12 @@ def test_further_metrics_are_rows_of_the_results(runs: list[str]) -> None:
     assert ">f1 at the end<" in page(every, curves(every))
 
 
+def test_a_summary_of_fewer_keys_is_shown_as_far_as_it_goes(runs: list[str]) -> None:
+    first, *_ = read_runs(runs[:1])
+    shown = page([replace(first, summary={"steps": 7})], curves([first]))
+    assert ">7<" in shown
+
+
 def test_what_is_no_run_is_refused(runs: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for given, html_name, sentence in (
@@ -182,6 +188,7 @@ def test_what_is_no_run_is_refused(runs: list[str], tmp_path: Path) -> None:
         ([runs[0], runs[0]], "report.html", "allowed: each once"),
         (runs, "report.pdf", "allowed: a name that ends in .html"),
         (runs, "file/report.html", "cannot be written"),
+        (runs, f"{runs[0]}/plot.html", "plot.png beside it is the run's own; allowed: another name"),
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):
             report.run(given, str(tmp_path / html_name))

@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    XLNetConfig,
+    XLNetModel,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -55,6 +57,17 @@ def test_default_leaves_embeddings_head_norms_and_biases_of_a_decoder() -> None:
     assert len(names) == 2 * 7
     assert all(name.startswith("model.layers.") for name in names)
     assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(names)
+
+
+def test_a_part_of_the_encoder_whose_matrices_are_not_known_is_not_left_out_in_silence() -> None:
+    """XLNet's attention has no linear layers, but tensors of three dimensions."""
+    with torch.device("meta"):
+        model = XLNetModel(XLNetConfig(d_model=8, n_layer=2, n_head=2, d_inner=12, vocab_size=9))
+    with pytest.raises(UserError, match=r"has 'attention', .* in a XLNetModel; allowed: \['feed_forward'\], or"):
+        targets_of(PruningConfig(), model)
+    assert len(targets_of(PruningConfig(components=["feed_forward"]), model)) == 4
+    assert len(targets_of(PruningConfig(include=[r"rel_attn\.[qkvo]$"]), model)) == 8
+    assert targets_of(PruningConfig(components=["attention", "type_embedding"], include=["ff.*weight"]), model)
 
 
 DISTILBERT = {"dim": 8, "hidden_dim": 12, "n_layers": 2, "n_heads": 2, "vocab_size": 9}

@@ -1,0 +1,85 @@
+"""What models, data and configuration must have in common, told before anything is loaded; on one process."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from distprune.config import Config
+from distprune.errors import UserError
+from distprune.models.files import load_tokenizer, read_config
+from distprune.models.weights import missing_weights, most_tokens, set_dropout, skeleton
+from distprune.pruning.structures import build_structure
+from distprune.pruning.targets import freeze, targets_of
+from distprune.tasks.base import Task
+from distprune.training.objective import check_features
+from distprune.training.plan import Plan
+
+
+def check_model(config: Config, plan: Plan, task: Task, directory: Path) -> PreTrainedModel:
+    """Refuse a student that does not fit the task, the data, or what is to be pruned, and how.
+
+    Args:
+        config: of the run.
+        plan: of the run.
+        task: with the tokenised data.
+        directory: the student's.
+
+    Returns:
+        The student on the meta device, without weights.
+
+    Raises:
+        UserError: as said.
+    """
+    task.check_order(read_config(directory), f"the model {config.model.path}")
+    model, source = skeleton(
+        directory, task.auto_class, set_dropout(task.model_options(), directory, config.model.dropout)
+    )
+    missing_weights(model, source, new_allowed=True)
+    check_limits(model, task)
+    freeze(model, config.model.freeze)
+    if prunes(config, plan):
+        shapes = {name: tuple(model.get_parameter(name).shape) for name in targets_of(config.pruning, model)}
+        heads = getattr(model.config, "num_attention_heads", None)
+        build_structure(config.pruning, shapes, {name: [] for name in shapes}, heads)
+    return model
+
+
+def prunes(config: Config, plan: Plan) -> bool:
+    """Return whether a run has masks."""
+    return bool(plan.ladder) or config.pruning.start_sparse
+
+
+def check_teacher(config: Config, directory: Path, task: Task, student: Path) -> None:
+    """Refuse a teacher of other tokens or labels, that lacks a weight, is too small, or whose layers do not fit.
+
+    Args:
+        config: of the run; says what of the layers is distilled.
+        directory: the teacher's.
+        task: gives tokens and labels.
+        student: its model directory.
+
+    Raises:
+        UserError: as said.
+    """
+    teacher = read_config(directory)
+    task.check_teacher(teacher, load_tokenizer(str(directory)))
+    task.check_outputs(read_config(student), teacher)
+    check_features(config.distillation, read_config(student), teacher)
+    model, source = skeleton(directory, task.auto_class, task.model_options())
+    missing_weights(model, source, new_allowed=False)
+    check_limits(model, task)
+
+
+def check_limits(model: PreTrainedModel, task: Task) -> None:
+    """Refuse examples that are longer than the model's positions, and tokens that it has no embedding for.
+
+    Raises:
+        UserError: as said.
+    """
+    longest = max(max(part["length"][:]) for part in (task.train, *task.evaluations().values()))
+    most = most_tokens(model)
+    if most is not None and most < longest:
+        raise UserError(f"an example has {longest} tokens; allowed: task.max_length up to the model's {most}")
+    tokens, embeddings = len(task.tokenizer), getattr(model.config, "vocab_size", None)
+    if embeddings is not None and tokens > embeddings:
+        raise UserError(f"the tokenizer has {tokens} tokens; allowed: up to the model's vocab_size, {embeddings}")
