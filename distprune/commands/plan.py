@@ -38,8 +38,8 @@ def run(config_path: str, overrides: list[str], world: int, examples_per_s: floa
     console.print(
         "Activations and outputs: counted here in forward passes of the longest example; a GPU's attention kernels may "
         "keep less, its allocator leaves gaps that are not counted, and torch_autocast is not. An evaluation's batches "
-        f"have {subject.config.train.eval_batch_size} examples (train.eval_batch_size); caching is the teacher's pass for its "
-        "cache, ahead of the run."
+        f"have {subject.config.train.eval_batch_size} examples (train.eval_batch_size); caching is the teacher's pass "
+        "for its cache, ahead of the run."
     )
     console.print(wire_table(subject))
     console.print(_hours(subject, examples_per_s))

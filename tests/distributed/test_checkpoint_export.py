@@ -17,7 +17,7 @@ from distprune.commands import export, oneshot
 from distprune.errors import UserError
 from distprune.models.from_checkpoint import export_checkpoint
 from distprune.models.packed import unpack_directory
-from tests.distributed.runs import heard, run, stage
+from tests.distributed.runs import run, run_command, stage
 from tests.world import Worlds
 
 BF16 = ("deepspeed.student.bf16.enabled=true", "model.freeze=[embeddings]")
@@ -109,12 +109,6 @@ def refused_evaluation(checkpoint: Path, task: Path) -> str:
     return str(error.value)
 
 
-def measured(directories: list[Path], task: Path) -> None:
-    """Collective."""
-    for directory in directories:
-        evaluate.run(str(directory), str(task / "run.yaml"), [])
-
-
 def test_the_model_that_is_named_is_measured_whatever_yaml_makes_of_its_name(
     world: Worlds, task: Path, tmp_path: Path
 ) -> None:
@@ -124,8 +118,8 @@ def test_the_model_that_is_named_is_measured_whatever_yaml_makes_of_its_name(
     tensors = load_file(file)
     (name,) = [name for name in tensors if name.endswith("layer.0.intermediate.dense.weight")]
     save_file(tensors | {name: torch.zeros_like(tensors[name])}, file, {"format": "pt"})
-    ((_, said),) = world(1).run(heard, measured, directories, task)
-    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    said = [world(1).run(run_command, "eval", each, task / "run.yaml")[0][1] for each in directories]
+    lines = [json.loads(line) for each in said for line in each.splitlines() if line.startswith("{")]
     assert [line["model"] for line in lines] == [str(each) for each in directories]
     assert [line["encoder_zeros"] for line in lines] == [0, tensors[name].numel(), 0, 0, 0]
 

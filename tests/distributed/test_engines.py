@@ -263,7 +263,7 @@ def grow(directory: Path, student_stage: int, teacher_stage: int) -> list[tuple[
         batch = rows(random_batch(step), student.rank, student.world)
         with torch.no_grad():
             target = forward(teacher, batch)
-        student.engine.backward(distillation_loss(forward(student.engine, batch), target, 5.5))
+        student.engine.backward(distillation_loss(forward(student.engine, batch), target, 5.5).mean())
         student.pruner.after_backward(Fraction(step, 100) if step % 10 == 0 else None)
         student.engine.step()
         if step % 15 == 14:
