@@ -15,8 +15,8 @@ from distprune.analysis.temperature import ENOUGH, TEMPERATURES, Softness, recom
 from distprune.engines.build import build_frozen
 from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError
-from distprune.monitor.plots import save_png
-from distprune.monitor.records import save_json
+from distprune.monitor.plots import check_suffix, save_png
+from distprune.monitor.records import check_places, save_json
 from distprune.training.fit import check_teacher
 from distprune.training.setup import load_task, local_model
 
@@ -24,6 +24,8 @@ from distprune.training.setup import load_task, local_model
 def run(subject: str, config_path: str, overrides: list[str], png: str, json_path: str | None, **options: Any) -> None:
     """Analyse, print a table, draw it and write JSON on rank 0. Collective: every rank calls it."""
     dist.init()
+    dist.on_main(lambda: check_places(png, json_path))
+    dist.on_main(lambda: check_suffix(png))
     if subject == "teacher":
         _teacher(config_path, overrides, png, json_path, **options)
     else:

@@ -51,13 +51,22 @@ def save_png(figure: Figure, path: str | Path) -> None:
     Raises:
         UserError: it cannot be written, or has a suffix that matplotlib does not know.
     """
-    if not Path(path).suffix:
-        raise UserError(f"{str(path)!r} has no suffix, which says the kind of picture; allowed: e.g. {path}.png")
+    check_suffix(path)
     try:
         with written(path):
             figure.savefig(path)
     except ValueError as error:
         raise UserError(f"{str(path)!r} cannot be written: {error}") from error
+
+
+def check_suffix(path: str | Path) -> None:
+    """Refuse a picture's file without the suffix that says of which kind it is.
+
+    Raises:
+        UserError: as said.
+    """
+    if not Path(path).suffix:
+        raise UserError(f"{str(path)!r} has no suffix, which says the kind of picture; allowed: e.g. {path}.png")
 
 
 def series(metrics: Metrics, name: str, split: str | None = None) -> tuple[list[int], list[float]]:

@@ -95,6 +95,17 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def check_places(*paths: str | None) -> None:
+    """Refuse files whose folders are not there, before what they are to hold is measured.
+
+    Raises:
+        UserError: as said.
+    """
+    for path in paths:
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise UserError(f"{path!r} cannot be written; allowed: in a folder that is there")
+
+
 def save_json(path: str, results: Mapping[str, Any]) -> None:
     """Write what a command measured, and its environment, where a user says.
 

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from distprune.commands import analyze
 from distprune.errors import UserError
-from tests.distributed.runs import TAUGHT
+from tests.distributed.runs import TAUGHT, run_command
 from tests.world import Worlds
 
 
@@ -45,6 +45,17 @@ def test_a_teacher_is_analysed_alike_on_any_number_of_ranks(world: Worlds, task:
     assert len(first["results"]) == 11
     for one, other in zip(first["results"], second["results"], strict=True):
         assert one == pytest.approx(other, rel=1e-6)
+
+
+def test_where_results_go_is_looked_at_before_anything_is_measured(world: Worlds, task: Path, tmp_path: Path) -> None:
+    for places, part in (
+        (["--png", f"{tmp_path}/no/t.png"], "no/t.png' cannot be written"),
+        (["--json", f"{tmp_path}/no/t.json"], "no/t.json' cannot be written"),
+        (["--png", f"{tmp_path}/curves"], "curves' has no suffix"),
+    ):
+        arguments = ("analyze", "teacher", task / "run.yaml", "--rows", "0", "--png", f"{tmp_path}/t.png")
+        ((status, said),) = world(1).run(run_command, *arguments, *places)
+        assert (status, part in said) == (2, True), said
 
 
 @pytest.mark.parametrize(
