@@ -4,6 +4,7 @@
 """
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -69,7 +70,8 @@ def main(parts: list[str]) -> int:
             shutil.copytree(REPOSITORY, root, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
             removal.carry_out(root)
             command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", removal.test]
-            done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+            ours = os.environ | {"PYTHONPATH": str(root)}  # for what tests start, which would find what is installed
+            done = subprocess.run(command, cwd=root, env=ours, capture_output=True, text=True)
         # 1: tests ran and one failed; anything else is no answer.
         noticed = done.returncode == 1
         print(f"{'fails' if noticed else 'PASSES'}: {removal.guarantee} <- {removal.where}: {removal.line}", flush=True)

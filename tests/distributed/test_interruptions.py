@@ -265,9 +265,10 @@ def test_a_run_that_is_told_to_stop_before_its_first_step_ends_and_no_rank_count
     """Rank 1 hears it in a slow import; rank 0 waits for it in a collective, and then as it is gone."""
     (tmp_path / "slow.py").write_text(SLOW)
     words = {"DISTPRUNE_ENDED": str(tmp_path / "ended"), "DISTPRUNE_REQUEUE": str(tmp_path / "requeue")}
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     ranks = [
         begin([*alone(task, tmp_path / "run"), "task.name=slow:Slow"], **each, **words, BEGUN=str(tmp_path / "begun"))
-        for each in srun_variables(2, tmp_path, PYTHONPATH=str(tmp_path))
+        for each in srun_variables(2, tmp_path, PYTHONPATH=path)
     ]
     for number, rank in enumerate(ranks):
         rank.wait_for((tmp_path / f"begun.{number}").exists)
