@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import HEAD, HOSTFILE, LONG, SBATCH_OPTIONS, Job
-from tests.distributed.processes import REPOSITORY, environment, steps
+from tests.distributed.processes import REPOSITORY, SLOW_TASK, environment, steps
 from tests.distributed.runs import same_weights, told
 
 Submit = Callable[..., Job]
@@ -39,6 +39,19 @@ def test_a_job_that_is_told_to_make_room_saves_and_is_queued_again(
     assert f"start 2 of job {job.number} on " in job.said
     assert same_weights(whole, output)
     assert told(output) == told(whole)
+
+
+def test_a_job_that_is_told_to_make_room_before_its_first_step_is_queued_again_and_has_not_failed(
+    submit: Submit, task: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_TASK)
+    variables = {"PYTHONPATH": str(tmp_path), "BEGUN": str(tmp_path / "begun")}
+    job = submit(task, tmp_path / "run", "task.name=slow:Slow", **variables)
+    job.wait_for(lambda: all((tmp_path / f"begun.{rank}").exists() for rank in range(2)), 120)
+    subprocess.run(["scancel", "--signal=USR1", job.number], check=True)
+    job.wait_for(lambda: job.field("Restarts") == "1", 90)
+    assert job.end() == "COMPLETED", job.said
+    assert not list((tmp_path / "ranks").rglob("failures"))
 
 
 def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(submit: Submit, task: Path, tmp_path: Path) -> None:

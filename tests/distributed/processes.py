@@ -13,6 +13,22 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.prefix) / "bin"
 Command = list[str | Path]
+SLOW_TASK = """
+import os, time
+from pathlib import Path
+from distprune.tasks.text_classification import TextClassification
+
+begun = Path(os.environ["BEGUN"] + "." + os.environ["RANK"])
+again = begun.exists()
+begun.touch()
+if os.environ["RANK"] == "1" and not again:
+    time.sleep(120)
+
+
+class Slow(TextClassification):
+    pass
+"""
+"""A module of the task ``slow:Slow``, whose import takes rank 1 long, once; others wait for it in a collective."""
 
 
 def environment(**variables: str) -> dict[str, str]:

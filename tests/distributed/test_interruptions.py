@@ -20,7 +20,7 @@ from distprune.checkpoints.files import Manifest
 from distprune.engines.batches import eval_batches
 from distprune.training.heartbeat import Heartbeat, is_fault
 from distprune.training.interrupts import Interrupted
-from tests.distributed.processes import BIN, Started, srun_variables, steps
+from tests.distributed.processes import BIN, SLOW_TASK, Started, srun_variables, steps
 from tests.distributed.runs import RATE, OnLastRank, run, run_command, run_patched, same_weights, told
 from tests.world import Worlds
 
@@ -244,26 +244,12 @@ def test_ctrl_c_stops_a_process_that_no_launcher_started_and_a_second_one_kills_
     assert hurried.end(20) in (75, 1, 130, -signal.SIGINT), hurried.said
 
 
-SLOW = """
-import os, time
-from pathlib import Path
-from distprune.tasks.text_classification import TextClassification
-
-Path(os.environ["BEGUN"]).with_suffix("." + os.environ["RANK"]).touch()
-time.sleep(120 * int(os.environ["RANK"]))
-
-
-class Slow(TextClassification):
-    pass
-"""
-
-
 @pytest.mark.slow
 def test_a_run_that_is_told_to_stop_before_its_first_step_ends_and_no_rank_counts_as_lost(
     begin: Callable[..., Started], task: Path, tmp_path: Path
 ) -> None:
     """Rank 1 hears it in a slow import; rank 0 waits for it in a collective, and then as it is gone."""
-    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "slow.py").write_text(SLOW_TASK)
     words = {"DISTPRUNE_ENDED": str(tmp_path / "ended"), "DISTPRUNE_REQUEUE": str(tmp_path / "requeue")}
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     ranks = [
