@@ -4,7 +4,6 @@ import json
 import sys
 
 from distprune import dist, settings
-from distprune.config import Config
 from distprune.engines.build import build_frozen
 from distprune.engines.evaluate import evaluate
 from distprune.engines.options import precision_of
@@ -23,7 +22,10 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
     The model runs as the teacher's engine would: replicated at ZeRO 0, sharded at ZeRO 3, in its type of weights.
     """
     dist.init()
-    config = dist.agree(lambda: _config_of(model_dir, config_path, overrides))
+    named = json.dumps(model_dir.replace("${", "\\${"), ensure_ascii=False)  # neither YAML nor an interpolation
+    config = dist.agree(
+        lambda: settings.load_valid(config_path, ["model.revision=null", *overrides, f"model.path={named}"])
+    )
     directory = local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)
     dist.agree(lambda: task.check_labels(read_config(directory), "the model"))
@@ -48,11 +50,3 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
             print(remark, file=sys.stderr)
         print(json.dumps(finite(line), allow_nan=False))
     dist.shutdown()
-
-
-def _config_of(model_dir: str, config_path: str, overrides: list[str]) -> Config:
-    """Return the configuration with the model that was named, whose name is no YAML."""
-    config = settings.load(config_path, ["model.revision=null", *overrides])
-    config.model.path = model_dir
-    settings.validate(config)
-    return config

@@ -7,6 +7,7 @@ configuration's data, by the engine that a run would use.
 from distprune import dist, settings
 from distprune.checks.sections import SCORING, SEED
 from distprune.errors import UserError
+from distprune.models.files import gone_if_it_fails
 from distprune.models.pruned import prune_files
 from distprune.monitor.records import write_json
 from distprune.paths import expanded
@@ -44,7 +45,8 @@ def run(model_dir: str, out: str, config_path: str | None, overrides: list[str])
         write_json(made.directory / "pruning.json", record)
         made.directory.rename(target)
 
-    dist.write_on_main(finish, target)
+    with gone_if_it_fails(made.directory):
+        dist.write_on_main(finish, target)
     if dist.is_main():
         print(f"masked {made.masked} of {made.prunable} weights -> {target}")
     dist.shutdown()

@@ -69,7 +69,8 @@ def precision_of(section: dict[str, Any]) -> str:
     autocast, zero = section.get("torch_autocast", {}), section.get("zero_optimization", {})
     if autocast.get("enabled"):
         options = {name: value for name, value in sorted(autocast.items()) if name != "enabled"}
-        words.append(f"autocast {options.pop('dtype')}{f' {json.dumps(options)}' if options else ''}")
+        options.pop("dtype")  # which has several names, of the only one that is allowed
+        words.append(f"autocast bfloat16{f' {json.dumps(options)}' if options else ''}")
     if stage_of(section) == 3:
         words += [name for name in QUANTIZING if zero.get(name)]
     return ", ".join(words)

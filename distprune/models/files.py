@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from distprune import dist
 from distprune.checkpoints.files import is_checkpoint
 from distprune.checkpoints.pieces import Pieces
 from distprune.errors import UserError, written
@@ -108,7 +109,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             f"{path!r} gives no tokenizer: {reason}; allowed: a directory or hub id with tokenizer files"
         ) from error
     # Without its files transformers makes one of special tokens alone, or with a word boundary, from config.json.
-    words = tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    words = tokenizer.get_vocab().keys() - special - {*tokenizer.all_special_tokens}
     if len(words) < 2:
         raise UserError(
             f"{path!r} gives no tokenizer: it has special tokens alone, as where the directory lacks the tokenizer's "
@@ -127,15 +129,15 @@ def begin_directory(source: Path, target: Path) -> Path:
     Raises:
         UserError: the new one exists, is within the source, or cannot be made.
     """
-    partial = target.with_name(target.name + ".partial")
     if target.exists():
         raise UserError(f"{str(target)!r} exists; allowed: a new directory")
+    partial = target.with_name(target.name + ".partial")
     if source.resolve() in target.resolve().parents:
         raise UserError(f"{str(target)!r} is within {str(source)!r}, of which it is made; allowed: outside of it")
     if partial.exists():
         raise UserError(
-            f"{str(partial)!r} exists, as a command that was cut off leaves it; allowed: another directory, or without "
-            "what is there"
+            f"{str(partial)!r} exists, as a command that runs or was cut off leaves it; allowed: another directory, or "
+            "without it"
         )
     with written(target):
         partial.mkdir(parents=True)
@@ -144,11 +146,12 @@ def begin_directory(source: Path, target: Path) -> Path:
 
 @contextmanager
 def gone_if_it_fails(directory: Path) -> Iterator[None]:
-    """Remove a directory that is written within a ``with`` where that fails."""
+    """Remove a directory that is written within a ``with`` where that fails; on rank 0, as others may still write."""
     try:
         yield
     except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
+        if dist.is_main():
+            shutil.rmtree(directory, ignore_errors=True)
         raise
 
 

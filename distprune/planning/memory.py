@@ -37,7 +37,8 @@ class Need:
         on_gpu: whether ranks have GPUs.
         score_bytes: what the score holds of each prunable weight.
         evaluation: the most that tensors take in the forward pass of an evaluation's batch.
-        cached: sizes and layout of a teacher whose outputs are cached, and the same of a batch of that.
+        teaching: the same of the teacher, before the first step.
+        cached: sizes and layout of a teacher whose outputs are cached.
     """
 
     student: Shapes
@@ -48,7 +49,8 @@ class Need:
     on_gpu: bool
     score_bytes: int = 0
     evaluation: int = 0
-    cached: tuple[Shapes, Layout, int] | None = None
+    teaching: int = 0
+    cached: tuple[Shapes, Layout] | None = None
 
 
 class Bytes(NamedTuple):
@@ -62,12 +64,14 @@ def moments(need: Need) -> dict[str, Bytes]:
     """Return what is held in each moment of a run that may be the fullest, by its name."""
     found = {"forward pass": _forward(need), "reduction": _reduction(need), "update": _update(need)}
     if need.evaluation:
-        passing = _without_gradients(need, need.student, need.layout, need.evaluation)
-        found["evaluation"] = Bytes(passing + _freed_activations(need), Counter())
+        passes = [_without_gradients(need, need.student, need.layout, need.evaluation) + _freed_activations(need)]
+        if need.teacher is not None:
+            passes.append(_without_gradients(need, *need.teacher, need.teaching))
+        found["evaluation"] = Bytes(max(passes, key=Counter.total), Counter())
     lasting = _lasting(need)
     every = {name: Bytes(lasting.device + each.device, lasting.host + each.host) for name, each in found.items()}
     if need.cached is not None:  # the student comes behind it
-        every["caching"] = _caching(need, *need.cached)
+        every["caching"] = _caching(need, *need.cached, need.teaching)
     return every
 
 

@@ -71,20 +71,27 @@ class Subject:
         model.train()
         return count(model, lambda: self.task.loss(self.task.forward(model, batch), batch))
 
-    def outputs(self, model: PreTrainedModel, layout: Layout, data: Dataset) -> int:
+    def outputs(self, model: PreTrainedModel, layout: Layout, *data: Dataset) -> int:
         """Return the most bytes at once in the forward pass of an evaluation's batch, counted as activations are."""
-        batch, filled = self.longest(data, 1), stand_in(model, layout.dtype).eval()
-        one = most_at_once(filled, lambda: self.task.predictions(self.task.forward(filled, batch), batch))
-        return one * min(self.config.train.eval_batch_size, len(data))
+        filled = stand_in(model, layout.dtype).eval()
+
+        def of(rows: Dataset) -> int:
+            batch = self.longest(rows, 1)
+            one = most_at_once(filled, lambda: self.task.predictions(self.task.forward(filled, batch), batch))
+            return one * min(self.config.train.eval_batch_size, len(rows))
+
+        return max(map(of, data))
 
     def need(self, on_gpu: bool) -> Need:
         """Return everything that a rank's memory depends on."""
         score = build_score(self.config.pruning.score, self.config.train.seed, self.config.fisher)
         held = score.bytes_held if self.shapes.prunable else 0
-        cached = None
-        if self.teacher is not None and self.is_cached:
-            outputs = self.outputs(self.teacher, self.teacher_layout, self.task.train)
-            cached = (shapes_of(self.teacher, [], ()), self.teacher_layout, outputs)
+        evaluated = self.task.evaluations().values()
+        teaching, cached = 0, None
+        if self.teacher is not None:
+            of_cache = [self.task.train] if self.is_cached else []
+            teaching = self.outputs(self.teacher, self.teacher_layout, *evaluated, *of_cache)
+            cached = (shapes_of(self.teacher, [], ()), self.teacher_layout) if self.is_cached else None
         return Need(
             self.shapes,
             self.layout,
@@ -93,7 +100,8 @@ class Subject:
             self.micro_batch,
             on_gpu,
             held,
-            self.outputs(self.student, self.layout, self.task.validation),
+            self.outputs(self.student, self.layout, *evaluated),
+            teaching,
             cached,
         )
 

@@ -67,6 +67,12 @@ def _refuse_unknown(model: nn.Module, components: Collection[str]) -> None:
     held = set(component_matrices(model).values())
     found = [name for name in components if name in held]
     unknown = [name for name in ENCODER if name in components and name not in held]
+    experts = [name for name, tensor in model.named_parameters() if tensor.dim() > 2 and ".experts." in name]
+    if experts and "feed_forward" in components:
+        raise UserError(
+            f"pruning.components has 'feed_forward', and {experts[0]} holds experts in one tensor, which is no known "
+            "matrix; allowed: pruning.include with regexes over names"
+        )
     if found and unknown:
         raise UserError(
             f"pruning.components has {unknown[0]!r}, and no matrix of it is known in a {type(model).__name__}; "

@@ -67,7 +67,7 @@ class StopRequests:
 class EndedAtOnce(BaseException):
     """The process ends as it was asked to outside of training, where there is nothing to save.
 
-    Other ranks hear the signal themselves, or miss this one. Handlers of errors let it pass.
+    Other ranks hear the signal themselves, or miss this one. Most handlers of errors let it pass.
 
     Args:
         requeue: whether the job is to be queued again.
@@ -80,10 +80,12 @@ class EndedAtOnce(BaseException):
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Let the signals end this process within a ``with``, as far as no `StopRequests` listens; in the main thread.
+    """Let SIGINT and SIGUSR1 end this process within a ``with``, where no `StopRequests` listens; in the main thread.
+
+    SIGTERM stays what it is: srun sends it to the ranks that are left where one is lost, which nobody has asked for.
 
     Raises:
-        EndedAtOnce: at the first of them. Of those that follow, only a SIGINT is still heard.
+        EndedAtOnce: at one of them.
     """
     process = os.getpid()
 
@@ -92,15 +94,14 @@ def ending_at_once() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
         raise EndedAtOnce(number == signal.SIGUSR1)
 
-    before = {each: signal.signal(each, end) for each in SIGNALS}
+    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGUSR1)}
     try:
         yield
-    except EndedAtOnce:  # launchers may send several: none is to cut off what is left to say
+    except EndedAtOnce:
+        for each in SIGNALS:  # launchers may send several: none is to cut off what is left to say
+            signal.signal(each, signal.SIG_IGN)
         raise
     except BaseException:
         _restore(before)

@@ -9,9 +9,8 @@ from distprune.errors import UserError
 from distprune.models.files import begin_directory, gone_if_it_fails
 from distprune.models.pruned import Pruned
 from distprune.monitor import Monitor
-from distprune.paths import expanded
 from distprune.training.lr import LrSchedule
-from distprune.training.setup import prepare
+from distprune.training.setup import local_model, prepare
 from distprune.training.train import Trainer
 
 
@@ -47,7 +46,8 @@ def prune_by_gradients(config: Config, target: Path) -> Pruned:
         config.model.dropout = 0.0
     dist.agree(lambda: settings.validate(config))
     setup = prepare(config)
-    directory = dist.on_main(lambda: begin_directory(expanded(config.model.path), target))
+    source = local_model(config.model.path, config.model.revision)
+    directory = dist.on_main(lambda: begin_directory(source, target))
     assert setup.pruner is not None
     setup.plan = replace(setup.plan, total_steps=1, lr=LrSchedule(0.0, 0.0, 0, (0, 1)))
     trainer = Trainer(config, setup, Monitor(target, config, 1, enabled=False), target)

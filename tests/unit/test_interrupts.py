@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -57,15 +58,31 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize(("number", "requeue"), [(each, each == signal.SIGUSR1) for each in SIGNALS])
+@pytest.mark.parametrize(("number", "requeue"), [(signal.SIGINT, False), (signal.SIGUSR1, True)])
 def test_outside_of_training_the_first_signal_ends_and_the_launchers_next_cuts_nothing_off(
     number: signal.Signals, requeue: bool
 ) -> None:
     with pytest.raises(EndedAtOnce, match="the same command goes on") as ended, ending_at_once():
         os.kill(os.getpid(), number)
     assert ended.value.requeue == requeue
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGUSR1)
+    for each in SIGNALS:
+        os.kill(os.getpid(), each)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_that_somebody_swallows_is_heard_when_it_comes_again() -> None:
+    def work() -> None:
+        with suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.raises(EndedAtOnce), ending_at_once():
+        work()
+
+
+def test_the_signal_that_srun_sends_where_a_rank_is_lost_is_no_wish() -> None:
+    with ending_at_once():
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_nothing_is_left_of_it_behind_a_run_or_in_one() -> None:
@@ -83,6 +100,6 @@ def test_a_process_that_a_library_has_forked_ends_as_ever() -> None:
     with ending_at_once():
         child = os.fork()
         if child == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
             os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGUSR1

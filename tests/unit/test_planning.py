@@ -194,11 +194,13 @@ def test_what_is_there_at_once_is_counted_and_what_has_gone_is_not() -> None:
 
 def test_an_evaluation_and_the_pass_for_a_cache_are_moments_of_their_own() -> None:
     layout = Layout(3, 2, prefetch=0)
-    moments = memory.moments(need(layout, evaluation=900, cached=(SHAPES, Layout(0, 2), 70)))
+    moments = memory.moments(need(layout, evaluation=900, teaching=70, cached=(SHAPES, Layout(0, 2))))
     passing, caching = moments["evaluation"].device, moments["caching"].device
     assert (passing["outputs"], caching["outputs"]) == (900, 70)
     assert passing["masks"] == moments["update"].device["masks"] > 0 == caching["masks"]
     assert caching["teacher"] == weight_bytes(SHAPES, Layout(0, 2))
+    beside = memory.moments(need(layout, evaluation=900, teaching=7000, teacher=(SHAPES, Layout(0, 2))))
+    assert beside["evaluation"].device["outputs"] == 7000
     assert "evaluation" not in memory.moments(need(layout))
 
 

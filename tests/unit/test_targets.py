@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     XLNetConfig,
     XLNetModel,
 )
@@ -68,6 +70,15 @@ def test_a_part_of_the_encoder_whose_matrices_are_not_known_is_not_left_out_in_s
     assert len(targets_of(PruningConfig(components=["feed_forward"]), model)) == 4
     assert len(targets_of(PruningConfig(include=[r"rel_attn\.[qkvo]$"]), model)) == 8
     assert targets_of(PruningConfig(components=["attention", "type_embedding"], include=["ff.*weight"]), model)
+
+
+def test_experts_that_share_a_tensor_are_not_left_out_in_silence() -> None:
+    sizes = {"num_hidden_layers": 1, "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 8}
+    with torch.device("meta"):
+        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**{**SIZES, **sizes}, shared_expert_intermediate_size=8))
+    with pytest.raises(UserError, match=r"has 'feed_forward', and .*\.experts\..* holds experts in one tensor"):
+        targets_of(PruningConfig(), model)
+    assert len(targets_of(PruningConfig(components=["attention"]), model)) == 4
 
 
 DISTILBERT = {"dim": 8, "hidden_dim": 12, "n_layers": 2, "n_heads": 2, "vocab_size": 9}

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,13 +22,14 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     T5Config,
 )
 
 from distprune.errors import UserError
 from distprune.models import files
-from distprune.models.files import ModelFiles, match_names, resolve
+from distprune.models.files import ModelFiles, load_tokenizer, match_names, resolve
 from distprune.models.weights import most_tokens, set_dropout, skeleton, stored_names
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
@@ -303,3 +306,20 @@ def test_the_most_tokens_are_just_what_a_model_takes(config) -> None:
 def test_relative_positions_have_no_most_tokens() -> None:
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
     assert most_tokens(AutoModel.from_config(T5Config(**sizes))) is None
+
+
+@pytest.mark.parametrize("words_are_added", [False, True])
+def test_a_tokenizer_of_a_few_words_is_one(tmp_path: Path, words_are_added: bool) -> None:
+    """Four bases, of the vocabulary or added to it; special tokens alone are no words."""
+    words = list("ACGT")
+    vocabulary = {word: number for number, word in enumerate(["[UNK]", "[PAD]", *([] if words_are_added else words)])}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")), unk_token="[UNK]", pad_token="[PAD]"
+    )
+    if words_are_added:
+        made.save_pretrained(tmp_path / "none")
+        with pytest.raises(UserError, match="none' gives no tokenizer: it has special tokens alone"):
+            load_tokenizer(str(tmp_path / "none"))
+        made.add_tokens(words)
+    made.save_pretrained(tmp_path / "made")
+    assert len(load_tokenizer(str(tmp_path / "made"))) == 6
