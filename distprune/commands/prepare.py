@@ -8,7 +8,7 @@ from distprune import settings
 from distprune.config import Config
 from distprune.pruning import native
 from distprune.pruning.targets import targets_of
-from distprune.training.fit import check_model, check_teacher
+from distprune.training.fit import check_model, check_teacher, check_zeros
 from distprune.training.plan import make_plan
 from distprune.training.setup import load_task, local_model, weights_of
 
@@ -24,6 +24,8 @@ def run(config_path: str, overrides: list[str]) -> None:
     print(f"model    {config.model.path}: {directory}")
     task = load_task(config, directory)
     student = check_model(config, make_plan(config, len(task.train)), task, directory)
+    if config.pruning.start_sparse:
+        check_zeros(config, student, directory)
     if config.distillation.teaches and config.teacher.path is not None:
         teacher = local_model(config.teacher.path, config.teacher.revision)
         check_teacher(config, teacher, task, directory)

@@ -141,9 +141,12 @@ def _say_where_it_goes_on(run_dir: Path, config: Config, before: tuple[Path, Man
 
 
 def _check_fits(setup: Setup, manifest: Manifest) -> None:
-    """Refuse a checkpoint of other data, or from behind the end of the run."""
+    """Refuse a checkpoint of other data or of another teacher, or from behind the end of the run."""
     if setup.data != manifest.state["data"]:
         raise UserError("the training or validation data are not those that the run began with; allowed: the same")
+    teacher = manifest.state.get("teacher")  # older ones do not tell
+    if None not in (teacher, setup.teacher_weights) and teacher != setup.teacher_weights:
+        raise UserError("the teacher's weights are not those that the run began with; allowed: the same")
     if manifest.step > setup.plan.total_steps:
         raise UserError(
             f"train.epochs makes a run of {setup.plan.total_steps} steps, and {manifest.step} are done; allowed: more"

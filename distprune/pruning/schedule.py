@@ -53,10 +53,18 @@ def regrowths(config: RegrowthConfig, steps_per_epoch: int, total_steps: int) ->
 
     The part falls by half a cosine to a hundredth of the first at the end of the run (SMC-Bench's code: 0.5 to 0.005).
     It has nine decimals, so that all machines round alike.
+
+    Raises:
+        UserError: where the run ends before the first.
     """
     if config.part == 0:
         return {}
     every, last = parse(config.every, "regrowth.every").exact(steps_per_epoch), config.part / 100
+    if whole(every) >= total_steps:
+        raise UserError(
+            f"regrowth.every is {config.every!r}, and the run has {total_steps} steps, so that nothing comes back; "
+            "allowed: less, or regrowth.part=0"
+        )
     return {
         step: round(last + (config.part - last) * (1 + cos(pi * step / total_steps)) / 2, 9)
         for step in multiples(every, total_steps)

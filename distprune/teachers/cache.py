@@ -56,21 +56,26 @@ class CacheManifest:
     format: str = FORMAT
 
 
-def fingerprints(directory: Path, task: Task, precision: str) -> Fingerprints:
-    """Return what tells whether a cache is that of a teacher, its tokenizer and these data.
-
-    Args:
-        directory: of the teacher's model.
-        task: with the tokenised data.
-        precision: that the teacher computes in.
-    """
+def hash_of_weights(directory: Path) -> str:
+    """Return a hash of the files of a model's weights."""
     weights = xxhash.xxh3_128()
     for path in sorted({path for pattern in WEIGHTS for path in directory.glob(pattern)}):
         weights.update(f"{path.name} {checksum(path)};".encode())
+    return weights.hexdigest()
+
+
+def fingerprints(weights: str, task: Task, precision: str) -> Fingerprints:
+    """Return what tells whether a cache is that of a teacher, its tokenizer and these data.
+
+    Args:
+        weights: `hash_of_weights` of the teacher.
+        task: with the tokenised data.
+        precision: that the teacher computes in.
+    """
     vocabulary = json.dumps(sorted(task.tokenizer.get_vocab().items()))
     return {
         "the task": f"{type(task).__module__}:{type(task).__qualname__}",
-        "the teacher": f"{weights.hexdigest()} {precision}",
+        "the teacher": f"{weights} {precision}",
         "the tokenizer": xxhash.xxh3_128(vocabulary.encode()).hexdigest(),
     } | task.fingerprints
 

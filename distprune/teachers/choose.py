@@ -23,13 +23,14 @@ def is_cached(config: Config, task: Task) -> bool:
     return config.teacher.cache is not None and task.cacheable and logits_only
 
 
-def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int, is_new: bool) -> Teacher:
+def teacher_of(config: Config, task: Task, directory: Path, weights: str, micro_batch: int, is_new: bool) -> Teacher:
     """Return the teacher; where a cache is asked for and is not there, it is made. Collective: every rank calls it.
 
     Args:
         config: of the run.
         task: with the tokenised data.
         directory: of the teacher's model, which fits the task.
+        weights: their hash; on rank 0.
         micro_batch: examples in a training forward pass on one rank.
         is_new: whether the run begins: one that goes on does not make its cache again.
 
@@ -40,7 +41,7 @@ def teacher_of(config: Config, task: Task, directory: Path, micro_batch: int, is
         return LiveTeacher(_engine(config, task, directory, micro_batch), task)
     assert config.teacher.cache is not None
     precision = precision_of(config.deepspeed.teacher)
-    found = dist.on_main(lambda: cache.fingerprints(directory, task, precision))
+    found = dist.on_main(lambda: cache.fingerprints(weights, task, precision))
     folder = cache.folder_of(found) if config.teacher.cache == "auto" else expanded(config.teacher.cache)
     if config.teacher.rebuild_cache and is_new:
         cache.remove(folder)

@@ -6,13 +6,17 @@ from transformers import PreTrainedModel
 
 from distprune.config import Config
 from distprune.errors import UserError
-from distprune.models.files import load_tokenizer, read_config
-from distprune.models.weights import missing_weights, most_tokens, set_dropout, skeleton
+from distprune.models.files import load_tokenizer, open_source, read_config
+from distprune.models.weights import missing_weights, most_tokens, set_dropout, skeleton, stored_names
+from distprune.pruning.components import component_matrices
 from distprune.pruning.structures import build_structure
 from distprune.pruning.targets import freeze, targets_of
 from distprune.tasks.base import Task
 from distprune.training.objective import check_features
 from distprune.training.plan import Plan
+
+FEW = 0.01
+"""A part of a matrix that may be zero by chance."""
 
 
 def check_model(config: Config, plan: Plan, task: Task, directory: Path) -> PreTrainedModel:
@@ -42,6 +46,34 @@ def check_model(config: Config, plan: Plan, task: Task, directory: Path) -> PreT
         heads = getattr(model.config, "num_attention_heads", None)
         build_structure(config.pruning, shapes, {name: [] for name in shapes}, heads)
     return model
+
+
+def check_zeros(config: Config, model: PreTrainedModel, directory: Path) -> None:
+    """Refuse a sparse model whose zeros are to stay, where some are not in what the run masks: they would not.
+
+    Args:
+        config: of the run.
+        model: of `check_model`.
+        directory: the student's.
+
+    Raises:
+        UserError: as said, with the first matrix of which more than `FEW` are zero, rows for padding left out.
+    """
+    source, masked = open_source(directory), set(targets_of(config.pruning, model))
+    stored = stored_names(model, source)
+    for name in component_matrices(model):
+        if name in masked or name not in stored or not model.get_parameter(name).requires_grad:
+            continue
+        zeros = source.read(stored[name][0]) == 0
+        padding = getattr(model.get_submodule(name.rpartition(".")[0]), "padding_idx", None)
+        if padding is not None:
+            zeros[padding] = False
+        if int(zeros.sum()) > FEW * zeros.numel():
+            raise UserError(
+                f"{int(zeros.sum())} of {zeros.numel()} weights of {name} are zero, and it is not among what is "
+                "pruned, so that they would not stay; allowed with pruning.start_sparse: pruning.components or pruning.include "
+                "that hold it, or model.freeze"
+            )
 
 
 def prunes(config: Config, plan: Plan) -> bool:

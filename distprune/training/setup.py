@@ -24,9 +24,10 @@ from distprune.store import local_first
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
 from distprune.tasks.files import hashes_of
+from distprune.teachers.cache import hash_of_weights
 from distprune.teachers.choose import Teacher, teacher_of
 from distprune.teachers.live import LiveTeacher
-from distprune.training.fit import check_model, check_teacher, prunes
+from distprune.training.fit import check_model, check_teacher, check_zeros, prunes
 from distprune.training.objective import put_out_features
 from distprune.training.plan import Plan, make_plan
 from distprune.zero.shards import ShardedParameters, shards_of, trained_shards
@@ -47,6 +48,8 @@ class Setup:
     """Fingerprints of the tokenised examples (`Task.fingerprints`)."""
     files: dict[str, str]
     """Hashes of local data, by key and file name; on rank 0."""
+    teacher_weights: str | None
+    """Hash of the teacher's files."""
 
 
 def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
@@ -77,16 +80,18 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     dist.agree_equal(sections, "the settings")  # paths may differ from node to node
     dist.agree_equal((len(task.train), len(task.validation)), "the numbers of training and validation examples")
     dist.agree_equal(task.fingerprints, "the fingerprints of the data")
-    dist.agree(lambda: check_model(config, plan, task, directory))
-    teacher = None
+    model = dist.agree(lambda: check_model(config, plan, task, directory))
+    if config.pruning.start_sparse and checkpoint is None:
+        dist.on_main(lambda: check_zeros(config, model, directory))
+    teacher, weights = None, None
     if config.distillation.teaches:
-        teacher = _teacher(config, task, directory, micro_batch, is_new=checkpoint is None)
+        teacher, weights = _teacher(config, task, directory, micro_batch, is_new=checkpoint is None)
     student, fresh = build_student(config, directory, task.auto_class, task.model_options(), micro_batch)
     if isinstance(teacher, LiveTeacher):
         put_out_features(config.distillation, student.module, teacher.engine.module)
     dist.agree(lambda: trained_shards(student))  # a layout that is not known is refused now, not at the export
     pruner = build_pruner(config, student, resumes=checkpoint is not None) if prunes(config, plan) else None
-    return Setup(world, task, student, teacher, pruner, plan, fresh, task.fingerprints, files)
+    return Setup(world, task, student, teacher, pruner, plan, fresh, task.fingerprints, files, weights)
 
 
 def make_deterministic() -> None:
@@ -198,9 +203,10 @@ def _hashes(config: Config) -> dict[str, str]:
         return hashes_of(config.task) if dist.is_main() else {}
 
 
-def _teacher(config: Config, task: Task, student: Path, micro_batch: int, is_new: bool) -> Teacher:
-    """Collective: every rank calls it."""
+def _teacher(config: Config, task: Task, student: Path, micro_batch: int, is_new: bool) -> tuple[Teacher, str]:
+    """Return the teacher, and the hash of its files. Collective: every rank calls it."""
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
     dist.agree(lambda: check_teacher(config, directory, task, student))
-    return teacher_of(config, task, directory, micro_batch, is_new)
+    weights = dist.on_main(lambda: hash_of_weights(directory))
+    return teacher_of(config, task, directory, weights, micro_batch, is_new), weights

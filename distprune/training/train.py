@@ -247,6 +247,7 @@ class Trainer:
         state = state_of(student, pruner) | {
             "config": asdict(self.config),
             "data": self.setup.data,
+            "teacher": self.setup.teacher_weights,
             "new_weights": self.setup.new_weights,
             "wandb_id": stored_id(self.run_dir),
             "trainer": self.state(),

@@ -1,6 +1,7 @@
 """Teachers: a cached one teaches as a live one, is never another's, and gives way where more than logits is asked."""
 
 import math
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,24 @@ def test_a_run_with_a_cache_goes_on_exactly(world: Worlds, task: Path, tmp_path:
     cut_off(world, 2, task, tmp_path / "run", 5, *options, *EVERY_STEP)
     world(2).run(run, task, tmp_path / "run", *options, *EVERY_STEP)
     assert same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("cache", ["null", "auto"])
+def test_a_run_does_not_go_on_with_another_teacher_of_the_same_name(
+    world: Worlds, task: Path, tmp_path: Path, cache: str
+) -> None:
+    teacher = shutil.copytree(task / "model", tmp_path / "teacher")
+    options = (*TAUGHT, f"teacher.path={teacher}", f"teacher.cache={'null' if cache == 'null' else tmp_path / 'cache'}")
+    cut_off(world, 2, task, tmp_path / "run", 5, *options, *EVERY_STEP)
+    before = (teacher / "model.safetensors").read_bytes()
+    tensors = load_file(teacher / "model.safetensors")
+    save_file({name: 2 * each for name, each in tensors.items()}, teacher / "model.safetensors", {"format": "pt"})
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    said = world(2).run(run, task, tmp_path / "run", *options, *EVERY_STEP)
+    assert said == ["the teacher's weights are not those that the run began with; allowed: the same"] * 2
+    (teacher / "model.safetensors").write_bytes(before)
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    assert world(2).run(run, task, tmp_path / "run", *options, *EVERY_STEP)[0]["steps"] > 5
 
 
 def test_a_cache_of_something_else_is_refused_and_made_anew_where_asked(

@@ -147,5 +147,11 @@ def test_regrown_parts_fall_by_a_cosine_to_a_hundredth() -> None:
     assert list(regrowths(RegrowthConfig(0.5, "0.1 epochs"), 3, 4)) == [1, 2, 3]
 
 
+def test_a_regrowth_that_never_comes_is_refused() -> None:
+    with pytest.raises(UserError, match=r"regrowth\.every is '100 steps', and the run has 100 steps, so that nothing"):
+        regrowths(RegrowthConfig(0.5, "100 steps"), 10, 100)
+    assert list(regrowths(RegrowthConfig(0.5, "100 steps"), 10, 101)) == [100]
+
+
 def test_nothing_is_regrown_unless_asked_for() -> None:
     assert regrowths(RegrowthConfig(), 93, 1000) == {}
