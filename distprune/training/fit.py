@@ -71,8 +71,8 @@ def check_zeros(config: Config, model: PreTrainedModel, directory: Path) -> None
         if int(zeros.sum()) > FEW * zeros.numel():
             raise UserError(
                 f"{int(zeros.sum())} of {zeros.numel()} weights of {name} are zero, and it is not among what is "
-                "pruned, so that they would not stay; allowed with pruning.start_sparse: pruning.components or pruning.include "
-                "that hold it, or model.freeze"
+                "pruned, so that they would not stay; allowed with pruning.start_sparse: pruning.components or "
+                "pruning.include that hold it, or model.freeze"
             )
 
 
