@@ -24,8 +24,7 @@ def run(config_path: str, overrides: list[str]) -> None:
     print(f"model    {config.model.path}: {directory}")
     task = load_task(config, directory)
     student = check_model(config, make_plan(config, len(task.train)), task, directory)
-    if config.pruning.start_sparse:
-        check_zeros(config, student, directory)
+    check_zeros(config, student, directory)
     if config.distillation.teaches and config.teacher.path is not None:
         teacher = local_model(config.teacher.path, config.teacher.revision)
         check_teacher(config, teacher, task, directory)

@@ -23,7 +23,7 @@ from distprune.pruning.targets import targets_of
 from distprune.tasks.base import Batch, Task
 from distprune.teachers.choose import is_cached
 from distprune.teachers.live import LiveTeacher
-from distprune.training.fit import check_model, check_teacher, prunes
+from distprune.training.fit import check_model, check_teacher, check_zeros, prunes
 from distprune.training.objective import Objective, put_out_features
 from distprune.training.plan import Plan, make_plan
 from distprune.training.setup import load_task, local_model
@@ -136,6 +136,7 @@ def subject_of(config: Config, world: int) -> Subject:
     task = load_task(config, directory)
     plan = make_plan(config, len(task.train))
     student = check_model(config, plan, task, directory)
+    check_zeros(config, student, directory)
     put_out_features(config.distillation, student)
     if config.model.activation_checkpointing:
         checkpoint_activations(student)

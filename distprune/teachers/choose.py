@@ -30,7 +30,7 @@ def teacher_of(config: Config, task: Task, directory: Path, weights: str, micro_
         config: of the run.
         task: with the tokenised data.
         directory: of the teacher's model, which fits the task.
-        weights: their hash; on rank 0.
+        weights: `hash_of_weights` of it.
         micro_batch: examples in a training forward pass on one rank.
         is_new: whether the run begins: one that goes on does not make its cache again.
 

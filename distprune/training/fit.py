@@ -1,4 +1,4 @@
-"""What models, data and configuration must have in common, told before anything is loaded; on one process."""
+"""What models, data and configuration must have in common, told before models are loaded; no collectives."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def check_model(config: Config, plan: Plan, task: Task, directory: Path) -> PreT
 
 
 def check_zeros(config: Config, model: PreTrainedModel, directory: Path) -> None:
-    """Refuse a sparse model whose zeros are to stay, where some are not in what the run masks: they would not.
+    """Refuse a model whose zeros are to stay (``pruning.start_sparse``) where the run does not mask all of them.
 
     Args:
         config: of the run.
@@ -59,6 +59,8 @@ def check_zeros(config: Config, model: PreTrainedModel, directory: Path) -> None
     Raises:
         UserError: as said, with the first matrix of which more than `FEW` are zero, rows for padding left out.
     """
+    if not config.pruning.start_sparse:
+        return
     source, masked = open_source(directory), set(targets_of(config.pruning, model))
     stored = stored_names(model, source)
     for name in component_matrices(model):

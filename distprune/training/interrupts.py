@@ -96,17 +96,14 @@ def ending_at_once() -> Iterator[None]:
             return
         raise EndedAtOnce(number == signal.SIGUSR1)
 
-    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGUSR1)}
+    after: dict[signal.Signals, Any] = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGUSR1)}
     try:
         yield
     except EndedAtOnce:
-        for each in SIGNALS:  # launchers may send several: none is to cut off what is left to say
-            signal.signal(each, signal.SIG_IGN)
+        after = dict.fromkeys(SIGNALS, signal.SIG_IGN)  # launchers may send several: none cuts off what is left to say
         raise
-    except BaseException:
-        _restore(before)
-        raise
-    _restore(before)
+    finally:
+        _restore(after)
 
 
 def _restore(handlers: Mapping[signal.Signals, Any]) -> None:

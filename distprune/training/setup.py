@@ -81,7 +81,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     dist.agree_equal((len(task.train), len(task.validation)), "the numbers of training and validation examples")
     dist.agree_equal(task.fingerprints, "the fingerprints of the data")
     model = dist.agree(lambda: check_model(config, plan, task, directory))
-    if config.pruning.start_sparse and checkpoint is None:
+    if checkpoint is None:
         dist.on_main(lambda: check_zeros(config, model, directory))
     teacher, weights = None, None
     if config.distillation.teaches:

@@ -21,6 +21,7 @@ WORDS = "bert.embeddings.word_embeddings.weight"
 def test_zeros_that_a_run_would_not_keep_are_not_said_to_stay(tmp_path: Path, rows: int) -> None:
     """Rows for padding are no such zeros."""
     directory, config = write_model(tmp_path / "model"), Config()
+    config.pruning.start_sparse = True
     file = directory / "model.safetensors"
     tensors = load_file(file)
     tensors[WORDS][torch.arange(rows) + 1] = 0.0
@@ -36,5 +37,8 @@ def test_zeros_that_a_run_would_not_keep_are_not_said_to_stay(tmp_path: Path, ro
     config.pruning.components = [*config.pruning.components, "token_embedding"]
     check_zeros(config, model, directory)
     config.pruning.components.remove("token_embedding")
+    config.pruning.start_sparse = False
+    check_zeros(config, model, directory)
+    config.pruning.start_sparse = True
     freeze(model, ["embeddings"])
     check_zeros(config, model, directory)
