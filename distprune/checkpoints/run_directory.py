@@ -23,6 +23,7 @@ _FREE = (
     *("task.train", "task.validation", "task.more_validation", "teacher.cache", "teacher.rebuild_cache"),
 )
 """The checkpoint holds the model itself and fingerprints of the data: where they came from matters no more."""
+_OF_TEACHER = ("teacher.path", "teacher.revision")
 
 logger = logging.getLogger(__name__)
 _locks: dict[Path, int] = {}
@@ -132,22 +133,24 @@ def unlock(run_dir: Path) -> None:
         os.close(descriptor)
 
 
-def changes(old: dict[str, Any], config: Config) -> list[str]:
+def changes(old: dict[str, Any], config: Config, knows_teacher: bool = False) -> list[str]:
     """Return in words which keys have another value than in a checkpoint.
 
     Args:
         old: the configuration as the checkpoint has it, section by section.
         config: the one to go on with.
+        knows_teacher: the checkpoint has a hash of the teacher's weights, so that they may be elsewhere by now.
 
     Raises:
         UserError: where the rest of the run would have another model, target or data than its beginning.
     """
+    free = (*_FREE, *_OF_TEACHER * knows_teacher)
     found, then = [], dotted(old)
     for key, value in dotted(asdict(config)).items():
         before = then.get(key, value)
         if value == before or key == "recipe.derived":
             continue
-        if (key.startswith(_FIXED) or key in _FIXED_KEYS) and key not in _FREE:
+        if (key.startswith(_FIXED) or key in _FIXED_KEYS) and key not in free:
             raise UserError(
                 f"{key} is {value!r}{' by its recipe' * (key in config.recipe.derived)}, and was {before!r} when the "
                 "run began; allowed: the same, or another train.output for another run"

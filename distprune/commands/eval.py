@@ -29,7 +29,8 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
     directory = local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)
     dist.agree(lambda: task.check_labels(read_config(directory), "the model"))
-    dist.agree(lambda: check_limits(skeleton(directory, task.auto_class, task.model_options())[0], task))
+    model, _ = dist.agree(lambda: skeleton(directory, task.auto_class, task.model_options(), shrunk_allowed=True))
+    dist.agree(lambda: check_limits(model, task))
     for note in task.notes if dist.is_main() else ():
         print(f"data: {note}", file=sys.stderr)  # beside the line of JSON
     engine = build_frozen(

@@ -133,7 +133,8 @@ def _say_where_it_goes_on(run_dir: Path, config: Config, before: tuple[Path, Man
         UserError: where what has changed would make another run of it.
     """
     old = before[1].state["config"] if before else run_directory.started_with(run_dir)
-    changed = run_directory.changes(old, config)
+    knows_teacher = before is not None and before[1].state.get("teacher") is not None
+    changed = run_directory.changes(old, config, knows_teacher)
     where = f"step {before[1].step} ({before[0]})" if before else "the beginning: it has no checkpoint yet"
     print(f"going on with the run in {run_dir} from {where}")
     for change in changed:

@@ -44,7 +44,7 @@ def build_student(
         dtype=dtype_of(section),
         zero3=section if stage_of(section) == 3 else None,
         seed=config.train.seed,
-        new_weights_allowed=True,
+        frozen=False,
     )
     model.written_config = read_config(directory, options)  # dropout is the run's, and not the model's
     freeze(model, config.model.freeze)
@@ -94,7 +94,7 @@ def build_frozen(
         dtype=dtype_of(section),
         zero3=section if stage_of(section) == 3 else None,
         seed=0,
-        new_weights_allowed=False,
+        frozen=True,
     )
     model.requires_grad_(False)
     engine = _initialize("deepspeed.teacher", model, section)

@@ -61,13 +61,13 @@ class Source(Protocol):
         """Return the shape of one tensor, without reading it."""
 
 
-def open_source(directory: Path) -> Source:
+def open_source(directory: Path, shrunk_allowed: bool = False) -> Source:
     """Return the tensors of a Hugging Face directory, or of a checkpoint.
 
     Raises:
-        UserError: where they cannot be read.
+        UserError: where they cannot be read, or are those of a shrunk model that is not allowed.
     """
-    return Pieces(directory) if is_checkpoint(directory) else ModelFiles(directory)
+    return Pieces(directory) if is_checkpoint(directory) else ModelFiles(directory, shrunk_allowed)
 
 
 def resolve(path: str, revision: str | None) -> Path:
@@ -177,6 +177,7 @@ class ModelFiles:
     """The tensors of a model directory, by name, read lazily from one mapped file at a time."""
 
     directory: Path
+    shrunk_allowed: bool = False
     file_of: dict[str, Path] = field(init=False)
     _open: tuple[Path, Any] | None = field(default=None, init=False)
 
@@ -213,10 +214,10 @@ class ModelFiles:
 
     def _files(self) -> list[Path]:
         """Return the files that there must be: those of the index, or the only one."""
-        if (self.directory / SHRUNK).exists():
+        if (self.directory / SHRUNK).exists() and not self.shrunk_allowed:
             raise UserError(
-                f"{self.directory} holds a shrunk model; allowed: the directory that it was made of, or "
-                "distprune.models.shrunk.load_shrunk, as transformers' own classes do not fit it"
+                f"{self.directory} holds a shrunk model, which distprune eval alone takes; allowed: the directory that "
+                "it was made of"
             )
         single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
         if not index.exists() and not single.exists():

@@ -88,14 +88,8 @@ def load_shrunk(directory: Path | str, auto_class: Any = None) -> PreTrainedMode
     directory = expanded(directory)
     if not (directory / SHRUNK).exists():
         raise UserError(f"{str(directory)!r} holds no {SHRUNK}; allowed: a directory of distprune export --shrink")
-    sizes = json.loads((directory / SHRUNK).read_text())
     model: PreTrainedModel = (auto_class or auto_class_of(directory)).from_config(read_config(directory))
-    for name, module in _linear(model):
-        if sizes[name] != [module.out_features, module.in_features]:
-            out, into = sizes[name]
-            parent, _, child = name.rpartition(".")
-            fitting = nn.Linear(into, out, bias=module.bias is not None, dtype=module.weight.dtype)
-            setattr(model.get_submodule(parent), child, fitting)
+    take_sizes(model, directory)
     missing, unexpected = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
     model.tie_weights()
     stored = {id(each) for name, each in model.state_dict(keep_vars=True).items() if name not in missing}
@@ -103,6 +97,23 @@ def load_shrunk(directory: Path | str, auto_class: Any = None) -> PreTrainedMode
     if lost or unexpected:
         raise UserError(f"{str(directory)!r} lacks weights, or has others than the model: {[*lost, *unexpected]}")
     return model.eval()
+
+
+def take_sizes(model: PreTrainedModel, directory: Path) -> None:
+    """Give a model's matrices, new ones, the sizes of those that a shrunk directory holds.
+
+    Raises:
+        UserError: it holds those of another model.
+    """
+    sizes, linear = json.loads((directory / SHRUNK).read_text()), dict(_linear(model))
+    if sizes.keys() != linear.keys():
+        raise UserError(f"{directory / SHRUNK} has the sizes of another model than a {type(model).__name__}")
+    for name, module in linear.items():
+        out, into = sizes[name]
+        if [out, into] != [module.out_features, module.in_features]:
+            parent, _, child = name.rpartition(".")
+            like: dict[str, Any] = {"dtype": module.weight.dtype, "device": module.weight.device}
+            setattr(model.get_submodule(parent), child, nn.Linear(into, out, bias=module.bias is not None, **like))
 
 
 def _layers(grids: dict[str, Grid]) -> Iterator[dict[str, Grid]]:

@@ -20,7 +20,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from distprune import dist
 from distprune.errors import UserError
-from distprune.models.files import ModelFiles, Source, match_names, open_source, read_config
+from distprune.models.files import SHRUNK, ModelFiles, Source, match_names, open_source, read_config
+from distprune.models.shrunk import take_sizes
 from distprune.zero.shards import Shard, full_shape
 
 _TRIM_BYTES = 16 << 20
@@ -47,7 +48,7 @@ def load_model(
     dtype: torch.dtype,
     zero3: dict[str, Any] | None,
     seed: int,
-    new_weights_allowed: bool,
+    frozen: bool,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Build a model and fill it from a directory; at ZeRO-3, cut up as it is read.
 
@@ -61,7 +62,7 @@ def load_model(
         dtype: type of the weights in memory.
         zero3: the engine's DeepSpeed configuration where the weights are to be partitioned, else None.
         seed: for the initialisation of weights that the checkpoint lacks.
-        new_weights_allowed: whether the checkpoint may lack weights (a head to be trained).
+        frozen: it is only run. So it may be shrunk, and lacks no weights (as a head to be trained).
 
     Returns:
         The model, and the names of the weights that were initialised anew.
@@ -69,9 +70,9 @@ def load_model(
     Raises:
         UserError: on every rank, where the directory does not hold such a model.
     """
-    model, checkpoint = dist.agree(lambda: skeleton(directory, auto_class, options))
+    model, checkpoint = dist.agree(lambda: skeleton(directory, auto_class, options, shrunk_allowed=frozen))
     sources = _sources(model, checkpoint)
-    missing = dist.agree(lambda: missing_weights(model, checkpoint, new_weights_allowed))
+    missing = dist.agree(lambda: missing_weights(model, checkpoint, new_allowed=not frozen))
     dist.agree(lambda: _check_tied(model, checkpoint) if dist.is_main() else None)
 
     torch.manual_seed(seed)
@@ -142,8 +143,14 @@ def _trimmed(stream: Iterator[nn.Parameter]) -> Iterator[nn.Parameter]:
             held = 0
 
 
-def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, Source]:
-    """Build the model with parameters on the meta device, and open its checkpoint."""
+def skeleton(
+    directory: Path, auto_class: Any, options: dict[str, Any], shrunk_allowed: bool = False
+) -> tuple[PreTrainedModel, Source]:
+    """Build the model with parameters on the meta device, and open its checkpoint.
+
+    Raises:
+        UserError: the directory is none of such a model, or a shrunk one that is not allowed.
+    """
     config = read_config(directory, options)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{directory} is a quantized model; {_ALLOWED}")
@@ -156,9 +163,12 @@ def skeleton(directory: Path, auto_class: Any, options: dict[str, Any]) -> tuple
     except Exception as error:  # transformers raises many kinds, some over several lines
         reason = " ".join(str(error).split())
         raise UserError(f"{directory} does not describe a model for {auto_class.__name__}: {reason}") from error
+    source = open_source(directory, shrunk_allowed)
+    if (directory / SHRUNK).exists():
+        take_sizes(model, directory)
     if model.can_generate() and (directory / GENERATION_CONFIG_NAME).exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model, open_source(directory)
+    return model, source
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:

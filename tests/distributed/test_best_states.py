@@ -50,7 +50,7 @@ def cut_file(best: Path) -> None:
     (best / "model.safetensors").write_bytes((best / "model.safetensors").read_bytes()[:-1] + b"?")
 
 
-@pytest.mark.parametrize("damage", [cut_file, shutil.rmtree])
+@pytest.mark.parametrize("damage", [cut_file, pytest.param(shutil.rmtree, marks=pytest.mark.slow)])
 def test_a_best_state_that_is_damaged_is_not_chosen(
     world: Worlds, task: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:

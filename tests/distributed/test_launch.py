@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from distprune.commands import export
 from tests.distributed.engines import write_model
 from tests.distributed.processes import BIN, REPOSITORY, Command, environment, srun_variables, start
 from tests.distributed.runs import run_command
@@ -80,6 +81,24 @@ def test_eval_gives_the_same_number_alone_and_on_two_ranks(world: Worlds, task: 
     first, second = (json.loads(said.strip().splitlines()[-1]) for said in (alone, several))
     assert first == second
     assert (first["encoder_zeros"], first["dtype"]) == (0, "float32")
+
+
+def test_eval_measures_a_shrunk_model(world: Worlds, task: Path, tmp_path: Path) -> None:
+    ((status, _),) = world(1).run(
+        run_command, "oneshot", task / "model", tmp_path / "whole", "pruning.sparsity=0.5", "pruning.structure=heads"
+    )
+    assert status == 0
+    export.run(str(tmp_path / "whole"), str(tmp_path / "small"), shrinking=True)
+    found = []
+    for name, size, stage in (("whole", 1, 0), ("small", 1, 0), ("small", 2, 3)):
+        place = f"deepspeed.teacher.zero_optimization.stage={stage}"
+        (_, said), *_ = world(size).run(run_command, "eval", tmp_path / name, task / "run.yaml", place)
+        found.append(json.loads(said.strip().splitlines()[-1]))
+    whole, *small = found
+    for each in small:
+        assert each["accuracy"] == whole["accuracy"]
+        assert each["encoder_weights"] - each["encoder_zeros"] == whole["encoder_weights"] - whole["encoder_zeros"]
+        assert each["encoder_weights"] < whole["encoder_weights"], "an empty layer keeps a head, all zeros"
 
 
 @pytest.mark.slow

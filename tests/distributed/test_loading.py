@@ -36,7 +36,7 @@ from tests.distributed.engines import (
 from tests.world import Worlds, by_world
 
 
-def build(directory: Path, stage: int, seed: int = 0, new_weights_allowed: bool = False) -> Any:
+def build(directory: Path, stage: int, seed: int = 0, frozen: bool = True) -> Any:
     """Load a classifier of two classes; return it, and the names of its new weights."""
     return load_model(
         directory,
@@ -45,16 +45,16 @@ def build(directory: Path, stage: int, seed: int = 0, new_weights_allowed: bool 
         dtype=torch.float32,
         zero3=Layout(3).section | {"train_micro_batch_size_per_gpu": 1} if stage == 3 else None,
         seed=seed,
-        new_weights_allowed=new_weights_allowed,
+        frozen=frozen,
     )
 
 
-def load(directory: Path, stage: int, seed: int = 0, new_weights_allowed: bool = False, gather: bool = True) -> Any:
+def load(directory: Path, stage: int, seed: int = 0, frozen: bool = True, gather: bool = True) -> Any:
     """Load, and return every parameter (where asked for), the buffers, and the new ones; or what was refused."""
     import deepspeed
 
     try:
-        model, new = build(directory, stage, seed, new_weights_allowed)
+        model, new = build(directory, stage, seed, frozen)
     except UserError as error:
         return str(error)
     found = {}
@@ -87,7 +87,7 @@ def test_a_new_head_depends_on_the_seed_alone(world: Worlds, directory: Path, tm
     heads = []
     for stage in (0, 3):
         for seed in (1, 2):
-            found, _, new = world(size).run(load, tmp_path, stage, seed, True)[0]
+            found, _, new = world(size).run(load, tmp_path, stage, seed, False)[0]
             assert new == ["classifier.weight", "classifier.bias"]
             assert not found["classifier.bias"].any()
             heads.append(found["classifier.weight"])
@@ -96,7 +96,7 @@ def test_a_new_head_depends_on_the_seed_alone(world: Worlds, directory: Path, tm
     assert torch.equal(second, second_sharded)
     assert not torch.equal(first, second)
     assert float(first.std()) == pytest.approx(0.3, rel=0.5), "the model's own initialisation"
-    again, _, _ = world(3 - size).run(load, tmp_path, 3, 1, True)[0]
+    again, _, _ = world(3 - size).run(load, tmp_path, 3, 1, False)[0]
     assert torch.equal(again["classifier.weight"], first), "the same at another world size"
 
 
@@ -122,7 +122,7 @@ def load_decoder(directory: Path) -> Any:
             dtype=torch.float32,
             zero3=None,
             seed=0,
-            new_weights_allowed=True,
+            frozen=False,
         )
     except UserError as error:
         return str(error)
@@ -185,7 +185,7 @@ def keeps_keys_and_values(directory: Path) -> bool:
         dtype=torch.float32,
         zero3=None,
         seed=0,
-        new_weights_allowed=True,
+        frozen=False,
     )
     return "past_key_values" in model(torch.arange(6)[None])
 
@@ -260,7 +260,7 @@ class WithBuffer:
 
 def stored_buffer(directory: Path, stage: int) -> Tensor:
     zero3 = Layout(3).section | {"train_micro_batch_size_per_gpu": 1} if stage == 3 else None
-    options = {"dtype": torch.float32, "zero3": zero3, "seed": 0, "new_weights_allowed": False}
+    options = {"dtype": torch.float32, "zero3": zero3, "seed": 0, "frozen": True}
     model, _ = load_model(directory, WithBuffer, {"num_labels": 2}, **options)
     found: Tensor = model.bert.encoder.steps
     return found

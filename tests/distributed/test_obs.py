@@ -116,7 +116,8 @@ def stepped(directory: Path, layout: Layout, accumulation: int, drops: bool) -> 
     return masters
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(1, marks=pytest.mark.slow)])  # no rank knows of another's
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])  # no rank knows of another's
 def test_gradients_that_are_dropped_leave_no_trace(world: Worlds, directory: Path, size: int) -> None:
     for layout, accumulation in [(each, 1) for each in DROPPED] + [(Layout(2), 2), (Layout(3, offload=True), 2)]:
         without, dropped = (

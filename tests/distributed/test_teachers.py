@@ -107,7 +107,7 @@ def test_a_run_with_a_cache_goes_on_exactly(world: Worlds, task: Path, tmp_path:
     assert same_weights(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.parametrize("cache", ["null", "auto"])
+@pytest.mark.parametrize("cache", ["null", pytest.param("auto", marks=pytest.mark.slow)])
 def test_a_run_does_not_go_on_with_another_teacher_of_the_same_name(
     world: Worlds, task: Path, tmp_path: Path, cache: str
 ) -> None:
@@ -122,7 +122,8 @@ def test_a_run_does_not_go_on_with_another_teacher_of_the_same_name(
     assert said == ["the teacher's weights are not those that the run began with; allowed: the same"] * 2
     (teacher / "model.safetensors").write_bytes(before)
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    assert world(2).run(run, task, tmp_path / "run", *options, *EVERY_STEP)[0]["steps"] > 5
+    moved = f"teacher.path={teacher.rename(tmp_path / 'moved')}"
+    assert world(2).run(run, task, tmp_path / "run", *options, moved, *EVERY_STEP)[0]["steps"] > 5
 
 
 def test_a_cache_of_something_else_is_refused_and_made_anew_where_asked(

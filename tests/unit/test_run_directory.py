@@ -40,6 +40,12 @@ def test_a_key_that_follows_from_a_recipe_is_said_to() -> None:
         changes(asdict(Config()), config)
 
 
+def test_a_teacher_may_have_moved_where_the_checkpoint_has_its_hash() -> None:
+    config = Config()
+    config.teacher.path = "elsewhere"
+    assert changes(asdict(Config()), config, knows_teacher=True) == ["teacher.path None -> 'elsewhere'"]
+
+
 def test_a_directory_whose_first_file_was_cut_off_is_new(tmp_path: Path) -> None:
     (tmp_path / "config.yaml.partial").write_text("task:")
     assert not is_unfinished(tmp_path)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DistilBertConfig,
@@ -46,7 +47,7 @@ def test_heads_and_neurons_that_were_pruned_are_taken_out(tmp_path: Path, capsys
     export.run(str(tmp_path / "both"), str(tmp_path / "small"), True)
     said = capsys.readouterr().out
     assert "took out 4 of 8 heads, 36 of 48 neurons" in said
-    with pytest.raises(UserError, match="holds a shrunk model; allowed: the directory that it was made of"):
+    with pytest.raises(UserError, match="holds a shrunk model, which distprune eval alone takes; allowed: the"):
         ModelFiles(tmp_path / "small")
     small = load_shrunk(str(tmp_path / "small"))
     folder, file = (tmp_path / "small" / name for name in (".", "model.safetensors"))
@@ -126,6 +127,12 @@ def test_a_shrunk_model_without_a_weight_is_refused(tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(UserError, match=r"lacks weights, or has others .*encoder\.layer\.0\.output\.dense\.weight"):
         load_shrunk(tmp_path / "small", AutoModelForSequenceClassification)
+
+
+def test_sizes_of_another_model_are_refused(tmp_path: Path) -> None:
+    export.run(str(write_model(tmp_path / "dense", **SHAPE)), str(tmp_path / "small"), True)
+    with pytest.raises(UserError, match=r"shrunk\.json has the sizes of another model than a BertForQuestionAnswering"):
+        load_shrunk(tmp_path / "small", AutoModelForQuestionAnswering)
 
 
 def test_a_model_in_bf16_stays_one(tmp_path: Path) -> None:
