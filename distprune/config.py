@@ -41,9 +41,12 @@ class RecipeConfig:
         None,
         "gmp, dense, one_shot, obert_10, obert_30, smc_gmp or sparse_transfer (docs/recipes.md); null: all is given",
     )
-    epochs: float = key(2.0, "gmp, dense and one_shot: epochs of the task's dense recipe, which is replicated")
-    replicas: int | None = key(None, "gmp, dense and one_shot: how often; null: as pruning.sparsity asks for, or once")
+    epochs: float = key(2.0, "gmp, dense, one_shot and smc_gmp: epochs of the task's dense recipe, which is replicated")
+    replicas: int | None = key(
+        None, "gmp, dense, one_shot and smc_gmp: how often; null: as pruning.sparsity asks for, or once"
+    )
     derived: list[str] = key([], "the keys that the recipe has set; written by distprune, not to be given")
+    derived_by: str | None = key(None, "the recipe that has set them; written by distprune, not to be given")
 
 
 @dataclass

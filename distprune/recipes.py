@@ -45,9 +45,7 @@ def first_step_for(sparsity: float) -> float:
 
 def gmp(config: Config, given: Collection[str]) -> Values:
     """Gradual magnitude pruning with everything scaled to the target (GMP*, arXiv 2210.06384, and its successor)."""
-    sparsity = config.pruning.sparsity
-    if not 0 < sparsity < 1:
-        raise UserError(f"pruning.sparsity is {sparsity}; allowed where recipe.name is gmp: more than 0, less than 1")
+    sparsity = _target(config)
     values = _replicated(config, given, replicas_for(sparsity), "2, and 1 for each halving of what survives")
     total = _decimal(config.train.epochs if "train.epochs" in given else values["train.epochs"].value)
     epochs = _decimal(config.recipe.epochs)
@@ -73,6 +71,16 @@ def dense(config: Config, given: Collection[str]) -> Values:
         "distillation.hardness": Derived(float(taught), "the teacher alone" if taught else "there is no teacher"),
         "distillation.temperature": Derived(5.5, "as gmp"),
     }
+
+
+def _target(config: Config) -> float:
+    sparsity = config.pruning.sparsity
+    if not 0 < sparsity < 1:
+        name = config.recipe.name
+        raise UserError(
+            f"pruning.sparsity is {sparsity}; allowed where recipe.name is {name}: more than 0, less than 1"
+        )
+    return sparsity
 
 
 def _replicated(config: Config, given: Collection[str], replicas: int, why: str) -> Values:
@@ -102,11 +110,7 @@ def one_shot(config: Config, given: Collection[str]) -> Values:
     Which of its one-shot methods it is follows from what is given: ``model.path`` (pretrained, or trained already),
     ``pruning.score`` (magnitude, random, taylor) and ``pruning.weights_of`` (docs/recipes.md, baselines).
     """
-    sparsity = config.pruning.sparsity
-    if not 0 < sparsity < 1:
-        raise UserError(
-            f"pruning.sparsity is {sparsity}; allowed where recipe.name is one_shot: more than 0, less than 1"
-        )
+    sparsity = _target(config)
     return _replicated(config, given, 1, "the dense recipe itself") | {
         "pruning.initial": Derived(sparsity, "all at once"),
         "pruning.start": Derived("0 steps", "before the first step"),
@@ -141,6 +145,7 @@ def obert_30(config: Config, given: Collection[str]) -> Values:
 
 
 def _obert(config: Config, source: str, peak: float, final: float) -> Values:
+    _target(config)
     return {
         "task.max_length": Derived(384 if _answers(config) else 128, source),
         "train.batch_size": Derived(16 if _answers(config) else 32, source),
@@ -160,8 +165,11 @@ def smc_gmp(config: Config, given: Collection[str]) -> Values:
     Unlike theirs it ends at its target exactly, where their command ends at 0.993 of it, and counts the 500 steps from
     the start of its window, where they prune at multiples of 500.
     """
-    source, epochs = "SMC-Bench's code", _decimal(config.train.epochs)
+    _target(config)
+    source, length = "SMC-Bench's code", _decimal(config.recipe.epochs) * (config.recipe.replicas or 1)
+    epochs = _decimal(config.train.epochs) if "train.epochs" in given else length
     return {
+        "train.epochs": Derived(float(length), "the dense recipe's, as often as recipe.replicas says"),
         "lr.final": Derived(0.0, source),
         "lr.warmup": Derived(_epochs(epochs / 20), f"{source}: 150 of 3,000 steps for CommonsenseQA"),
         "optimizer.betas": Derived([0.9, 0.98], source),
@@ -214,7 +222,7 @@ def apply(config: Config, given: Collection[str]) -> Values:
     Raises:
         UserError: an unknown recipe, or one that does not fit what is given.
     """
-    config.recipe.derived = []
+    config.recipe.derived, config.recipe.derived_by = [], config.recipe.name
     if config.recipe.name is None:
         return {}
     if config.recipe.name not in RECIPES:

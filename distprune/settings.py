@@ -73,8 +73,10 @@ def load_given(path: str | None, overrides: list[str]) -> tuple[Config, set[str]
     written: dict[str, str | None] = {}
     for origin, layer in [*layers, *map(_override_layer, overrides)]:
         given |= _merge(merged, _without_derived(layer), origin)
-        if isinstance(layer.get("recipe"), dict) and "derived" in layer["recipe"]:
-            written[origin] = merged.recipe.name
+        recipe = layer.get("recipe")
+        if isinstance(recipe, dict) and "derived" in recipe:
+            nobody = "unknown" if recipe["derived"] else None
+            written[origin] = recipe.get("derived_by", merged.recipe.name or nobody)
     for origin, name in written.items():
         if name != merged.recipe.name:
             raise UserError(
@@ -166,7 +168,7 @@ def _without_derived(layer: Layer) -> Layer:
     derived = recipe.get("derived") if isinstance(recipe, dict) else None
     if not isinstance(derived, list):
         return layer
-    left_out = {"recipe.derived", *(key for key in derived if isinstance(key, str))}
+    left_out = {"recipe.derived", "recipe.derived_by", *(key for key in derived if isinstance(key, str))}
     return {
         section: {name: value for name, value in keys.items() if f"{section}.{name}" not in left_out}
         if isinstance(keys, dict)

@@ -148,7 +148,7 @@ def changes(old: dict[str, Any], config: Config, knows_teacher: bool = False) ->
     found, then = [], dotted(old)
     for key, value in dotted(asdict(config)).items():
         before = then.get(key, value)
-        if value == before or key == "recipe.derived":
+        if value == before or key in ("recipe.derived", "recipe.derived_by"):
             continue
         if (key.startswith(_FIXED) or key in _FIXED_KEYS) and key not in free:
             raise UserError(

@@ -18,7 +18,18 @@ OWNED = {
     "csv_monitor": "wandb.*, beside the metrics.jsonl of every run",
     "comet": "wandb.*, beside the metrics.jsonl of every run",
     "bfloat16": "bf16, its name today",
+    "amp": "bf16 or fp16",
+    "activation_checkpointing": "model.activation_checkpointing",
+    "checkpoint": "checkpoint.*",
 }
+
+# Others that DeepSpeed reads: distprune's engines, data and loop would not use them, or not know what they do.
+UNUSED = (
+    *("autotuning", "compile", "compression_training", "curriculum_learning", "data_efficiency", "datastates_ckpt"),
+    *("dataloader_drop_last", "eigenvalue", "elasticity", "expert_parallel", "graph_harvesting", "hybrid_engine"),
+    *("nebula", "pipeline", "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
+    *("use_data_before_expert_parallelism", "weight_quantization"),
+)
 
 READ_SECTIONS = (
     "bf16",
@@ -72,6 +83,7 @@ def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:
         *(_unset(f"{root}.{name}", instead) for name, instead in OWNED.items()),
         *(_section(f"{root}.{name}") for name in READ_SECTIONS),
         *(_switch(f"{root}.{name}.enabled") for name in ("bf16", "fp16", "torch_autocast")),
+        *(_absent(f"{root}.{name}", "distprune has no use for it") for name in UNUSED),
         _absent(f"{root}.tensor_parallel", "its ranks would need the same rows, and each has its own"),
         _absent(f"{zero}.zenflow", "it updates weights where pruned ones would come back"),
         Check(

@@ -60,6 +60,10 @@ def _positive(key: str) -> Check:
     return Check(key, "more than 0", lambda c: 0 < value_of(c, key) < inf)
 
 
+def _normal(key: str) -> Check:
+    return Check(key, "at least 1e-37, as fp32 has it", lambda c: 1e-37 <= value_of(c, key) < inf)
+
+
 def _not_negative(key: str) -> Check:
     return Check(key, "at least 0", lambda c: 0 <= value_of(c, key) < inf)
 
@@ -74,6 +78,15 @@ def _at_least_one(key: str) -> Check:
 
 def _at_least_one_or_null(key: str) -> Check:
     return Check(key, "at least 1, or null", lambda c: value_of(c, key) is None or value_of(c, key) >= 1)
+
+
+def _read_by(key: str, default: Any, *kinds: str) -> Check:
+    """Return the check of a key that only some of the built-in kinds of task read; others may read any."""
+
+    def holds(config: Config) -> bool:
+        return value_of(config, key) == default or config.task.name in kinds or ":" in config.task.name
+
+    return Check(key, f"{default!r} where task.name is not {' or '.join(kinds)}", holds)
 
 
 RECIPE = (
@@ -115,6 +128,11 @@ DISTILLATION = (
 )
 
 TASK = (
+    _read_by("task.regression", False, "text_classification"),
+    _read_by("task.labels", [], "text_classification", "multiple_choice", "choice_by_masked_lm"),
+    _read_by("task.choices", [], "multiple_choice", "choice_by_masked_lm"),
+    _read_by("task.form", [], "multiple_choice"),
+    _read_by("task.too_long", "truncate", "text_classification", "multiple_choice", "choice_by_masked_lm"),
     Check(
         "task.text",
         "one column, or two different ones",
@@ -185,7 +203,7 @@ OPTIMIZER = (
         "two numbers of at least 0 and less than 1",
         lambda c: len(c.optimizer.betas) == 2 and all(0 <= beta < 1 for beta in c.optimizer.betas),
     ),
-    _positive("optimizer.eps"),
+    _normal("optimizer.eps"),
     _not_negative("optimizer.weight_decay"),
     _not_negative("optimizer.clip"),
 )
@@ -297,7 +315,7 @@ REGROWTH = (
 FISHER = (
     _at_least_one("fisher.block"),
     _at_least_one("fisher.samples"),
-    _positive("fisher.damping"),
+    _normal("fisher.damping"),
 )
 
 WANDB = (_one_of("wandb.mode", "online", "offline", "disabled"),)

@@ -105,7 +105,7 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
             trainer = Trainer(config, setup, monitor, run_dir, requests)
             if before is not None:
                 trainer.resume(*before)
-            elif setup.teacher is not None:
+            if setup.teacher is not None and trainer.dense_metrics is None:
                 trainer.measure_teacher()
             trainer.run()
             trainer.write_final()

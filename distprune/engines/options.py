@@ -13,7 +13,7 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import BaseModel, ValidationError
 
 from distprune import dist
-from distprune.checks.deepspeed import OWNED
+from distprune.checks.deepspeed import OWNED, UNUSED
 from distprune.errors import UserError, unknown
 
 QUANTIZING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
@@ -106,7 +106,7 @@ def check_options(key: str, section: dict[str, Any]) -> None:
         raise UserError(f"{key} is not what DeepSpeed accepts: {' '.join(str(error).split())}") from error
     for name in section:
         if name not in recorded.names:
-            raise unknown(f"option of {key}", name, sorted(recorded.names - OWNED.keys()))
+            raise unknown(f"option of {key}", name, sorted(recorded.names - {*OWNED, *UNUSED}))
     _check_dtype(key, section)
 
 

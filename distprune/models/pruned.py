@@ -53,8 +53,8 @@ class _Files:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parameters to prune, by their names in the files."""
-        return {stored: tuple(self.model.get_parameter(name).shape) for name, stored in self.stored.items()}
+        """Shapes of the parameters to prune."""
+        return {name: tuple(self.model.get_parameter(name).shape) for name in self.stored}
 
     def slices(self, start_sparse: bool) -> list[Slice]:
         """Return the tensors to prune that this rank has, whole; each is read when a pass comes to it.
@@ -65,10 +65,12 @@ class _Files:
         kept = torch.tensor([KEPT], dtype=torch.int8)
         first, slices = 0, []
         for name, shape in self.shapes.items():
-            size = prod(shape)
-            if self.checkpoint.file_of[name] in self.mine:
-                mask = torch.where(read(name) == 0, PRUNED, KEPT).to(torch.int8) if start_sparse else kept.expand(size)
-                slices.append(Slice(name, 0, size, 0, size, first, mask, partial(read, name)))
+            size, stored = prod(shape), self.stored[name]
+            if self.checkpoint.file_of[stored] in self.mine:
+                mask = (
+                    torch.where(read(stored) == 0, PRUNED, KEPT).to(torch.int8) if start_sparse else kept.expand(size)
+                )
+                slices.append(Slice(name, 0, size, 0, size, first, mask, partial(read, stored)))
             first += size
         return slices
 
@@ -140,15 +142,15 @@ def _write(files: _Files, slices: list[Slice], choice: Choice, directory: Path) 
     Raises:
         UserError: where a weight is NaN, or a file cannot be written.
     """
-    by_name = {each.name: each for each in slices}
+    sliced = {files.stored[each.name]: each for each in slices}
     masked = 0
     for file in files.mine:
         tensors: dict[str, Tensor] = {}
         for name in (name for name, place in files.checkpoint.file_of.items() if place == file):
             tensor = files.checkpoint.read(name)
-            if name in by_name:
-                mask = by_name[name].mask.clone(memory_format=torch.contiguous_format)
-                if choice.mark(replace(by_name[name], mask=mask)):
+            if name in sliced:
+                mask = sliced[name].mask.clone(memory_format=torch.contiguous_format)
+                if choice.mark(replace(sliced[name], mask=mask)):
                     raise UserError(
                         f"{name} in {files.checkpoint.directory} has scores that are NaN, and no place in an order"
                     )

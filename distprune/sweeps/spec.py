@@ -45,7 +45,8 @@ class Method:
 class Sweep:
     """A sweep's file (docs/sweeps.md)."""
 
-    config: str = "???"
+    config: str | None = None
+    """Of the methods that have none of their own."""
     methods: dict[str, Method] = field(default_factory=dict)
     set: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
@@ -136,6 +137,8 @@ def read_sweep(path: Path) -> Sweep:
     if not sweep.methods:
         raise UserError(f"{path} has no methods; allowed: at least one")
     for name, method in sweep.methods.items():
+        if method.config is None and sweep.config is None:
+            raise UserError(f"{path} has no config, nor has the method {name}; allowed: one in either place")
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"{path}: a method is called {name!r}; allowed: letters, digits, '_', '-' and '.'")
         for key, other in method.models.items():
@@ -255,7 +258,9 @@ def _run(
     values = {"wandb.group": path.stem} | common | method.set | point
     texts = [_override(key, value) for key, value in values.items()]
     models = {key: _source(path, name, other, point, runs[other]) for key, other in method.models.items()}
-    config = path.parent / (method.config or sweep.config)
+    named = method.config or sweep.config
+    assert named is not None, "read_sweep has looked at it"
+    config = path.parent / named
     return Run(name, point, config, (*texts, *overrides), models)
 
 

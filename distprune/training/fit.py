@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from distprune.config import Config
+from distprune.engines.options import dtype_of
 from distprune.errors import UserError
 from distprune.models.files import load_tokenizer, open_source, read_config
 from distprune.models.weights import missing_weights, most_tokens, set_dropout, skeleton, stored_names
 from distprune.pruning.components import component_matrices
+from distprune.pruning.scores import build_score
 from distprune.pruning.structures import build_structure
 from distprune.pruning.targets import freeze, targets_of
 from distprune.tasks.base import Task
@@ -45,7 +48,31 @@ def check_model(config: Config, plan: Plan, task: Task, directory: Path) -> PreT
         shapes = {name: tuple(model.get_parameter(name).shape) for name in targets_of(config.pruning, model)}
         heads = getattr(model.config, "num_attention_heads", None)
         build_structure(config.pruning, shapes, {name: [] for name in shapes}, heads)
+        _check_score(config)
     return model
+
+
+def _check_score(config: Config) -> None:
+    """Refuse a score that there is not, or that does not go with the gradients, regrowth or other weights of the run.
+
+    Raises:
+        UserError: as said.
+    """
+    pruning, regrows = config.pruning, config.regrowth.part > 0
+    score = build_score(pruning.score, config.train.seed, config.fisher)
+    if (score.needs_gradient or regrows) and dtype_of(config.deepspeed.student) == torch.float16:
+        reader = f"regrowth.part is {config.regrowth.part}" if regrows else f"pruning.score is {pruning.score!r}"
+        raise UserError(f"{reader}, and fp16 scales the gradients that it reads; allowed: bf16 or fp32 with it")
+    if regrows and score.comes_back:
+        raise UserError(
+            f"regrowth.part is {config.regrowth.part} and pruning.score {pruning.score!r}, with which weights come "
+            "back already; allowed: one of the two"
+        )
+    if pruning.weights_of is not None and (score.needs_gradient or score.comes_back or not score.reads_weights):
+        raise UserError(
+            f"pruning.weights_of is {pruning.weights_of!r} and pruning.score {pruning.score!r}; allowed: a score "
+            "of weights alone, as magnitude"
+        )
 
 
 def check_zeros(config: Config, model: PreTrainedModel, directory: Path) -> None:

@@ -69,6 +69,11 @@ def _rewinds(config: LrConfig, steps_per_epoch: int, total_steps: int) -> list[i
             f"lr.rewind_every is {config.rewind_every!r} and lr.rewind_first {config.rewind_first!r}; "
             "allowed: at least one optimizer step each"
         )
+    if whole(max(every, time)) > total_steps:
+        raise UserError(
+            f"lr.rewind_every is {config.rewind_every!r} and lr.rewind_first {config.rewind_first!r}; "
+            f"allowed: at most the run's {total_steps} steps each"
+        )
     steps = []
     while whole(time) < total_steps:
         steps.append(whole(time))

@@ -123,25 +123,11 @@ def build_pruner(config: Config, student: Any, resumes: bool = False) -> Pruner:
     cuts = _cuts(parameters)
     structure = dist.agree(lambda: build_structure(pruning, shapes, cuts, heads))
     score = dist.agree(lambda: build_score(pruning.score, config.train.seed, config.fisher, cuts))
-    regrows = config.regrowth.part > 0
-    if (score.needs_gradient or regrows) and student.fp16_enabled():
-        reader = f"regrowth.part is {config.regrowth.part}" if regrows else f"pruning.score is {pruning.score!r}"
-        raise UserError(f"{reader}, and fp16 scales the gradients that it reads; allowed: bf16 or fp32 with it")
-    if regrows and score.comes_back:
-        raise UserError(
-            f"regrowth.part is {config.regrowth.part} and pruning.score {pruning.score!r}, with which weights come "
-            "back already; allowed: one of the two"
-        )
     other_weights = None
     if pruning.weights_of is not None:
-        if score.needs_gradient or score.comes_back or not score.reads_weights:
-            raise UserError(
-                f"pruning.weights_of is {pruning.weights_of!r} and pruning.score {pruning.score!r}; allowed: a score "
-                "of weights alone, as magnitude"
-            )
         directory = local_model(pruning.weights_of, None)
         other_weights = dist.agree(lambda: weights_of(directory, shapes, student.module))
-    pruner = Pruner(parameters, student.basic_optimizer, structure, score, other_weights, regrows)
+    pruner = Pruner(parameters, student.basic_optimizer, structure, score, other_weights, config.regrowth.part > 0)
     if ":" in pruning.score:
         dist.agree(lambda: try_out(score, pruner.slices))
     if pruning.start_sparse and not resumes:

@@ -277,7 +277,8 @@ class Trainer:
         """Measure the teacher, which is the dense model, and say what it can. Collective: every rank calls it."""
         assert self.setup.teacher is not None
         self.dense_metrics = self.setup.teacher.measure(self.config.train.eval_batch_size)
-        self.monitor.log({"step": 0, "epoch": 0.0, "split": "teacher", **self.dense_metrics})
+        epoch = self.step / self.setup.plan.steps_per_epoch
+        self.monitor.log({"step": self.step, "epoch": epoch, "split": "teacher", **self.dense_metrics})
         if dist.is_main():
             print("the teacher:", ", ".join(f"{name} {value:.4f}" for name, value in self.dense_metrics.items()))
             if (remark := self.setup.task.remark(self.dense_metrics)) is not None:

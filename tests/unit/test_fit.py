@@ -1,6 +1,7 @@
 """What a model must have in common with a run."""
 
 from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -11,10 +12,52 @@ from distprune.config import Config
 from distprune.errors import UserError
 from distprune.models.weights import skeleton
 from distprune.pruning.targets import freeze
-from distprune.training.fit import check_zeros
+from distprune.tasks.base import Task
+from distprune.training.fit import check_model, check_zeros
+from distprune.training.plan import make_plan
 from tests.distributed.engines import write_model
 
 WORDS = "bert.embeddings.word_embeddings.weight"
+
+
+class Read:
+    """Stands in for a task, with what is looked at before a model is read."""
+
+    auto_class = AutoModelForSequenceClassification
+    tokenizer: tuple[str, ...] = ()
+    train: ClassVar = {"length": [3]}
+
+    def check_order(self, *_: Any) -> None:
+        """Take any order."""
+
+    def evaluations(self) -> dict[str, Any]:
+        return {"": self.train}
+
+    def model_options(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("score", "regrows", "option", "part"),
+    [
+        ("magnitud", 0.0, {}, r"score 'magnitud' is unknown \(did you mean 'magnitude'\?\)"),
+        ("taylor", 0.0, {"fp16": {"enabled": True}}, "pruning.score is 'taylor', and fp16 scales the gradients"),
+        ("magnitude", 0.5, {"fp16": {"enabled": True}}, "regrowth.part is 0.5, and fp16 scales the gradients"),
+        ("movement", 0.5, {}, "with which weights come back already"),
+    ],
+)
+def test_a_score_is_looked_at_before_models_are_read(
+    tmp_path: Path, score: str, regrows: float, option: dict[str, Any], part: str
+) -> None:
+    """So `distprune prepare` finds it, and no teacher is run before."""
+    directory, config = write_model(tmp_path / "model"), Config()
+    config.pruning.sparsity, config.pruning.score, config.regrowth.part = 0.5, score, regrows
+    config.pruning.start, config.pruning.end, config.deepspeed.student = "1 epochs", "2 epochs", option
+    plan, task = make_plan(config, 64), cast("Task", Read())
+    with pytest.raises(UserError, match=part):
+        check_model(config, plan, task, directory)
+    config.pruning.score, config.regrowth.part = "magnitude", 0.0
+    check_model(config, plan, task, directory)
 
 
 @pytest.mark.parametrize("rows", [0, 3])

@@ -62,8 +62,8 @@ def test_rewinds_do_not_drift_where_a_cycle_is_no_whole_number_of_steps() -> Non
 def test_rates_stay_between_final_and_peak(steps_per_epoch, epochs, every, warmup) -> None:
     total = steps_per_epoch * epochs
     config = LrConfig(1.0, 0.1, f"{warmup} steps", f"{every} steps")
-    if warmup >= min(every, total):
-        with pytest.raises(UserError, match=r"lr\.warmup"):
+    if warmup >= every or every > total:
+        with pytest.raises(UserError, match=r"lr\.warmup" if every <= total else r"lr\.rewind_every"):
             lr_schedule(config, steps_per_epoch, total)
         return
     run = lr_schedule(config, steps_per_epoch, total)
@@ -80,6 +80,7 @@ def test_rates_stay_between_final_and_peak(steps_per_epoch, epochs, every, warmu
         ({"warmup": "4 epochs"}, r"lr\.warmup is '4 epochs', 400 steps"),
         ({"rewind_every": "0.001 epochs"}, r"lr\.rewind_every is '0\.001 epochs'"),
         ({"rewind_every": "2", "rewind_first": "0 steps"}, r"lr\.rewind_first '0 steps'"),
+        ({"rewind_every": "5000 steps"}, r"lr\.rewind_every is '5000 steps'.* allowed: at most the run's 400 steps"),
     ],
 )
 def test_a_schedule_that_does_not_fit_is_refused(keys: dict[str, str], message: str) -> None:

@@ -57,6 +57,7 @@ def test_stored_precision_is_kept(tmp_path: Path) -> None:
     [
         ("pruning.sparsity=-0.1", r"pruning.sparsity is -0.1; allowed: at least 0 and less than 1"),
         ("pruning.sparsity=1.0", r"pruning.sparsity is 1.0; allowed: at least 0 and less than 1"),
+        ("pruning.sparsity=0.0001 pruning.structure=heads", r"pruning.sparsity is 0.0001, less than one unit of heads"),
         ("", r"pruning.sparsity is 0.0; allowed without training: more than 0"),
         ("pruning.sparsity=0.5 pruning.weights_of=m", r"pruning.weights_of is 'm'; allowed without training: null"),
         ("pruning.sparsity=0.5 pruning.scope=heads", r"pruning.scope is 'heads'; allowed: global, layer, tensor"),
@@ -64,7 +65,7 @@ def test_stored_precision_is_kept(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_pruned_so_is_refused(tmp_path: Path, overrides: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        prune(tmp_path, tmp_path / "out", *overrides.split())
+        prune(write_model(tmp_path / "dense"), tmp_path / "out", *overrides.split())
 
 
 def test_what_is_said_of_the_dense_model_is_left_behind(tmp_path: Path) -> None:
@@ -85,6 +86,22 @@ def test_regexes_find_the_names_that_a_run_finds(tmp_path: Path) -> None:
     zeros = {name: int((each == 0).sum()) for name, each in load_file(tmp_path / "out" / "model.safetensors").items()}
     assert sum(zeros.values()) == 100
     assert all("query" in name for name, number in zeros.items() if number)
+
+
+def test_groups_are_of_the_names_that_a_run_finds(tmp_path: Path) -> None:
+    """Files of the bare model lack its prefix."""
+    source, groups = write_model(tmp_path / "dense"), "pruning.groups=['^bert.encoder.layer.0','layer']"
+    tensors = load_file(source / "model.safetensors")
+    bare = {name.removeprefix("bert."): each for name, each in tensors.items()}
+    save_file(bare, source / "model.safetensors", {"format": "pt"})
+    prune(source, tmp_path / "out", "pruning.sparsity=0.5", "pruning.scope=groups", groups)
+    pruned = load_file(tmp_path / "out" / "model.safetensors")
+    assert pruned.keys() == bare.keys()
+    for layer in ("encoder.layer.0.", "encoder.layer.1."):
+        found = torch.cat(
+            [each.flatten() for name, each in pruned.items() if name.startswith(layer) and each.dim() > 1]
+        )
+        assert int((found == 0).sum()) == found.numel() // 2
 
 
 @pytest.mark.parametrize("stored", [[EMBEDDING], [OUTPUT], [EMBEDDING, OUTPUT]])

@@ -73,6 +73,14 @@ def test_a_written_configuration_is_derived_again(tmp_path: Path) -> None:
     for recipe in ("null", "obert_10"):
         with pytest.raises(UserError, match=r"with recipe.name gmp, and recipe.name is .* the file that it was made"):
             settings.load(str(tmp_path / "config.yaml"), [f"recipe={recipe}"])
+    written = (tmp_path / "config.yaml").read_text()
+    for name in ("null", "obert_10"):
+        (tmp_path / "edited.yaml").write_text(written.replace("  name: gmp", f"  name: {name}"))
+        with pytest.raises(UserError, match=r"with recipe.name gmp, and recipe.name is (None|obert_10); allowed"):
+            settings.load(str(tmp_path / "edited.yaml"), [])
+    (tmp_path / "by_hand.yaml").write_text("recipe: {derived: [lr.peak]}\nlr: {peak: 0.5}\n")
+    with pytest.raises(UserError, match=r"with recipe.name unknown, and recipe.name is None"):
+        settings.load(str(tmp_path / "by_hand.yaml"), NEEDED)
     (tmp_path / "plain.yaml").write_text(settings.to_yaml(settings.load(None, NEEDED)))
     assert settings.load(str(tmp_path / "plain.yaml"), []) == settings.load(None, NEEDED)
     with pytest.raises(UserError, match=r"with recipe.name None, and recipe.name is gmp"):
@@ -142,6 +150,10 @@ def test_smc_gmp_is_the_baseline_to_beat() -> None:
     assert "token_embedding" in config.pruning.components
     assert "head" in config.pruning.components
     assert config.distillation.hardness == 0
+    for recipe in ("dense", "smc_gmp"):
+        as_long = load(recipe, f"pruning.sparsity={0.9 * (recipe != 'dense')}", "recipe.epochs=3", "recipe.replicas=2")
+        assert as_long.train.epochs == 6
+    assert (as_long.pruning.start, as_long.pruning.end) == ("0.6 epochs", "4.8 epochs")
 
 
 def test_sparse_transfer_keeps_the_zeros() -> None:
@@ -164,6 +176,8 @@ def test_sparse_transfer_keeps_the_zeros() -> None:
         (["recipe=dense", "train.epochs=4", "recipe.replicas=2"], "allowed with recipe.name dense: one of the two"),
         (["recipe=dense", "pruning.sparsity=0.9"], "pruning.sparsity is 0.9; allowed where recipe.name is dense: 0"),
         (["recipe=one_shot"], "pruning.sparsity is 0.0; allowed where recipe.name is one_shot: more than 0"),
+        (["recipe=smc_gmp"], "pruning.sparsity is 0.0; allowed where recipe.name is smc_gmp: more than 0"),
+        (["recipe=obert_10"], "pruning.sparsity is 0.0; allowed where recipe.name is obert_10: more than 0"),
         (["recipe=dense", "recipe.replicas=0"], "recipe.replicas is 0; allowed: at least 1"),
     ],
 )

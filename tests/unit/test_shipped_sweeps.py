@@ -59,5 +59,5 @@ def changes(before: Config, after: Config) -> set[str]:
         {f"{section}.{key}": value for section, values in asdict(config).items() for key, value in values.items()}
         for config in (before, after)
     )
-    places = ("train.output", "wandb.name", "teacher.path", "recipe.derived")
+    places = ("train.output", "wandb.name", "teacher.path", "recipe.derived", "recipe.derived_by")
     return {key for key in one if one[key] != other[key] and key not in places}

@@ -29,8 +29,20 @@ def build_structure(
         attention_heads: in a layer of the model, where that is known.
 
     Raises:
-        UserError: where there is no such structure, or the parameters do not have it.
+        UserError: where there is no such structure, the parameters do not have it, or the sparsity is less than a unit.
     """
+    structure = _build(config, shapes, cuts, attention_heads)
+    if config.sparsity > 0 and structure.masked_at(Fraction(str(config.sparsity))) == 0:
+        raise UserError(
+            f"pruning.sparsity is {config.sparsity}, less than one unit of {config.structure} (pruning.structure) of "
+            "what is pruned; allowed: more"
+        )
+    return structure
+
+
+def _build(
+    config: PruningConfig, shapes: dict[str, tuple[int, ...]], cuts: dict[str, list[int]], attention_heads: int | None
+) -> Structure:
     name = config.structure
     if name == "unstructured":
         return Unstructured(_groups(config, shapes))
