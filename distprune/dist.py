@@ -11,13 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
 
-from distprune.errors import UserError, written
+from distprune.errors import UserError
 
 T = TypeVar("T")
 _SHOWN = 80
@@ -174,34 +173,6 @@ def _differing_parts(first: str, second: str) -> tuple[str, str]:
     differing = next(place for place, (a, b) in enumerate(zip_longest(first, second)) if a != b)
     start = max(0, differing - _SHOWN // 2)
     return f"...{first[start : start + _SHOWN]}...", f"...{second[start : start + _SHOWN]}..."
-
-
-def write_on_main(action: Callable[[], object], target: Path) -> None:
-    """Let rank 0 write something; where it cannot, fail on all. Collective: every rank calls it.
-
-    Raises:
-        UserError: on every rank, where the target cannot be written (a full disk, missing rights).
-    """
-
-    def write() -> None:
-        if is_main():
-            with written(target):
-                action()
-
-    agree(write)
-
-
-def on_main(action: Callable[[], T]) -> T:
-    """Return on every rank what ``action`` returns on rank 0, something small. Collective: every rank calls it.
-
-    Raises:
-        UserError: on every rank, where ``action`` does.
-    """
-    result = agree(lambda: action() if is_main() else None)
-    box = [result]
-    if torch_dist.is_initialized():
-        torch_dist.broadcast_object_list(box)
-    return box[0]  # type: ignore[return-value]
 
 
 def barrier() -> None:

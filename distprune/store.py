@@ -1,23 +1,15 @@
 """What ranks tell each other through the rendezvous store, where a collective would wait too short a time."""
 
 import os
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from itertools import count
 
-import torch.distributed as torch_dist
 from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]
-
-from distprune import dist
 
 SILENCE_S = 300.0
 """How long a rank's heart may stand still, where it beats, before those who wait for it give up."""
 _SLICE = timedelta(seconds=10)
-_turns = count()
 
 
 def connect_store() -> TCPStore:
@@ -49,47 +41,30 @@ def beats_of(store: TCPStore, size: int) -> dict[int, bytes]:
     return {rank: store.get(_heart(rank)) for rank in range(size) if store.check([_heart(rank)])}
 
 
-@contextmanager
-def local_first() -> Iterator[None]:
-    """Let local rank 0 of each node go first, so that the others find its cache. Collective: every rank calls it.
+def tell(key: str) -> None:
+    """Let those go on who wait for a key."""
+    _connected(_place()).set(key, "done")
 
-    They wait in the store, and so do all for the slowest node in the end, not in a collective, whose time is limited:
-    data may take hours to tokenise.
+
+def meet(key: str, size: int) -> None:
+    """Wait until every one of ``size`` ranks is here. Collective: every rank calls it."""
+    if _connected(_place()).add(f"{key}/ranks", 1) == size:
+        tell(key)
+    wait_for(key, size)
+
+
+def wait_for(key: str, size: int) -> None:
+    """Wait for a key under no time limit, as long as no rank falls silent; signals are handled in between.
+
+    Args:
+        key: that another rank will `tell`.
+        size: ranks in the world.
 
     Raises:
-        RuntimeError: where a rank that is waited for is silent.
+        RuntimeError: a rank has been silent for too long.
     """
-    if not torch_dist.is_initialized():
-        yield
-        return
-    number, first = next(_turns), dist.detect().local_rank == 0
-    turn, met = f"local_first/{number}/{socket.gethostname()}", f"local_first/{number}/met"
-    if not first:
-        _wait_for(turn)
-    failed = None
-    try:
-        yield
-    except Exception as error:  # not an interrupt: the others may be gone, and not come to meet this rank
-        failed = error
-    if first:
-        _connected(_place()).set(turn, "done")
-    _meet(met)
-    if failed is not None:
-        raise failed
-
-
-def _meet(key: str) -> None:
-    """Wait until every rank is here. Collective: every rank calls it."""
-    store = _connected(_place())
-    if store.add(f"{key}/ranks", 1) == dist.detect().size:
-        store.set(key, "all")
-    _wait_for(key)
-
-
-def _wait_for(key: str) -> None:
-    """Wait for a key under no time limit, as long as no rank falls silent; signals are handled in between."""
     store, seen = _connected(_place()), dict[int, tuple[bytes, float]]()
-    hearts = [_heart(rank) for rank in range(dist.detect().size)]
+    hearts = [_heart(rank) for rank in range(size)]
     while True:
         try:
             store.wait([key], _SLICE)

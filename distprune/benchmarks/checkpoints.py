@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from distprune import dist
+from distprune import dist, turns
 from distprune.benchmarks.models import random_batch, write_random_model
 from distprune.benchmarks.timing import seconds
 from distprune.checkpoints.pieces import packed
@@ -64,7 +64,7 @@ def measure(folder: Path, model: str, section: dict[str, Any], repeat: int) -> C
     config = Config()
     config.train.batch_size = 8 * world.size
     config.deepspeed.student = section
-    dist.write_on_main(lambda: write_random_model(folder / "model", model), folder)
+    turns.write_on_main(lambda: write_random_model(folder / "model", model), folder)
     student, _ = build_student(config, folder / "model", AutoModelForSequenceClassification, {}, 8)
     pruner = build_pruner(config, student)
     saver = Saver(folder, keep=1, describe=lambda _: None)

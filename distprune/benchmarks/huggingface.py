@@ -12,7 +12,7 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from distprune import allocator, dist, settings
+from distprune import allocator, dist, settings, turns
 from distprune.training.setup import load_task
 
 WARM_UP = 10
@@ -22,7 +22,7 @@ WARM_UP = 10
 def examples_per_s_apart(overrides: list[str], section: dict[str, Any]) -> float:
     """Train in new processes, without what distprune sets in its own. Collective: every rank calls it."""
     mine = {name: text for name, text in os.environ.items() if not name.startswith(("TORCHELASTIC", allocator.SWITCH))}
-    mine |= {"MASTER_PORT": str(dist.on_main(dist.free_port)), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    mine |= {"MASTER_PORT": str(turns.on_main(dist.free_port)), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", __name__, json.dumps([overrides, section])]
     done = subprocess.run(command, env=mine, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
 
-from distprune import dist
+from distprune import dist, turns
 from distprune.benchmarks.models import random_batch, write_random_model
 from distprune.benchmarks.timing import peak_bytes
 from distprune.config import Config, PruningConfig
@@ -64,7 +64,7 @@ def measure(
     if dist.on_gpu():
         raise UserError("bench memory measures the CPU's memory; allowed: DS_ACCELERATOR=cpu in the environment")
     world = dist.detect()
-    dist.write_on_main(lambda: write_random_model(folder, model), folder)
+    turns.write_on_main(lambda: write_random_model(folder, model), folder)
     micro_batch = batch_size // world.size
     frozen = None if teacher is None else section | {"zero_optimization": {"stage": teacher}}
     mine = peak_bytes(lambda: _train(folder, section, frozen, batch_size, length, steps), torch.device("cpu"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
 
-from distprune import dist
+from distprune import dist, turns
 from distprune.benchmarks.models import random_batch, write_random_model
 from distprune.benchmarks.timing import seconds
 from distprune.config import Config
@@ -80,7 +80,7 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
     config.train.batch_size = batch_size
     config.deepspeed.student = section
     config.pruning.sparsity = 0.8
-    dist.write_on_main(lambda: write_random_model(folder, model), folder)
+    turns.write_on_main(lambda: write_random_model(folder, model), folder)
     micro_batch = batch_size // world.size
     student, _ = build_student(config, folder, AutoModelForSequenceClassification, {}, micro_batch)
     frozen = section | {"zero_optimization": {"stage": 3}}

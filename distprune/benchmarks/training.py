@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distprune import dist, settings
+from distprune import dist, settings, turns
 from distprune.benchmarks import huggingface
 from distprune.benchmarks.models import write_random_model
 from distprune.engines.build import let_go
@@ -84,7 +84,7 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
         repeat: turns.
     """
     world = dist.detect()
-    dist.write_on_main(lambda: _write(folder, model, (steps + huggingface.WARM_UP) * batch_size), folder)
+    turns.write_on_main(lambda: _write(folder, model, (steps + huggingface.WARM_UP) * batch_size), folder)
     base = _config(folder, section, batch_size)
     taught = ["distillation.hardness=1", f"teacher.path={folder}/model"]
     prunes = ["pruning.sparsity=0.8", "pruning.initial=0.4", "pruning.start=2 steps"]

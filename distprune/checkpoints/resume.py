@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from distprune import dist
+from distprune import dist, turns
 from distprune.checkpoints import files
 from distprune.checkpoints.files import Damaged, Manifest
 from distprune.errors import UserError
@@ -20,9 +20,9 @@ def newest_whole(folder: Path) -> tuple[Path, Manifest] | None:
     Raises:
         UserError: on every rank, where there are checkpoints and all of them are damaged.
     """
-    every = dist.on_main(lambda: files.newest_first(folder))
+    every = turns.on_main(lambda: files.newest_first(folder))
     for checkpoint in every:
-        manifest, problem = dist.on_main(lambda path=checkpoint: _manifest_or_problem(path))  # type: ignore[misc]
+        manifest, problem = turns.on_main(lambda path=checkpoint: _manifest_or_problem(path))  # type: ignore[misc]
         if manifest is not None:
             problem = _problem(checkpoint, manifest)
             if problem is None:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distprune import dist, settings
+from distprune import dist, settings, turns
 from distprune.config import Config, dotted
 from distprune.errors import UserError
 from distprune.monitor.records import write_text
@@ -73,7 +73,7 @@ def refuse_unshared(run_dir: Path) -> None:
     Raises:
         UserError: on every rank, with what to do.
     """
-    holder = dist.on_main((run_dir / LOCK).read_text)
+    holder = turns.on_main((run_dir / LOCK).read_text)
 
     def check() -> None:
         if not (run_dir / LOCK).exists() or (run_dir / LOCK).read_text() != holder:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from distprune import dist, settings
+from distprune import dist, settings, turns
 from distprune.analysis.components import Part, pays, reason, record, setting
 from distprune.analysis.figures import draw_components, draw_softness
 from distprune.analysis.pruned_alone import costs_of, dense_setup, pruned_alone
@@ -24,8 +24,8 @@ from distprune.training.setup import load_task, local_model
 def run(subject: str, config_path: str, overrides: list[str], png: str, json_path: str | None, **options: Any) -> None:
     """Analyse, print a table, draw it and write JSON on rank 0. Collective: every rank calls it."""
     dist.init()
-    dist.on_main(lambda: check_places(png, json_path))
-    dist.on_main(lambda: check_suffix(png))
+    turns.on_main(lambda: check_places(png, json_path))
+    turns.on_main(lambda: check_suffix(png))
     if subject == "teacher":
         _teacher(config_path, overrides, png, json_path, **options)
     else:
@@ -72,7 +72,7 @@ def _teacher(
         else:
             print(f"distillation.temperature={best:g} is the lowest at which the teacher is soft; {png}")
 
-    dist.on_main(show)
+    turns.on_main(show)
 
 
 def _softness_table(means: list[Softness], best: float | None) -> Table:
@@ -115,7 +115,7 @@ def _components(
             save_json(json_path, model | {"recommended": recommended, "results": [record(part) for part in parts]})
         save_png(draw_components(parts, dense, metric), png)
 
-    dist.on_main(show)
+    turns.on_main(show)
 
 
 def _show(model: str, parts: list[Part], dense: float, metric: str, new_weights: list[str]) -> None:

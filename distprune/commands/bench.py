@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distprune import dist
+from distprune import dist, turns
 from distprune.benchmarks import checkpoints, memory, models, selection, steps, training
 from distprune.errors import UserError
 from distprune.monitor.records import check_places, save_json
@@ -22,7 +22,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def run(benchmark: str, threads: int, repeat: int, json_path: str | None, **options: Any) -> None:
     """Measure, print a table and write JSON on rank 0. Collective: every rank calls it."""
     dist.init()
-    dist.on_main(lambda: check_places(json_path))
+    turns.on_main(lambda: check_places(json_path))
     if repeat < 1 or threads < 1:
         raise UserError(f"--repeat is {repeat} and --threads {threads}; allowed: at least 1")
     torch.set_num_threads(threads)
@@ -41,7 +41,7 @@ def run(benchmark: str, threads: int, repeat: int, json_path: str | None, **opti
         if json_path is not None:
             save_json(json_path, {"results": records})
 
-    dist.on_main(show)
+    turns.on_main(show)
     dist.shutdown()
 
 

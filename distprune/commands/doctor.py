@@ -19,7 +19,7 @@ import torch
 import torch.distributed as torch_dist
 from huggingface_hub.constants import ENDPOINT
 
-from distprune import dist, settings
+from distprune import dist, settings, turns
 from distprune.config import Config
 from distprune.errors import UserError
 from distprune.paths import expanded
@@ -140,7 +140,7 @@ def _shared(folder: Path) -> Finding:
         path.write_text("here")
 
     try:
-        dist.write_on_main(write, folder)
+        turns.write_on_main(write, folder)
     except UserError as error:
         return Finding(False, str(error), "set train.output to a folder that can be written")
     seen = path.exists()

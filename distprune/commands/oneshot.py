@@ -4,7 +4,7 @@ A score of the weights alone reads one file after the other. One that needs grad
 configuration's data, by the engine that a run would use.
 """
 
-from distprune import dist, settings
+from distprune import dist, settings, turns
 from distprune.checks.sections import SCORING, SEED
 from distprune.errors import UserError
 from distprune.models.files import gone_if_it_fails
@@ -46,7 +46,7 @@ def run(model_dir: str, out: str, config_path: str | None, overrides: list[str])
         made.directory.rename(target)
 
     with gone_if_it_fails(made.directory):
-        dist.write_on_main(finish, target)
+        turns.write_on_main(finish, target)
     if dist.is_main():
         print(f"masked {made.masked} of {made.prunable} weights -> {target}")
     dist.shutdown()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distprune import dist, settings
+from distprune import dist, settings, turns
 from distprune.checkpoints import run_directory
 from distprune.checkpoints.files import FOLDER, Manifest, clear_behind
 from distprune.checkpoints.resume import newest_whole
@@ -47,7 +47,7 @@ def run(config_path: str, overrides: list[str]) -> None:
             train(dist.agree(lambda: settings.load_valid(config_path, overrides)))
     except Interrupted as interrupted:
         # All wait for rank 0: srun ends all ranks as soon as one has ended with another status than 0.
-        dist.on_main(partial(_say_how_it_goes_on, interrupted))
+        turns.on_main(partial(_say_how_it_goes_on, interrupted))
         raise
     except EndedAtOnce as ended:
         _say_how_it_ends(ended)
@@ -85,13 +85,13 @@ def train(config: Config) -> dict[str, Any]:
 def _train(config: Config, run_dir: Path) -> dict[str, Any]:
     """Collective: every rank calls it."""
     before = None
-    if unfinished := dist.on_main(lambda: _enter(run_dir)):
+    if unfinished := turns.on_main(lambda: _enter(run_dir)):
         before = newest_whole(run_dir / FOLDER)
-        dist.on_main(lambda: _say_where_it_goes_on(run_dir, config, before))
+        turns.on_main(lambda: _say_where_it_goes_on(run_dir, config, before))
     setup = prepare(config, before and before[0])
     if before is not None:
-        dist.on_main(lambda: _check_fits(setup, before[1]))
-    dist.write_on_main(lambda: _make_ready(run_dir, config, unfinished, before and before[1]), run_dir)
+        turns.on_main(lambda: _check_fits(setup, before[1]))
+    turns.write_on_main(lambda: _make_ready(run_dir, config, unfinished, before and before[1]), run_dir)
     run_directory.refuse_unshared(run_dir)
     for note in setup.task.notes if dist.is_main() else ():
         print(f"data: {note}")
@@ -114,7 +114,7 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
         raise
     summary = summarise(trainer)
     # All ranks wait for rank 0: a launcher may end them as soon as one has ended.
-    dist.write_on_main(lambda: _write_reports(trainer, summary), run_dir)
+    turns.write_on_main(lambda: _write_reports(trainer, summary), run_dir)
     return summary
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from distprune import dist
+from distprune import dist, turns
 from distprune.engines.batches import eval_batches, in_order
 from distprune.tasks.base import Batch, Task
 
@@ -77,4 +77,4 @@ def _evaluate(
     order, real = dist.gather_rows(torch.tensor(indices)), dist.gather_rows(torch.tensor(valid))
     every = in_order(dist.gather_rows(torch.cat(predictions)), order, real)
     # Processors of other kinds may round otherwise, and ranks branch on the metrics.
-    return dist.on_main(lambda: task.metrics(every, data))
+    return turns.on_main(lambda: task.metrics(every, data))

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from distprune import dist
+from distprune import turns
 from distprune.checkpoints.files import save
 from distprune.zero.engine import FullParameters, stored_buffers
 from distprune.zero.shards import full_shape
@@ -46,18 +46,18 @@ def export(engine: Any, tokenizer: Any, directory: Path) -> None:
         for stale in directory.glob("model*.safetensors*"):
             stale.unlink()
 
-    dist.write_on_main(clear, directory)
+    turns.write_on_main(clear, directory)
     full = FullParameters(engine)
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: buffers[name].cpu() if name in buffers else full.on_main(name) for name in names}
         save = partial(_save, tensors, directory / file)
-        dist.write_on_main(save, directory / file)
+        turns.write_on_main(save, directory / file)
 
     def complete() -> None:
         write_index(plan, directory)
         describe(model, tokenizer, directory)
 
-    dist.write_on_main(complete, directory)
+    turns.write_on_main(complete, directory)
 
 
 def plan_files(tensors: dict[str, Tensor]) -> StateDictSplit:

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import StateDictSplit
 from torch import Tensor
 
-from distprune import dist
+from distprune import dist, turns
 from distprune.checkpoints import files
 from distprune.checkpoints.files import Damaged, Manifest, save
 from distprune.checkpoints.pieces import Pieces
@@ -56,10 +56,10 @@ def export_checkpoint(checkpoint: Path, target: Path, packed: bool) -> dict[str,
             write_json(partial / "pruning.json", record)
         partial.rename(target)
 
-    partial = dist.on_main(begin)
+    partial = turns.on_main(begin)
     with gone_if_it_fails(partial):
         dist.agree(lambda: _write_files(pieces, plan, partial, packed, world.rank, world.size))
-        dist.write_on_main(finish, target)
+        turns.write_on_main(finish, target)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     return {"files": size, "tensors": sum(_meta(pieces, name).nbytes for name in pieces.file_of)}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distprune import dist
+from distprune import dist, turns
 from distprune.checkpoints.files import is_checkpoint, save
 from distprune.config import PruningConfig
 from distprune.errors import UserError, written
@@ -93,7 +93,7 @@ def prune_files(source: Path, target: Path, pruning: PruningConfig, score: Score
     sizes = {name: prod(shape) for name, shape in files.shapes.items()}
     heads = getattr(files.model.config, "num_attention_heads", None)
     structure = dist.agree(lambda: build_structure(pruning, files.shapes, {name: [] for name in sizes}, heads))
-    directory = dist.on_main(lambda: begin_directory(source, target))
+    directory = turns.on_main(lambda: begin_directory(source, target))
     with gone_if_it_fails(directory):
         device = dist.detect().device
         over_ranks(score.prepare(slices, sizes), device)
@@ -103,7 +103,7 @@ def prune_files(source: Path, target: Path, pruning: PruningConfig, score: Score
         choosing = structure.choose(slices, score, sparsity, dict(zip(sizes, before, strict=True)))
         choice = over_ranks(choosing, device)
         others = shutil.ignore_patterns(*_OF_THE_DENSE_MODEL)
-        dist.write_on_main(lambda: shutil.copytree(source, directory, ignore=others, dirs_exist_ok=True), target)
+        turns.write_on_main(lambda: shutil.copytree(source, directory, ignore=others, dirs_exist_ok=True), target)
         masked = dist.agree(lambda: _write(files, slices, choice, directory))
         (total,) = over_ranks(summed(torch.tensor([masked])), device).tolist()
         wanted = structure.masked_at(sparsity)

@@ -21,7 +21,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distprune import dist
+from distprune import dist, turns
 from distprune.checkpoints import files
 from distprune.checkpoints.files import Damaged, Entry, check, checksum, write_tensors
 from distprune.engines.evaluate import logits_of_rows
@@ -124,9 +124,9 @@ def build(folder: Path, teacher: LiveTeacher, task: Task, found: Fingerprints, b
     """
     world = dist.detect()
     # Of this run alone: another one may make the same cache at the same time.
-    name = dist.on_main(lambda: f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    name = turns.on_main(lambda: f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
     partial = folder.with_name(name)
-    dist.write_on_main(lambda: _make_empty(folder, partial), partial)
+    turns.write_on_main(lambda: _make_empty(folder, partial), partial)
     dist.agree(lambda: refuse_unseen(partial))
     tensors = _logits_of_rank(teacher, task, batch_size)
     path = partial / f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
@@ -141,12 +141,12 @@ def build(folder: Path, teacher: LiveTeacher, task: Task, found: Fingerprints, b
 
     entries = dist.gather(dist.agree(write))
     manifest = CacheManifest(found, len(task.train), teacher.measure(batch_size), entries)
-    dist.write_on_main(lambda: _complete(partial, folder, manifest), folder)
+    turns.write_on_main(lambda: _complete(partial, folder, manifest), folder)
 
 
 def remove(folder: Path) -> None:
     """Remove a cache, and nothing else. Collective: every rank calls it."""
-    dist.write_on_main(lambda: files.remove(folder) if (folder / MANIFEST).exists() else None, folder)
+    turns.write_on_main(lambda: files.remove(folder) if (folder / MANIFEST).exists() else None, folder)
 
 
 class CachedTeacher:

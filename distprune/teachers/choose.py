@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from distprune import dist
+from distprune import dist, turns
 from distprune.config import Config
 from distprune.engines.build import build_frozen, let_go
 from distprune.engines.options import precision_of
@@ -41,11 +41,11 @@ def teacher_of(config: Config, task: Task, directory: Path, weights: str, micro_
         return LiveTeacher(_engine(config, task, directory, micro_batch), task)
     assert config.teacher.cache is not None
     precision = precision_of(config.deepspeed.teacher)
-    found = dist.on_main(lambda: cache.fingerprints(weights, task, precision))
+    found = turns.on_main(lambda: cache.fingerprints(weights, task, precision))
     folder = cache.folder_of(found) if config.teacher.cache == "auto" else expanded(config.teacher.cache)
     if config.teacher.rebuild_cache and is_new:
         cache.remove(folder)
-    manifest = dist.on_main(lambda: cache.find(folder, found))
+    manifest = turns.on_main(lambda: cache.find(folder, found))
     if manifest is None:
         manifest = _build(config, task, directory, folder, found)
     dist.agree(lambda: cache.refuse_unseen(folder / cache.MANIFEST))
@@ -69,7 +69,7 @@ def _build(config: Config, task: Task, directory: Path, folder: Path, found: Fin
             )
         return manifest
 
-    return dist.on_main(made)
+    return turns.on_main(made)
 
 
 def _engine(config: Config, task: Task, directory: Path, micro_batch: int) -> Any:

@@ -81,7 +81,7 @@ def entries_of(directory: Path) -> list[dict[str, Any]]:
     return [asdict(entry_of(path)) for path in sorted(directory.iterdir())]
 
 
-def copy(source: Path, directory: Path) -> None:
+def copy_directory(source: Path, directory: Path) -> None:
     """Copy a directory; what was there goes once the copy is complete."""
     partial = partial_of(directory)
     shutil.rmtree(partial, ignore_errors=True)

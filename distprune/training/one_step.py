@@ -3,15 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
-from distprune import dist, settings
+from distprune import dist, settings, turns
 from distprune.config import Config, DistillationConfig, RecipeConfig, RegrowthConfig
 from distprune.errors import UserError
+from distprune.models.export import export
 from distprune.models.files import begin_directory, gone_if_it_fails
 from distprune.models.pruned import Pruned
 from distprune.monitor import Monitor
 from distprune.training.lr import LrSchedule
 from distprune.training.setup import local_model, prepare
 from distprune.training.train import Trainer
+from distprune.training.written import verify
 
 
 def for_one_pruning(config: Config) -> None:
@@ -47,11 +49,12 @@ def prune_by_gradients(config: Config, target: Path) -> Pruned:
     dist.agree(lambda: settings.validate(config))
     setup = prepare(config)
     source = local_model(config.model.path, config.model.revision)
-    directory = dist.on_main(lambda: begin_directory(source, target))
+    directory = turns.on_main(lambda: begin_directory(source, target))
     assert setup.pruner is not None
     setup.plan = replace(setup.plan, total_steps=1, lr=LrSchedule(0.0, 0.0, 0, (0, 1)))
     trainer = Trainer(config, setup, Monitor(target, config, 1, enabled=False), target)
     with gone_if_it_fails(directory):
         trainer.run()
-        trainer.export(directory)
+        verify(setup, trainer.step)
+        export(setup.student, setup.task.tokenizer, directory)
     return Pruned(directory, setup.pruner.masked, setup.pruner.total, setup.pruner.threshold)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from distprune import dist
+from distprune import dist, turns
 from distprune.config import Config
 from distprune.engines.batches import check_batch_size
 from distprune.engines.build import build_student
@@ -20,7 +20,6 @@ from distprune.pruning.pruner import Pruner
 from distprune.pruning.scores import build_score, try_out
 from distprune.pruning.structures import build_structure
 from distprune.pruning.targets import targets_of
-from distprune.store import local_first
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
 from distprune.tasks.files import hashes_of
@@ -30,6 +29,7 @@ from distprune.teachers.live import LiveTeacher
 from distprune.training.fit import check_model, check_teacher, check_zeros, prunes
 from distprune.training.objective import put_out_features
 from distprune.training.plan import Plan, make_plan
+from distprune.turns import local_first
 from distprune.zero.shards import ShardedParameters, shards_of, trained_shards
 
 
@@ -47,7 +47,7 @@ class Setup:
     data: dict[str, str]
     """Fingerprints of the tokenised examples (`Task.fingerprints`)."""
     files: dict[str, str]
-    """Hashes of local data, by key and file name; on rank 0."""
+    """Hashes of local data, by key and file name."""
     teacher_weights: str | None
     """Hash of the teacher's files."""
 
@@ -68,7 +68,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     micro_batch = config.train.batch_size // (world.size * config.train.accumulation)
     directory = checkpoint or local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)
-    files = dist.agree(lambda: _hashes(config))
+    files = turns.on_main(lambda: hashes_of(config.task))
 
     def check() -> Plan:
         check_batch_size(config.train.batch_size, world.size, config.train.accumulation)
@@ -82,7 +82,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     dist.agree_equal(task.fingerprints, "the fingerprints of the data")
     model = dist.agree(lambda: check_model(config, plan, task, directory))
     if checkpoint is None:
-        dist.on_main(lambda: check_zeros(config, model, directory))
+        turns.on_main(lambda: check_zeros(config, model, directory))
     teacher, weights = None, None
     if config.distillation.teaches:
         teacher, weights = _teacher(config, task, directory, micro_batch, is_new=checkpoint is None)
@@ -183,16 +183,10 @@ def load_task(config: Config, directory: Path) -> Task:
     return dist.agree(build)
 
 
-def _hashes(config: Config) -> dict[str, str]:
-    """Return the hashes of local data on rank 0, for which the others wait in the store. Collective."""
-    with local_first():
-        return hashes_of(config.task) if dist.is_main() else {}
-
-
 def _teacher(config: Config, task: Task, student: Path, micro_batch: int, is_new: bool) -> tuple[Teacher, str]:
     """Return the teacher, and the hash of its files. Collective: every rank calls it."""
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
     dist.agree(lambda: check_teacher(config, directory, task, student))
-    weights = dist.on_main(lambda: hash_of_weights(directory))
+    weights = turns.on_main(lambda: hash_of_weights(directory))
     return teacher_of(config, task, directory, weights, micro_batch, is_new), weights

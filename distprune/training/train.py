@@ -8,11 +8,14 @@ between the optimizer's update and DeepSpeed's copy to the low-precision weights
 import math
 import time
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, NamedTuple, NoReturn
 
-from distprune import dist
+from distprune import dist, turns
 from distprune.checkpoints.files import FOLDER, Manifest, newest_step
 from distprune.checkpoints.pieces import Pieces
 from distprune.checkpoints.saver import Saver
@@ -22,19 +25,20 @@ from distprune.engines.batches import train_batches
 from distprune.engines.build import set_learning_rate
 from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError
-from distprune.models.export import describe, export
+from distprune.models.export import describe
 from distprune.monitor import Monitor
 from distprune.monitor.resources import memory_mib
 from distprune.monitor.wandb import stored_id
 from distprune.pruning.pruner import Pruner
 from distprune.tasks.base import Batch
-from distprune.training.best import Best, copy, entries_of, partial_of, remove_former, replace
+from distprune.training.best import Best, copy_directory, entries_of, partial_of, remove_former
 from distprune.training.curvature import estimate
-from distprune.training.diagnose import refuse_nonfinite, refuse_nonfinite_weights
+from distprune.training.diagnose import refuse_nonfinite
 from distprune.training.interrupts import Interrupted, StopRequests
 from distprune.training.objective import Losses, Objective
 from distprune.training.setup import Setup
 from distprune.training.steps import backward, take_step
+from distprune.training.written import verify, write
 
 _KEPT = ("metrics", "measured_at", "dense_metrics", "losses", "skipped_steps")
 """What of a `Trainer` a checkpoint has as it is."""
@@ -108,7 +112,7 @@ class Trainer:
         if self.step > 0:
             self._save()
             self.saver.finish()
-        saved = dist.on_main(lambda: newest_step(self.saver.folder))
+        saved = turns.on_main(lambda: newest_step(self.saver.folder))
         raise Interrupted(self.step, saved, requeue)
 
     def _stop_if_asked(self) -> None:
@@ -213,23 +217,30 @@ class Trainer:
         )
         if self.setup.teacher is None and (pruner is None or pruner.masked == 0):
             self.dense_metrics = self.metrics
+        former = copy(self.best)
         improved = self.at_target and self.best.update(self.metrics, self.step, self.setup.task.merit)
         if improved and self.config.train.select == "best":
-            directory, checkpoints = self.best.directory(self.run_dir), self.saver.folder
-            self._keep(directory)
-            self.best.files = dist.on_main(lambda: entries_of(directory))
-            self.saver.finish()  # a checkpoint that is being written may need the former
-            dist.write_on_main(lambda: remove_former(directory, checkpoints), directory)
+            self._keep_best(former)
 
-    def _keep(self, directory: Path) -> None:
-        """Export to a directory; what was there goes once the new one is complete. Collective: every rank calls it."""
-        partial = partial_of(directory)
-        self.export(partial)
-        dist.write_on_main(lambda: replace(partial, directory), directory)
+    def _keep_best(self, former: Best) -> None:
+        """Export the best state; the former one stays where the disk does not take it. Collective: all call it."""
+        directory, checkpoints = self.best.directory(self.run_dir), self.saver.folder
+        verify(self.setup, self.step)
+        try:
+            write(self.setup, directory)
+        except UserError as error:
+            if dist.is_main():
+                rmtree(partial_of(directory), ignore_errors=True)
+                print(f"the best state so far, of step {self.step}, is not kept: {error}")
+            self.best, self.measured_at = former, -1
+            return
+        self.best.files = turns.on_main(lambda: entries_of(directory))
+        self.saver.finish()  # a checkpoint that is being written may need the former
+        turns.write_on_main(lambda: remove_former(directory, checkpoints), directory)
 
     def _forget_damaged_best(self) -> None:
         """Choose among later states where the best one is not as it was written. Collective: every rank calls it."""
-        problem = dist.on_main(lambda: self.best.problem(self.run_dir)) if self.best.metrics else None
+        problem = turns.on_main(lambda: self.best.problem(self.run_dir)) if self.best.metrics else None
         if problem is not None:
             if dist.is_main():
                 print(f"the best state, of step {self.best.step}, is lost: {problem}; chosen among later ones")
@@ -299,7 +310,7 @@ class Trainer:
         pruner = self.setup.pruner
         if pruner is None:
             return True
-        return pruner.carried and pruner.sparsity_asked == max(self.setup.plan.ladder.values(), default=0)
+        return pruner.carried and pruner.sparsity_asked == Fraction(str(self.config.pruning.sparsity))
 
     def write_final(self) -> None:
         """Write ``final/``: the last state or the best one, at the target sparsity. Collective: every rank calls it.
@@ -314,9 +325,12 @@ class Trainer:
             )
         final = self.run_dir / "final"
         if self.config.train.select == "last":
-            self._keep(final)
-        else:
-            dist.write_on_main(lambda: copy(self.best.directory(self.run_dir), final), final)
+            verify(self.setup, self.step)
+            write(self.setup, final)
+            return
+        if not self.best.metrics:
+            raise UserError(f"no state could be kept in {self.run_dir}; allowed: room on its disk, and the run again")
+        turns.write_on_main(lambda: copy_directory(self.best.directory(self.run_dir), final), final)
 
     @property
     def final_metrics(self) -> dict[str, float]:
@@ -327,13 +341,6 @@ class Trainer:
     def final_step(self) -> int:
         """The optimizer steps of the state in ``final/``."""
         return self.step if self.config.train.select == "last" else self.best.step
-
-    def export(self, directory: Path) -> None:
-        """Write the student, its pruned weights verified. Collective: every rank calls it."""
-        refuse_nonfinite_weights(self.setup.student, self.step)
-        if self.setup.pruner is not None:
-            self.setup.pruner.verify()
-        export(self.setup.student, self.setup.task.tokenizer, directory)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience

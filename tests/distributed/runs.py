@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from distprune import dist, settings
 from distprune.__main__ import main
@@ -152,3 +152,16 @@ def told(output: Path) -> list[dict[str, Any]]:
     """Return what metrics.jsonl says, without times and memory."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in line if key not in ("examples_per_s", "memory_mib")} for line in lines]
+
+
+class FullDisk:
+    """Stands in for `save`: the disk is full from a call on."""
+
+    def __init__(self, good: int):
+        self.good = good
+
+    def __call__(self, *arguments: Any) -> None:
+        self.good -= 1
+        if self.good < 0:
+            raise OSError(28, "No space left on device")
+        save_file(*arguments)

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from distprune.checkpoints.files import read_manifest, write_tensors
-from tests.distributed.runs import DENSE, EVERY_STEP, RATE, CutOff, cut_off, heard, run, run_patched
+from tests.distributed.runs import DENSE, EVERY_STEP, RATE, CutOff, FullDisk, cut_off, heard, run, run_patched
 from tests.world import Worlds
 
 
@@ -44,6 +44,22 @@ def test_the_best_state_of_every_checkpoint_stays(world: Worlds, task: Path, tmp
     for each in checkpoints:
         best = read_manifest(each).state["trainer"]["best"]["step"]
         assert (tmp_path / "run" / "best" / f"step-{best:08d}" / "model.safetensors").exists(), each.name
+
+
+def run_with_a_full_disk(task: Path, output: Path, before: int, *overrides: str) -> Any:
+    """Run where every evaluation finds a better state, of which a few can be kept. Collective."""
+    with patch("distprune.models.export.save", FullDisk(before)):
+        return run_patched("distprune.training.train.evaluate", Rising(), task, output, *overrides)
+
+
+def test_the_former_best_state_stays_where_a_disk_is_full(world: Worlds, task: Path, tmp_path: Path) -> None:
+    options = ("train.select=best", "train.eval_every=4 steps", *DENSE)
+    summary, said = world(2).run(heard, run_with_a_full_disk, task, tmp_path / "run", 2, *options)[0]
+    assert (summary["final_step"], summary["final_metric"]) == (8, 0.02)
+    assert "the best state so far, of step 12, is not kept: '" in said
+    refused = world(2).run(run_with_a_full_disk, task, tmp_path / "none", 0, *options)
+    assert all("no state could be kept in" in each for each in refused)
+    assert not list((tmp_path / "none" / "best").iterdir())
 
 
 def cut_file(best: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, MPNetConfig, MPNetForSequenceClassification
 
 from distprune import dist
@@ -16,7 +16,7 @@ from distprune.monitor import Monitor
 from distprune.pruning.pruner import Pruner
 from distprune.training.setup import prepare
 from tests.distributed.engines import write_model
-from tests.distributed.runs import DENSE, RATE, TAUGHT, OnLastRank, run, run_patched, stage
+from tests.distributed.runs import DENSE, RATE, TAUGHT, FullDisk, OnLastRank, run, run_patched, stage
 from tests.distributed.test_not_finite import poison_weights
 from tests.world import Worlds
 
@@ -221,47 +221,10 @@ def test_a_run_directory_that_nodes_do_not_share_is_refused(world: Worlds, task:
     assert not list(tmp_path.rglob("step-*"))
 
 
-class FullDisk:
-    """Stands in for `save`: the disk is full from a call on."""
-
-    def __init__(self, good: int):
-        self.good = good
-
-    def __call__(self, *arguments: Any) -> None:
-        self.good -= 1
-        if self.good < 0:
-            raise OSError(28, "No space left on device")
-        save_file(*arguments)
-
-
 def test_a_model_that_cannot_be_written_stops_every_rank(world: Worlds, task: Path, tmp_path: Path) -> None:
     said = world(2).run(run_patched, "distprune.models.export.save", FullDisk(0), task, tmp_path / "run")
     assert len(set(said)) == 1
     assert "model.safetensors' cannot be written: [Errno 28] No space left on device" in said[0]
-
-
-class Rising:
-    """Stands in for an evaluation that is better at each call."""
-
-    calls = 0
-
-    def __call__(self, *_: Any) -> dict[str, float]:
-        self.calls += 1
-        return {"accuracy": self.calls / 100}
-
-
-def run_until_full(task: Path, output: Path, *options: str) -> str:
-    with patch("distprune.training.train.evaluate", Rising()):
-        return str(run_patched("distprune.models.export.save", FullDisk(1), task, output, *options))
-
-
-def test_the_best_state_stays_until_the_next_one_is_complete(world: Worlds, task: Path, tmp_path: Path) -> None:
-    output, options = tmp_path / "run", ("train.select=best", "train.eval_every=1 steps")
-    said = world(1).run(run_until_full, task, output, *options)
-    assert "No space left" in said[0]
-    pruned = load_file(output / "best" / "step-00000017" / "model.safetensors")[f"{LAYER}.weight"]
-    assert (pruned == 0).any(), "the first state at the target"
-    assert (output / "best" / "step-00000018.partial").exists()
 
 
 def full_disk(*_: Any) -> None:

@@ -1,22 +1,24 @@
-"""Ranks that wait for each other in the store, while data are tokenised."""
+"""Ranks that wait for each other in the store, while one has work to do."""
 
 import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from threading import Timer
+from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch.distributed as torch_dist
 
-from distprune import dist, store
+from distprune import dist, store, turns
 from distprune.errors import UserError
 from tests.world import Worlds
 
 
 def in_turn(rank_file: Path) -> bool:
     """Have local rank 0 take its time; return whether its work was done when this rank had its turn."""
-    with patch("torch.distributed.barrier", side_effect=AssertionError("its time is limited")), store.local_first():
+    with patch("torch.distributed.barrier", side_effect=AssertionError("its time is limited")), turns.local_first():
         if dist.is_main():
             time.sleep(1)
             rank_file.touch()
@@ -34,7 +36,7 @@ def done_when_a_node_goes_on(folder: Path) -> int:
     node = replace(world, local_rank=0)
     barrier = patch("torch.distributed.barrier", side_effect=AssertionError("its time is limited"))
     with patch("socket.gethostname", lambda: f"node-{world.rank}"), patch.object(dist, "detect", lambda: node), barrier:
-        with store.local_first():
+        with turns.local_first():
             time.sleep(world.rank == 1)
             (folder / str(world.rank)).touch()
         return len(list(folder.iterdir()))
@@ -44,6 +46,34 @@ def test_nodes_wait_for_the_slowest_outside_of_collectives(world: Worlds, tmp_pa
     assert world(3).run(done_when_a_node_goes_on, tmp_path) == [3] * 3
 
 
+def met_once_main_was_done(rank_file: Path, fails: bool) -> tuple[str, bool]:
+    """Have rank 0 take its time; return what comes of it, and whether it was done when this rank met the others."""
+    done, gather = [], torch_dist.all_gather_object
+
+    def slow() -> str:
+        time.sleep(1)
+        rank_file.touch()
+        if fails:
+            raise UserError("here")
+        return "done"
+
+    def noted(*arguments: Any) -> None:
+        done.append(rank_file.exists())
+        gather(*arguments)
+
+    with patch("torch.distributed.all_gather_object", noted):
+        try:
+            said = turns.on_main(slow)
+        except UserError as error:
+            said = str(error)
+    return said, done[0]
+
+
+def test_others_wait_for_rank_0_outside_of_collectives(world: Worlds, tmp_path: Path) -> None:
+    assert world(3).run(met_once_main_was_done, tmp_path / "done", False) == [("done", True)] * 3
+    assert world(3).run(met_once_main_was_done, tmp_path / "failed", True) == [("here", True)] * 3
+
+
 def waits_for_one_that_is_silent() -> str:
     """Wait for a rank whose heart stands still. Collective."""
     store.beat(store.connect_store(), dist.detect().rank, 1)
@@ -51,7 +81,7 @@ def waits_for_one_that_is_silent() -> str:
     too_late = Timer(10, lambda: store.connect_store().set("too late", ""))
     too_late.start()
     with short, pytest.raises(RuntimeError) as caught:
-        store._wait_for("too late")
+        store.wait_for("too late", dist.detect().size)
     too_late.cancel()
     return str(caught.value)
 
@@ -64,7 +94,7 @@ def fails_in_turn() -> str:
     """Fail on the last rank, in its turn. Collective."""
 
     def action() -> None:
-        with store.local_first():
+        with turns.local_first():
             if dist.detect().rank == dist.detect().size - 1:
                 raise UserError("here")
 
