@@ -82,7 +82,14 @@ def _shrink(directory: Path, target: Path) -> None:
             f"took out {removed.heads} of {removed.all_heads} heads, {removed.neurons} of {removed.all_neurons} neurons"
         )
         print(f"{first:,} bytes of weights before, {second:,} after ({second / first:.3f})")
-        _compare(whole.float(), small.float(), chooses=auto_class is AutoModelForMultipleChoice)
+        try:
+            _compare(whole.float(), small.float(), chooses=auto_class is AutoModelForMultipleChoice)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"transformers cannot run a {type(whole).__name__} with fewer heads in a layer ({reason}); allowed: "
+                "the directory as it is, or pruning.structure=neurons"
+            ) from error
     print(f"-> {target}; in Python distprune.models.shrunk.load_shrunk({str(target)!r}) loads it")
 
 

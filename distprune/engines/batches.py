@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from distprune.errors import UserError
@@ -30,7 +31,7 @@ class EvalBatch:
     valid: list[bool]
 
 
-def train_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def train_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """Return the global batches of one epoch, the same on every rank and for any world size.
 
     The examples that are too few for another batch are left out, other ones in each epoch.
@@ -42,8 +43,8 @@ def train_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
         epoch: counted from 0; each has its own order.
 
     Returns:
-        Batches of indices into ``lengths``, in random order; within a batch from short to long.
-
+        Batches of indices into ``lengths``, in random order, shape [batches, batch_size]; within a batch from short to
+        long.
     """
     assert len(lengths) >= batch_size, "make_plan lets no such run begin"
     size = np.asarray(lengths[:])  # [:] reads a column of a data set at once
@@ -51,8 +52,7 @@ def train_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     order = rng.permutation(len(size))[: len(size) // batch_size * batch_size]
     pools = [order[start : start + POOL * batch_size] for start in range(0, len(order), POOL * batch_size)]
     by_length = np.concatenate([pool[np.argsort(size[pool], kind="stable")] for pool in pools])
-    batches: list[list[int]] = rng.permutation(by_length.reshape(-1, batch_size)).tolist()
-    return batches
+    return rng.permutation(by_length.reshape(-1, batch_size))
 
 
 def check_batch_size(batch_size: int, world: int, accumulation: int) -> None:

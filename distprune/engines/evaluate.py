@@ -33,7 +33,7 @@ def evaluate(
 
 @torch.no_grad()
 def logits_of_rows(engine: Any, task: Task, data: Dataset, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield this rank's share of the rows, each with its place in the data and its logits, fp32.
+    """Yield this rank's share of the rows, each with its place in the data and its logits, fp32, on the CPU.
 
     Collective: every rank calls it, and takes all that it yields.
 
@@ -45,8 +45,8 @@ def logits_of_rows(engine: Any, task: Task, data: Dataset, batch_size: int) -> I
     """
     world = dist.detect()
     for share in eval_batches(data["length"], batch_size, world.rank, world.size):
-        batch = on_device(task.collate(data.__getitems__(share.indices)), engine)
-        logits = task.split(task.forward(engine, batch).float(), batch)
+        batch = task.collate(data.__getitems__(share.indices))
+        logits = task.split(task.forward(engine, on_device(batch, engine)).float().cpu(), batch)
         for row, is_valid, part in zip(share.indices, share.valid, logits, strict=True):
             if is_valid:
                 yield row, part

@@ -26,7 +26,7 @@ from distprune.pruning.exchange import over_ranks, summed
 from distprune.pruning.masks import KEPT, PRUNED, count_pruned
 from distprune.pruning.scores import Score
 from distprune.pruning.slices import Slice
-from distprune.pruning.structures import Choice, build_structure
+from distprune.pruning.structures import Choice, build_structure, check_sparsity
 from distprune.pruning.targets import freeze, targets_of
 
 _OF_THE_DENSE_MODEL = ("*.safetensors", "*.bin", "README.md", "pruning.json", ".*")
@@ -93,6 +93,7 @@ def prune_files(source: Path, target: Path, pruning: PruningConfig, score: Score
     sizes = {name: prod(shape) for name, shape in files.shapes.items()}
     heads = getattr(files.model.config, "num_attention_heads", None)
     structure = dist.agree(lambda: build_structure(pruning, files.shapes, {name: [] for name in sizes}, heads))
+    dist.agree(lambda: check_sparsity(pruning, structure))
     directory = turns.on_main(lambda: begin_directory(source, target))
     with gone_if_it_fails(directory):
         device = dist.detect().device

@@ -6,7 +6,7 @@ heads and of neurons for all layers, so `load_shrunk` loads a shrunk directory, 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,17 @@ def shrink(model: nn.Module, attention_heads: int) -> Removed:
     of_heads = {name: shapes[name] for name in members(list(shapes), "heads") if "attention.attn." not in name}
     of_neurons = {name: shapes[name] for name in members(list(shapes), "neurons")}
     return Removed(
-        *_take_out(model, heads(of_heads, attention_heads)),
-        *_take_out(model, neurons(of_neurons)),
+        *_take_out(model, _known(lambda: heads(of_heads, attention_heads))),
+        *_take_out(model, _known(lambda: neurons(of_neurons))),
     )
+
+
+def _known(grids: Callable[[], dict[str, Grid]]) -> dict[str, Grid]:
+    """Return the grids of heads or neurons; none where this architecture has them in another way."""
+    try:
+        return grids()
+    except UserError:
+        return {}
 
 
 def _take_out(model: nn.Module, grids: dict[str, Grid]) -> tuple[int, int]:

@@ -163,6 +163,8 @@ def skeleton(
     except Exception as error:  # transformers raises many kinds, some over several lines
         reason = " ".join(str(error).split())
         raise UserError(f"{directory} does not describe a model for {auto_class.__name__}: {reason}") from error
+    if any(buffer.is_meta for buffer in model.buffers()):
+        raise UserError(f"a {type(model).__name__} makes buffers of its weights; allowed: another architecture")
     source = open_source(directory, shrunk_allowed)
     if (directory / SHRUNK).exists():
         take_sizes(model, directory)
@@ -177,6 +179,7 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     Embeddings of positions that have one for padding are counted on from behind it, as RoBERTa's 512 of 514 are.
     """
     positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    positions = positions or getattr(model.config, "max_seq_len", None)  # MPT's
     if not positions or positions < 0:
         return None
     tables = [each for name, each in model.named_modules() if name.endswith("position_embeddings")]
@@ -327,4 +330,19 @@ def set_dropout(options: dict[str, Any], directory: Path, dropout: float | None)
     known = read_config(directory).to_dict()
     numbers = [name for name in known if type(known[name]) in (int, float)]
     names = [name for name in numbers if "dropout" in name or name.endswith("pdrop")]  # GPT-2 has resid_pdrop
-    return options | dict.fromkeys(names, dropout)
+    whole_layers = [name for name in numbers if name.endswith("layerdrop")] if dropout == 0 else []
+    return options | dict.fromkeys([*names, *whole_layers], dropout)
+
+
+def check_dropout(model: PreTrainedModel, dropout: float | None) -> None:
+    """Refuse a dropout that `set_dropout` does not reach, as in configurations within one.
+
+    Raises:
+        UserError: with the module.
+    """
+    for name, module in model.named_modules():
+        if dropout is not None and isinstance(module, nn.Dropout) and module.p not in (0.0, dropout):
+            raise UserError(
+                f"model.dropout is {dropout}, and {name} of a {type(model).__name__} keeps {module.p}; allowed: null, "
+                "and dropout as its config.json has it"
+            )

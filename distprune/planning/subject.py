@@ -1,12 +1,13 @@
 """What a plan is made of: the run's student, teacher and longest examples, without their weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distprune.config import Config
@@ -69,7 +70,15 @@ class Subject:
         """Count the activations of the longest example, on this machine, with weights that stand in."""
         model, batch = stand_in(self.student, self.layout.dtype), self.longest(self.task.train, 1)
         model.train()
-        return count(model, lambda: self.task.loss(self.task.forward(model, batch), batch))
+        return count(model, self._loss(model, batch))
+
+    def _loss(self, model: Any, batch: Batch) -> Callable[[], Tensor]:
+        """Return what computes the loss of a batch, with a live teacher's part, which is as large with a cache."""
+        teacher = None
+        if self.teacher is not None and not self.is_cached:
+            teacher = LiveTeacher(stand_in(self.teacher, self.teacher_layout.dtype).eval(), self.task)
+        objective = Objective(self.task, teacher, self.config.distillation)
+        return lambda: objective.losses(model, batch, []).total
 
     def outputs(self, model: PreTrainedModel, layout: Layout, *data: Dataset) -> int:
         """Return the most bytes at once in the forward pass of an evaluation's batch, counted as activations are."""
@@ -109,12 +118,8 @@ class Subject:
         """Measure a rank's micro batch of the longest examples, on this machine's CPU in one process."""
         model = stand_in(self.student, self.layout.dtype).train()
         batch = self.longest(self.task.train, self.micro_batch)
-        teacher = None
-        if self.teacher is not None and not self.is_cached:
-            teacher = LiveTeacher(stand_in(self.teacher, self.teacher_layout.dtype).eval(), self.task)
-        objective = Objective(self.task, teacher, self.config.distillation)
         groups = decay_groups(model, self.config.optimizer.weight_decay)
-        return measure(model, lambda: objective.losses(model, batch, []).total, groups, self.micro_batch)
+        return measure(model, self._loss(model, batch), groups, self.micro_batch)
 
 
 def subject_of(config: Config, world: int) -> Subject:

@@ -52,7 +52,10 @@ def targets_of(pruning: PruningConfig, model: nn.Module) -> list[str]:
         )
     frozen = [name for name in names if not parameters[name].requires_grad]
     if frozen:
-        raise UserError(f"{frozen[0]} is to be pruned, but model.freeze keeps it fixed; allowed: one of the two")
+        raise UserError(
+            f"{frozen[0]} is to be pruned, but model.freeze keeps it fixed, or the model itself does; allowed: one of "
+            "the two"
+        )
     turned = [name for name in names if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)]
     if turned and structure != "unstructured":
         raise UserError(

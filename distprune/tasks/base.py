@@ -161,6 +161,13 @@ class Task(ABC):
             UserError: it has; ``who`` names it.
         """
 
+    def check_architecture(self, model_config: PretrainedConfig) -> None:  # noqa: B027
+        """Check that a model, by the configuration that it has once it is built, does what the task asks of it.
+
+        Raises:
+            UserError: it does not.
+        """
+
     @classmethod
     @abstractmethod
     def count_train(cls, config: Config) -> int | None:

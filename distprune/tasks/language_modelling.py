@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from distprune.config import Config
 from distprune.errors import UserError
@@ -205,6 +206,19 @@ class CausalLM(LanguageModelling):
 
     auto_class = AutoModelForCausalLM
     hub_task = "text-generation"
+
+    def check_architecture(self, model_config: PretrainedConfig) -> None:
+        """Refuse an encoder, whose attention sees the tokens that are to be predicted.
+
+        Raises:
+            UserError: with what makes a decoder of it.
+        """
+        is_encoder = model_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if is_encoder and not any(getattr(model_config, name, False) for name in ("is_decoder", "causal")):
+            raise UserError(
+                f"task.name is causal_lm, and a {model_config.model_type} sees the tokens that it is to predict; "
+                "allowed: a decoder, as is_decoder (XLM: causal) makes of it where it is true in config.json"
+            )
 
     def collate(self, rows: list[Example], draw: int = 0) -> Batch:
         """Return the tokens, and as ``labels`` the next ones; -100 at the end of a block."""

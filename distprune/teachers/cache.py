@@ -9,12 +9,14 @@ import json
 import os
 import shutil
 import socket
+from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import xxhash
@@ -198,16 +200,17 @@ class CachedTeacher:
 
 def _logits_of_rank(teacher: LiveTeacher, task: Task, batch_size: int) -> Mapping[str, Tensor]:
     """Return this rank's share of the logits. Collective: every rank calls it."""
-    rows: list[int] = []
-    parts: list[Tensor] = []
+    rows, shapes, values = array("q"), array("q"), array("f")
+    dimensions = 0
     for row, logits in logits_of_rows(teacher.engine, task, task.train, batch_size):
         rows.append(row)
-        parts.append(logits.cpu())
-    dimensions = parts[0].dim() if parts else 0
+        shapes.extend(logits.shape)
+        values.frombytes(logits.numpy().tobytes())
+        dimensions = logits.dim()
     return {
-        "rows": torch.tensor(rows, dtype=torch.int64),
-        "shapes": torch.tensor([part.shape for part in parts], dtype=torch.int64).reshape(len(parts), dimensions),
-        "values": torch.cat([part.flatten() for part in parts] or [torch.empty(0)]),
+        "rows": torch.from_numpy(np.array(rows, np.int64)),
+        "shapes": torch.from_numpy(np.array(shapes, np.int64).reshape(len(rows), dimensions)),
+        "values": torch.from_numpy(np.frombuffer(values, np.float32)) if len(values) else torch.empty(0),
     }
 
 

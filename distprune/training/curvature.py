@@ -25,7 +25,7 @@ def estimate(config: Config, setup: Setup, pruner: Pruner, step: int, before_eac
     student, task, world = setup.student, setup.task, setup.world
     seed = stream_seed(config.train.seed, step, [])
     lengths, size = task.train["length"], config.train.batch_size
-    batches = (batch for epoch in count() for batch in train_batches(lengths, size, seed, epoch))
+    batches = (batch.tolist() for epoch in count() for batch in train_batches(lengths, size, seed, epoch))
     student.train(config.fisher.dropout)
     for module in student.module.modules():
         if getattr(module, "gradient_checkpointing", False):

@@ -1,4 +1,4 @@
-"""Where a NaN came from."""
+"""Where a NaN came from, and weights that nothing comes to."""
 
 from typing import Any, NoReturn
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from distprune import dist
 from distprune.errors import UserError
+from distprune.pruning.pruner import Pruner
 from distprune.tasks.base import Batch, Task
 from distprune.zero.shards import trained_shards
 
@@ -44,6 +45,24 @@ def refuse_nonfinite_weights(engine: Any, step: int) -> None:
     """
     if weights := _first(_nonfinite_weights(engine)):
         raise UserError(f"at step {step} the weights of {weights} are not finite; allowed: finite ones (lower lr.peak)")
+
+
+def name_unused(pruner: Pruner) -> None:
+    """Say which weights to prune have no gradient: they count as pruned or kept, and the model does not use them.
+
+    Collective: every rank calls it after a step.
+    """
+    mine = [
+        shard.name for shard in pruner.shards for moment in shard.moments(pruner.optimizer).values() if moment.any()
+    ]
+    used = dist.gather(mine)
+    unused = [name for name in pruner.parameters.names if name not in used]
+    if used and unused and dist.is_main():
+        weights = sum(pruner.parameters.numel[name] for name in unused)
+        print(
+            f"{weights:,} of the {pruner.total:,} weights to prune get no gradient, as {unused[0]}: the model does not "
+            "use them here; pruning.exclude leaves them out"
+        )
 
 
 def _nonfinite_weights(engine: Any) -> list[str]:

@@ -4,11 +4,15 @@ Its parameters matter (paper, guideline 3). At the usual temperatures of 1 or 2 
 one-hot, and says little more than the label: the reason that GMP* (arXiv 2210.06384) has for a higher one.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from distprune.errors import UserError
 
+PIECE = 1 << 23
+"""Logits whose divergences are computed at once, where there are more."""
 SMALLEST = 1e-6
 """A probability below this one counts as this one."""
 
@@ -16,7 +20,8 @@ SMALLEST = 1e-6
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return ``T^2 * KL(teacher || student)`` of each two softened distributions.
 
-    T^2 keeps the gradient's size the same at any temperature.
+    T^2 keeps the gradient's size the same at any temperature. Of a large vocabulary a piece at a time is computed, and
+    again in the backward pass: whole, it would hold several times what the logits take.
 
     Args:
         student: logits, shape [..., C]; C = 1 is a regression, where the squared error to the teacher is returned.
@@ -26,12 +31,22 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     Returns:
         Shape [...], fp32.
     """
-    student, teacher = student.float(), teacher.float()
     if student.shape[-1] == 1:
-        return (student - teacher).square().squeeze(-1)
+        return (student.float() - teacher.float()).square().squeeze(-1)
+    rows = max(1, PIECE // student.shape[-1])
+    if student.numel() <= PIECE:
+        return _divergence(student, teacher, temperature)
+    pieces = zip(*(torch.split(each.flatten(0, -2), rows) for each in (student, teacher)), strict=True)
+    divergences = [
+        checkpoint(_divergence, *each, temperature, use_reentrant=False, preserve_rng_state=False) for each in pieces
+    ]
+    return torch.cat(divergences).view(student.shape[:-1])
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     divergence = F.kl_div(
-        F.log_softmax(student / temperature, dim=-1),
-        F.log_softmax(teacher / temperature, dim=-1),
+        F.log_softmax(student.float() / temperature, dim=-1),
+        F.log_softmax(teacher.float() / temperature, dim=-1),
         reduction="none",
         log_target=True,
     )

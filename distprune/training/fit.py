@@ -9,10 +9,17 @@ from distprune.config import Config
 from distprune.engines.options import dtype_of
 from distprune.errors import UserError
 from distprune.models.files import load_tokenizer, open_source, read_config
-from distprune.models.weights import missing_weights, most_tokens, set_dropout, skeleton, stored_names
+from distprune.models.weights import (
+    check_dropout,
+    missing_weights,
+    most_tokens,
+    set_dropout,
+    skeleton,
+    stored_names,
+)
 from distprune.pruning.components import component_matrices
 from distprune.pruning.scores import build_score
-from distprune.pruning.structures import build_structure
+from distprune.pruning.structures import build_structure, check_sparsity
 from distprune.pruning.targets import freeze, targets_of
 from distprune.tasks.base import Task
 from distprune.training.objective import check_features
@@ -42,12 +49,14 @@ def check_model(config: Config, plan: Plan, task: Task, directory: Path) -> PreT
         directory, task.auto_class, set_dropout(task.model_options(), directory, config.model.dropout)
     )
     missing_weights(model, source, new_allowed=True)
+    check_dropout(model, config.model.dropout)
     check_limits(model, task)
     freeze(model, config.model.freeze)
     if prunes(config, plan):
         shapes = {name: tuple(model.get_parameter(name).shape) for name in targets_of(config.pruning, model)}
         heads = getattr(model.config, "num_attention_heads", None)
-        build_structure(config.pruning, shapes, {name: [] for name in shapes}, heads)
+        structure = build_structure(config.pruning, shapes, {name: [] for name in shapes}, heads)
+        check_sparsity(config.pruning, structure)
         _check_score(config)
     return model
 
@@ -132,11 +141,12 @@ def check_teacher(config: Config, directory: Path, task: Task, student: Path) ->
 
 
 def check_limits(model: PreTrainedModel, task: Task) -> None:
-    """Refuse examples that are longer than the model's positions, and tokens that it has no embedding for.
+    """Refuse a model that the task is not for, examples longer than its positions, and tokens without an embedding.
 
     Raises:
         UserError: as said.
     """
+    task.check_architecture(model.config)
     longest = max(max(part["length"][:]) for part in (task.train, *task.evaluations().values()))
     most = most_tokens(model)
     if most is not None and most < longest:

@@ -62,7 +62,8 @@ class Objective:
         hidden = attention = torch.zeros((), device=mask.device)
         if config.hidden > 0:
             # The first is the embeddings' output.
-            hidden = _over_layers(hidden_loss, config, student.hidden_states[1:], teacher.hidden_states[1:], mask)
+            ours, theirs = ((model.hidden_states or ())[1:] for model in (student, teacher))
+            hidden = _over_layers(hidden_loss, config, ours, theirs, mask)
         if config.attention > 0:
             attention = _over_layers(attention_loss, config, student.attentions, teacher.attentions, mask)
         return hidden, attention
@@ -76,6 +77,13 @@ def _over_layers(
     mask: Tensor,
 ) -> Tensor:
     """Return the mean of a loss over the student's layers and those of the teacher's that they follow."""
+    tokens = mask.shape[-1]
+    for model, states in (("student", student), ("teacher", teacher)):
+        if not states or any(state is None or tokens not in state.shape[1:3] for state in states):
+            raise UserError(
+                f"the {model} does not put out what each layer has for each token; allowed with such a model: "
+                "distillation.hidden=0 and distillation.attention=0"
+            )
     pairs = layer_pairs(config.layers, len(student), len(teacher))
     return torch.stack([loss(student[ours], teacher[theirs], mask) for ours, theirs in pairs]).mean()
 
@@ -96,6 +104,12 @@ def check_features(config: DistillationConfig, student: PretrainedConfig, teache
                 f"the student has {what} {ours} and the teacher {what} {theirs}; allowed with {key}: as many of both"
             )
     if config.hidden > 0 or config.attention > 0:
+        for model in (student, teacher):
+            if model.is_encoder_decoder:
+                raise UserError(
+                    f"a {model.model_type} has two stacks of layers; allowed with it: distillation.hidden=0 and "
+                    "distillation.attention=0"
+                )
         layer_pairs(config.layers, student.num_hidden_layers, teacher.num_hidden_layers)
 
 

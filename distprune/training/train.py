@@ -33,7 +33,7 @@ from distprune.pruning.pruner import Pruner
 from distprune.tasks.base import Batch
 from distprune.training.best import Best, copy_directory, entries_of, partial_of, remove_former
 from distprune.training.curvature import estimate
-from distprune.training.diagnose import refuse_nonfinite
+from distprune.training.diagnose import name_unused, refuse_nonfinite
 from distprune.training.interrupts import Interrupted, StopRequests
 from distprune.training.objective import Losses, Objective
 from distprune.training.setup import Setup
@@ -93,6 +93,8 @@ class Trainer:
             self._evaluate()  # the run was told to stop, and had no time for it
         for batch in self._batches():
             asked = self._optimizer_step(batch)
+            if self.step == 1 and self.setup.pruner is not None:
+                name_unused(self.setup.pruner)
             if self.step % self.config.train.log_every == 0 or self.step == plan.total_steps:
                 self._log_training()
             if asked.stop and self.step < plan.total_steps:
@@ -130,7 +132,8 @@ class Trainer:
         while self.step < plan.total_steps and not self._out_of_patience():
             epoch, done = divmod(self.step, plan.steps_per_epoch)
             batches = train_batches(lengths, self.config.train.batch_size, self.config.train.seed, epoch)
-            yield from batches[done : done + plan.total_steps - self.step]
+            for one in batches[done : done + plan.total_steps - self.step]:
+                yield one.tolist()
 
     def _optimizer_step(self, batch: list[int]) -> _Asked:
         """Train on a global batch; return what any rank asks for, the same on every rank."""

@@ -1,16 +1,20 @@
-"""Numbers that are not finite: in weights, outputs and gradients of real runs."""
+"""Numbers that are not finite, in weights, outputs and gradients of real runs; and gradients that there are none of."""
 
 import math
 from itertools import product
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from distprune import dist
+from distprune.pruning.pruner import Pruner
+from distprune.training.diagnose import name_unused
 from distprune.zero.shards import shards_of
 from tests.distributed.engines import Layout
-from tests.distributed.runs import DENSE, RATE, OnLastRank, run_patched, stage
+from tests.distributed.runs import DENSE, RATE, OnLastRank, heard, run_patched, stage
 from tests.world import Worlds
 
 LAYER = "bert.encoder.layer.1.output.dense"
@@ -66,3 +70,29 @@ def test_a_nan_weight_is_not_pruned(world: Worlds, task: Path, tmp_path: Path) -
     said = world(2).run(run_patched, RATE, OnLastRank(poison_weights), task, tmp_path / "run", "pruning.start=6 steps")
     assert len(set(said)) == 1
     assert said[0].startswith(f"at step 6 {LAYER}.weight has scores of Magnitude that are NaN")
+
+
+class Shard:
+    """Stands in for a rank's slice of a matrix behind a step."""
+
+    def __init__(self, name: str, used: bool):
+        self.name, self.used = name, used
+
+    def moments(self, _: Any) -> dict[str, torch.Tensor]:
+        return {"exp_avg": torch.ones(2) * self.used}
+
+
+def name_what_is_unused(used: list[list[str]]) -> None:
+    """Say which of three matrices have moments on no rank. Collective."""
+    names = ["a", "b", "c"]
+    shards = [Shard(name, name in used[dist.detect().rank]) for name in names]
+    parameters = SimpleNamespace(names=names, numel=dict.fromkeys(names, 10))
+    name_unused(cast("Pruner", SimpleNamespace(shards=shards, parameters=parameters, optimizer=None, total=30)))
+
+
+def test_weights_without_a_gradient_are_named(world: Worlds) -> None:
+    (_, said), (_, others) = world(2).run(heard, name_what_is_unused, [["a"], ["c"]])
+    assert said.startswith("10 of the 30 weights to prune get no gradient, as b: the model does not use them here")
+    assert others == ""
+    for used in ([["a", "b"], ["c"]], [[], []]):
+        assert world(2).run(heard, name_what_is_unused, used) == [(None, "")] * 2

@@ -52,7 +52,7 @@ def plain_losses(task: Path, betas: tuple[float, float], eps: float, decay: floa
     decays = [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": decay}]
     optimizer = torch.optim.AdamW(decays, lr=1e-3, betas=betas, eps=eps)
     lengths = [len(tokenizer(row["sentence"])["input_ids"]) for row in rows]
-    batches = [batch for epoch in range(7) for batch in train_batches(lengths, 12, 42, epoch)][:STEPS]
+    batches = [batch for epoch in range(7) for batch in train_batches(lengths, 12, 42, epoch).tolist()][:STEPS]
     found = []
     for step, batch in enumerate(batches):
         rate = 1e-3 * (step / 5 if step < 5 else (STEPS - step) / (STEPS - 5))

@@ -22,7 +22,7 @@ def random_lengths(count: int, seed: int) -> list[int]:
 def test_an_epoch_holds_each_example_at_most_once_in_full_batches(count, batch_size, seed, epoch):
     batch_size = min(batch_size, count)
     lengths = random_lengths(count, seed)
-    batches = train_batches(lengths, batch_size, seed, epoch)
+    batches = train_batches(lengths, batch_size, seed, epoch).tolist()
     members = [index for batch in batches for index in batch]
     assert len(batches) == count // batch_size
     assert all(len(batch) == batch_size for batch in batches)
@@ -33,12 +33,12 @@ def test_an_epoch_holds_each_example_at_most_once_in_full_batches(count, batch_s
 
 def test_epochs_and_seeds_differ_and_repeat():
     lengths = random_lengths(103, 0)
-    first = train_batches(lengths, 10, seed=1, epoch=0)
-    assert first == train_batches(lengths, 10, seed=1, epoch=0)
-    assert first != train_batches(lengths, 10, seed=1, epoch=1)
-    assert first != train_batches(lengths, 10, seed=2, epoch=0)
+    first = train_batches(lengths, 10, seed=1, epoch=0).tolist()
+    assert first == train_batches(lengths, 10, seed=1, epoch=0).tolist()
+    assert first != train_batches(lengths, 10, seed=1, epoch=1).tolist()
+    assert first != train_batches(lengths, 10, seed=2, epoch=0).tolist()
     dropped = {
-        frozenset(range(103)) - {index for batch in train_batches(lengths, 10, 1, epoch) for index in batch}
+        frozenset(range(103)) - {index for batch in train_batches(lengths, 10, 1, epoch).tolist() for index in batch}
         for epoch in range(10)
     }
     assert len(dropped) > 5
@@ -46,7 +46,7 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 def test_batches_hold_examples_of_similar_length_in_random_order():
     lengths = random_lengths(4000, 0)
-    batches = train_batches(lengths, 20, seed=3, epoch=0)
+    batches = train_batches(lengths, 20, seed=3, epoch=0).tolist()
     padding = sum(max(lengths[i] for i in batch) * 20 - sum(lengths[i] for i in batch) for batch in batches)
     assert padding < 0.05 * sum(lengths)
     longest = np.array([max(lengths[i] for i in batch) for batch in batches])
@@ -55,7 +55,7 @@ def test_batches_hold_examples_of_similar_length_in_random_order():
 
 
 def test_equal_lengths_are_shuffled_over_the_whole_epoch():
-    first = train_batches([7] * (4 * POOL * 3), 4, seed=0, epoch=0)
+    first = train_batches([7] * (4 * POOL * 3), 4, seed=0, epoch=0).tolist()
     assert max(first[0]) - min(first[0]) > 4
     assert np.mean([np.ptp(batch) for batch in first]) > POOL
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distprune.training import distill
 from distprune.training.distill import distillation_loss
 
 logits = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=3, max_size=3), min_size=2, max_size=2).map(
@@ -78,3 +79,27 @@ def test_sharp_teachers_stay_finite() -> None:
 def test_regression_is_the_squared_error_at_any_temperature(temperature: float) -> None:
     student, teacher = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [2.5]])
     assert distillation_loss(student, teacher, temperature).tolist() == [4.0, 0.25]
+
+
+def test_a_large_vocabulary_is_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd keeps the logits alone, and neither their roundings to fp32 nor their logarithms."""
+    logits = [torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    found = []
+    for piece in (1 << 23, 7 * 40 + 1):
+        monkeypatch.setattr(distill, "PIECE", piece)
+        student, teacher = logits[0].bfloat16().requires_grad_(), logits[1].bfloat16()
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = distillation_loss(student, teacher, 2.0)
+        loss.mean().backward()
+        found.append((loss.detach(), student.grad, sum(kept.values())))
+    (whole, gradient, most), (pieces, same_gradient, least) = found
+    assert pieces.shape == whole.shape == (3, 5)
+    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(same_gradient, gradient)
+    assert least <= 2 * 3 * 5 * 40 * 2 <= most / 2

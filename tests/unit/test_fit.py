@@ -30,6 +30,9 @@ class Read:
     def check_order(self, *_: Any) -> None:
         """Take any order."""
 
+    def check_architecture(self, *_: Any) -> None:
+        """Take any architecture."""
+
     def evaluations(self) -> dict[str, Any]:
         return {"": self.train}
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    LlamaConfig,
+    XLMConfig,
+)
 
 from distprune.config import Config
 from distprune.errors import UserError
@@ -256,3 +264,24 @@ def test_a_live_teacher_keeps_outputs_only_where_they_are_asked_for(lm):
     model, batch = model_of(task), task.collate(all_rows(task.validation))
     assert LiveTeacher(model, task).outputs(batch, []).outputs is None
     assert LiveTeacher(model, task).outputs(batch, [], output_hidden_states=True).outputs.hidden_states
+
+
+@pytest.mark.parametrize("config", [BertConfig, XLMConfig, GPT2Config, LlamaConfig, BartConfig], ids=str)
+def test_a_model_that_sees_what_it_is_to_predict_is_no_causal_one(lm, config) -> None:
+    """Held against what a change of the last token does to the logits before it."""
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "n_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "decoder_layers": 1, "decoder_ffn_dim": 8}
+    key = "causal" if config is XLMConfig else "is_decoder"
+    for causes in (False, True):
+        given = {key: True} if causes else {}
+        task, model = lm(name="causal_lm"), AutoModelForCausalLM.from_config(config(**sizes, emb_dim=8, **given)).eval()
+        tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+        with torch.no_grad():
+            first, second = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :-1]
+        if torch.equal(first, second):
+            task.check_architecture(model.config)
+        else:
+            assert not causes
+            with pytest.raises(UserError, match=f"a {model.config.model_type} sees the tokens that it is to predict"):
+                task.check_architecture(model.config)
+    assert torch.equal(first, second)

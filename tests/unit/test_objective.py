@@ -1,9 +1,11 @@
 """What a step minimises, against the formulas written out on a small model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertForSequenceClassification, FNetConfig
+from transformers import BartConfig, BertConfig, BertForSequenceClassification, FNetConfig
 
 from distprune.config import DistillationConfig
 from distprune.errors import UserError
@@ -142,3 +144,17 @@ def test_tokens_without_a_mask_all_count(batch_of) -> None:
     assert masked.hidden != expected.hidden, "the batch has padding"
     del batch["attention_mask"]
     assert objective.losses(model(2, 0), batch, rows) == expected
+
+
+def test_models_whose_layers_are_not_those_of_tokens_are_refused(batch_of) -> None:
+    two_stacks = BartConfig()
+    with pytest.raises(UserError, match="a bart has two stacks of layers; allowed with it: distillation"):
+        check_features(DistillationConfig(hidden=1.0), two_stacks, two_stacks)
+    task, batch, rows = batch_of
+    student, teacher = model(2, 0), model(2, 1)
+    whole = student.forward
+    for given in (None, (None, None), (torch.zeros(3, 2, 8), torch.zeros(3, 2, 8))):
+        student.forward = lambda given=given, **inputs: replace(whole(**inputs), hidden_states=given, attentions=given)
+        for config in (DistillationConfig(hidden=1.0), DistillationConfig(attention=1.0)):
+            with pytest.raises(UserError, match="the student does not put out what each layer has"):
+                Objective(task, LiveTeacher(teacher, task), config).losses(student, batch, rows)

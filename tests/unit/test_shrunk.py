@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
@@ -19,6 +21,8 @@ from transformers import (
     MPNetConfig,
     MPNetForSequenceClassification,
     PreTrainedModel,
+    RoFormerConfig,
+    RoFormerForSequenceClassification,
 )
 
 from distprune.commands import export, oneshot
@@ -170,3 +174,27 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         export.run(str(dense), str(dense), True)
     with pytest.raises(UserError, match=r"holds no shrunk\.json"):
         load_shrunk(dense, AutoModelForSequenceClassification)
+
+
+def save(model: PreTrainedModel, directory: Path) -> str:
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(write_model(directory.with_name("tokenizer"))).save_pretrained(directory)
+    return str(directory)
+
+
+def test_neurons_go_where_heads_are_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = DebertaV2Config(vocab_size=50, num_hidden_layers=1, **SHAPE)
+    model = DebertaV2ForSequenceClassification(config)
+    with torch.no_grad():
+        model.deberta.encoder.layer[0].output.dense.weight[:, :5] = 0.0
+    export.run(save(model, tmp_path / "whole"), str(tmp_path / "small"), True)
+    assert "took out 0 of 0 heads, 5 of 24 neurons" in capsys.readouterr().out
+
+
+def test_heads_that_transformers_needs_are_said_to_stay(tmp_path: Path) -> None:
+    model = RoFormerForSequenceClassification(RoFormerConfig(vocab_size=50, num_hidden_layers=1, **SHAPE))
+    with torch.no_grad():
+        model.roformer.encoder.layer[0].attention.output.dense.weight[:, :4] = 0.0
+    with pytest.raises(UserError, match="transformers cannot run a RoFormerForSequenceClassification with fewer heads"):
+        export.run(save(model, tmp_path / "whole"), str(tmp_path / "small"), True)
+    assert not list(tmp_path.glob("small*"))

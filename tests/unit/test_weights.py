@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
@@ -30,7 +31,7 @@ from transformers import (
 from distprune.errors import UserError
 from distprune.models import files
 from distprune.models.files import ModelFiles, load_tokenizer, match_names, resolve
-from distprune.models.weights import most_tokens, set_dropout, skeleton, stored_names
+from distprune.models.weights import check_dropout, most_tokens, set_dropout, skeleton, stored_names
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
 
@@ -276,6 +277,21 @@ def test_dropout_sets_every_rate_of_the_model_and_nothing_else(tmp_path: Path) -
 
 def test_dropout_null_is_the_models_own(tmp_path: Path) -> None:
     assert set_dropout({"num_labels": 3}, tmp_path, None) == {"num_labels": 3}
+
+
+def test_no_layer_is_dropped_without_dropout(tmp_path: Path) -> None:
+    BartConfig().save_pretrained(tmp_path)
+    assert {"encoder_layerdrop", "decoder_layerdrop"} <= set_dropout({}, tmp_path, 0.0).keys()
+    assert "encoder_layerdrop" not in set_dropout({}, tmp_path, 0.1)
+
+
+def test_a_dropout_that_is_not_reached_is_refused(tmp_path: Path) -> None:
+    BertConfig(**SIZES, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3).save_pretrained(tmp_path)
+    model = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path))
+    check_dropout(model, 0.3)
+    check_dropout(model, None)
+    with pytest.raises(UserError, match=r"model.dropout is 0.1, and embeddings.dropout of a BertModel keeps 0.3"):
+        check_dropout(model, 0.1)
 
 
 @pytest.mark.parametrize("switch", [True, False])

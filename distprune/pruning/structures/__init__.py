@@ -14,7 +14,7 @@ from distprune.pruning.structures.blocks import Blocks, tiles
 from distprune.pruning.structures.n_of_m import WRITTEN, NOfM
 from distprune.pruning.structures.unstructured import Unstructured
 
-__all__ = ["Choice", "Structure", "build_structure"]
+__all__ = ["Choice", "Structure", "build_structure", "check_sparsity"]
 
 
 def build_structure(
@@ -29,20 +29,8 @@ def build_structure(
         attention_heads: in a layer of the model, where that is known.
 
     Raises:
-        UserError: where there is no such structure, the parameters do not have it, or the sparsity is less than a unit.
+        UserError: where there is no such structure, or the parameters do not have it.
     """
-    structure = _build(config, shapes, cuts, attention_heads)
-    if config.sparsity > 0 and structure.masked_at(Fraction(str(config.sparsity))) == 0:
-        raise UserError(
-            f"pruning.sparsity is {config.sparsity}, less than one unit of {config.structure} (pruning.structure) of "
-            "what is pruned; allowed: more"
-        )
-    return structure
-
-
-def _build(
-    config: PruningConfig, shapes: dict[str, tuple[int, ...]], cuts: dict[str, list[int]], attention_heads: int | None
-) -> Structure:
     name = config.structure
     if name == "unstructured":
         return Unstructured(_groups(config, shapes))
@@ -62,6 +50,19 @@ def _build(
     if name == "neurons":
         return Blocks(neurons(shapes), cuts)
     raise UserError(f"pruning.structure is {name!r}; allowed: unstructured, N:M, RxC, heads or neurons")
+
+
+def check_sparsity(config: PruningConfig, structure: Structure) -> None:
+    """Refuse a target of which no unit of the structure would be pruned.
+
+    Raises:
+        UserError: as said.
+    """
+    if config.sparsity > 0 and structure.masked_at(Fraction(str(config.sparsity))) == 0:
+        raise UserError(
+            f"pruning.sparsity is {config.sparsity}, less than one unit of {config.structure} (pruning.structure) of "
+            "what is pruned; allowed: more"
+        )
 
 
 def _check_n_of_m(config: PruningConfig, kept: int, of: int, first: tuple[str, tuple[int, ...]]) -> None:
