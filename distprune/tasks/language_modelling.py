@@ -1,6 +1,7 @@
 """Plain text: masked tokens from those around them, or each token from those before it."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,8 +22,8 @@ from distprune.tasks.tokens import check_max_length, mapped
 IGNORED = -100
 MASKED, KEPT = 0.8, 0.1
 """What becomes of the tokens that are predicted, as in BERT; the others are replaced by random ones."""
-_TOKENS_AT_ONCE = 1 << 28
-"""The lists that datasets makes of an array are counted in 32 bits."""
+_TOKENS_AT_ONCE = 1 << 24
+"""Tokens that are cut into blocks at once: cutting takes several times their memory."""
 
 
 class LanguageModelling(Task):
@@ -30,8 +31,8 @@ class LanguageModelling(Task):
 
     Texts are joined with the special tokens that the tokenizer adds to each, or with its end token where it adds none,
     and cut into blocks of ``task.max_length`` tokens; what is left at the end, and blocks without text, are dropped.
-    A row is a block, while ``task.limit`` and ``task.holdout`` count texts. All blocks are held in memory, four bytes a
-    token.
+    A row is a block, while ``task.limit`` and ``task.holdout`` count texts. Every rank holds all blocks in
+    memory, four bytes a token.
 
     Attributes:
         allowed: the metrics; the first two are the default.
@@ -139,23 +140,27 @@ class LanguageModelling(Task):
         Raises:
             UserError: there is not one.
         """
-        tokens = mapped(rows, _encode_texts, rows.column_names, tokenizer=self.tokenizer, column=column)
-        chunks = tokens.data.column("input_ids").chunks
-        joined = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks])
-        blocks = joined[: len(joined) // self._length * self._length].reshape(-1, self._length)
-        blocks = blocks[self.is_text(blocks).any(axis=1)]
-        if len(blocks) == 0:
+        texts = mapped(rows, _encode_texts, rows.column_names, tokenizer=self.tokenizer, column=column)
+        pieces: list[Dataset] = []
+        rest, tokens, number = np.zeros(0, np.int32), 0, 0
+        for piece in _pieces(texts.data.column("input_ids")):
+            joined, tokens = np.concatenate([rest, *piece]), tokens + sum(map(len, piece))
+            blocks, rest = np.split(joined, [len(joined) // self._length * self._length])
+            blocks = blocks.reshape(-1, self._length)
+            blocks = blocks[self.is_text(blocks).any(axis=1)]
+            if len(blocks):
+                pieces.append(self._rows(blocks, number))
+                number += len(blocks)
+        if number == 0:
             raise UserError(
-                f"column {column!r} of {origin} gives no block: it has {len(joined)} tokens; "
+                f"column {column!r} of {origin} gives no block: it has {tokens} tokens; "
                 f"allowed: at least task.max_length, {self._length}"
             )
-        size = max(1, _TOKENS_AT_ONCE // self._length)
-        return concatenate_datasets([self._rows(blocks, at, at + size) for at in range(0, len(blocks), size)])
+        return concatenate_datasets(pieces)
 
-    def _rows(self, blocks: npt.NDArray[Any], start: int, end: int) -> Dataset:
-        numbers = np.arange(start, min(end, len(blocks)))
-        lengths = np.full(len(numbers), self._length)
-        return Dataset.from_dict({"input_ids": blocks[start:end], "length": lengths, "_row": numbers})
+    def _rows(self, blocks: npt.NDArray[Any], first: int) -> Dataset:
+        numbers = np.arange(first, first + len(blocks))
+        return Dataset.from_dict({"input_ids": blocks, "length": np.full(len(blocks), self._length), "_row": numbers})
 
     def is_text(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Return which tokens are not special."""
@@ -249,6 +254,22 @@ def _counts(batch: Batch) -> list[int]:
 def _targets(batch: Batch) -> torch.Tensor:
     """Return the tokens that are predicted, shape [N], row by row."""
     return batch["labels"][batch["labels"] != IGNORED]
+
+
+def _pieces(texts: Any) -> Iterator[list[npt.NDArray[np.int32]]]:
+    """Yield the tokens of all texts, so many at a time: those of a piece are what is in memory of them.
+
+    Args:
+        texts: a column of lists, as pyarrow's ChunkedArray.
+    """
+    held: list[npt.NDArray[np.int32]] = []
+    for chunk in texts.chunks:
+        tokens = chunk.flatten().to_numpy()
+        while (missing := _TOKENS_AT_ONCE - sum(map(len, held))) <= len(tokens):
+            yield [*held, tokens[:missing]]
+            held, tokens = [], tokens[missing:]
+        held.append(tokens)
+    yield held
 
 
 def _encode_texts(
