@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from http.client import HTTPException
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
@@ -22,12 +23,12 @@ from huggingface_hub.constants import ENDPOINT
 from distprune import dist, settings, turns
 from distprune.config import Config
 from distprune.errors import UserError
+from distprune.models.files import open_source
 from distprune.paths import expanded
 from distprune.pruning import native
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors")
 _MESSAGE_MIB = 64
-_FREE_GIB = 20
 _CONNECT_S = 5
 _OFFLINE = "run distprune prepare on a node with a network, and set HF_HUB_OFFLINE=1"
 
@@ -54,7 +55,7 @@ def run(config_path: str | None, overrides: list[str]) -> None:
         "devices": _devices,
         "network": _network,
         "shared disk": lambda: _shared(folder),
-        "free disk": lambda: _free(folder),
+        "free disk": lambda: _free(folder, config),
         "locks": lambda: _locks(folder),
         "compiler": _compiler,
         "hub": lambda: _hub(config),
@@ -151,12 +152,25 @@ def _shared(folder: Path) -> Finding:
     return Finding(seen, f"{folder} {'is the same' if seen else 'is another one'} on all nodes", advice)
 
 
-def _free(folder: Path) -> Finding:
+def _free(folder: Path, config: Config) -> Finding:
     if not folder.exists():
         return Finding(False, f"{folder} does not exist", "make it")
-    free = shutil.disk_usage(folder).free / 2**30
-    advice = f"free {_FREE_GIB} GiB; a checkpoint takes 12 bytes a weight, and checkpoint.keep + 2 of them may be there"
-    return Finding(free >= _FREE_GIB, f"{free:,.0f} GiB in {folder}", advice)
+    free, needed = shutil.disk_usage(folder).free / 2**30, _needed_gib(config)
+    advice = (
+        f"free {needed:,.0f} GiB: a checkpoint takes 12 bytes a weight, of which checkpoint.keep + 2 may be there, and "
+        "a model takes 4"
+    )
+    return Finding(free >= needed, f"{free:,.0f} GiB in {folder}", advice)
+
+
+def _needed_gib(config: Config) -> float:
+    """Return what a run may need, of a model that is here; else what one of 400 million weights may."""
+    directory, weights = expanded(config.model.path), 4e8
+    if (directory / "config.json").exists():
+        source = open_source(directory)
+        weights = sum(prod(source.shape(name)) for name in source.file_of)
+    checkpoints, models = config.checkpoint.keep + 2, 1 + 2 * (config.train.select == "best")
+    return weights * (12 * checkpoints + 4 * models) / 2**30
 
 
 def _locks(folder: Path) -> Finding:

@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 from distprune import dist
@@ -102,6 +103,20 @@ def test_a_disk_that_is_not_shared_and_another_version_are_seen(world: Worlds, t
 def test_a_folder_that_cannot_be_locked_is_a_finding(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "file has none: " in doctor._locks(tmp_path / "file").text
+
+
+def test_a_disk_must_hold_what_a_run_of_the_model_writes(tmp_path: Path) -> None:
+    config = Config()
+    config.model.path = str(write_model(tmp_path / "model"))
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    weights = sum(each.numel() for each in tensors.values())
+    assert doctor._needed_gib(config) * 2**30 == weights * (12 * 4 + 4)
+    config.checkpoint.keep, config.train.select = 5, "best"
+    assert doctor._needed_gib(config) * 2**30 == weights * (12 * 7 + 3 * 4)
+    with patch("shutil.disk_usage", return_value=SimpleNamespace(free=weights)):
+        found = doctor._free(tmp_path, config)
+    assert not found.good
+    assert found.advice.startswith("free 0 GiB: a checkpoint takes 12 bytes a weight")
 
 
 @pytest.mark.parametrize(("hub", "path", "needed"), [(None, ".", False), ("glue", ".", True), (None, "a/model", True)])

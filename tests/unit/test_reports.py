@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -22,7 +23,7 @@ from distprune.__main__ import main
 from distprune.commands import report
 from distprune.config import Config
 from distprune.errors import UserError
-from distprune.reports.figures import curves
+from distprune.reports.figures import curves, weights
 from distprune.reports.page import _further, page
 from distprune.reports.runs import differences, read_runs, times
 
@@ -33,11 +34,11 @@ OTHER = "bert.encoder.layer.1.output.dense.weight"
 def write_weights(directory: Path, keep: float) -> None:
     directory.mkdir()
     BertConfig().save_pretrained(directory)
-    weights = {
+    matrices = {
         name: torch.randn(20, 30, generator=torch.Generator().manual_seed(seed))
         for seed, name in enumerate((MATRIX, OTHER))
     }
-    save_file({name: each * (each.abs() > keep) for name, each in weights.items()}, directory / "model.safetensors")
+    save_file({name: each * (each.abs() > keep) for name, each in matrices.items()}, directory / "model.safetensors")
 
 
 def write_run(directory: Path, model: Path, ended: bool = True, **values: Any) -> Path:
@@ -121,6 +122,18 @@ def test_the_page_says_what_the_runs_are_and_needs_nothing_beside_itself(html: P
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     assert len(images) == 1 + 3 + 2, "curves, a heat map of each run, weights of those that have ended"
     assert all(matplotlib.image.imread(BytesIO(b64decode(each))).std() > 0.01 for each in images)
+
+
+def test_histograms_are_those_of_all_weights_together(runs: list[str]) -> None:
+    (axes,) = weights(read_runs(runs)[0]).axes
+    matrices = [torch.randn(20, 30, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    every = torch.cat([each.flatten() for each in matrices]).numpy()
+    edge = np.quantile(np.abs(every), 0.9995)
+    for patch, kept in zip(axes.patches, (every, every[np.abs(every) > 0.5]), strict=True):
+        expected, edges = np.histogram(kept, 120, (-edge, edge))
+        found = patch.get_data()
+        assert found.values.tolist() == expected.tolist()
+        assert found.edges == pytest.approx(edges, abs=1e-5)
 
 
 def test_picture_and_table_lie_beside_it(html: Path) -> None:
