@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from distprune.training.objective import Objective, put_out_features
 from distprune.training.plan import Plan, make_plan
 from distprune.training.setup import load_task, local_model
 
+_MORE = "a machine with more"
 _SPREAD = 0.02
 """Standard deviation of the weights that stand in for the real ones; speed and sizes do not depend on it."""
 
@@ -73,7 +75,7 @@ class Subject:
         return count(model, self._loss(model, batch))
 
     def _loss(self, model: Any, batch: Batch) -> Callable[[], Tensor]:
-        """Return what computes the loss of a batch, with a live teacher's part, which is as large with a cache."""
+        """Return what computes the loss of a batch, with the part of a teacher that is run."""
         teacher = None
         if self.teacher is not None and not self.is_cached:
             teacher = LiveTeacher(stand_in(self.teacher, self.teacher_layout.dtype).eval(), self.task)
@@ -117,6 +119,8 @@ class Subject:
     def examples_per_s(self) -> float:
         """Measure a rank's micro batch of the longest examples, on this machine's CPU in one process."""
         model = stand_in(self.student, self.layout.dtype).train()
+        # A gradient and two moments of each.
+        _check_memory(3 * sum(self.shapes.trained) * self.layout.dtype.itemsize, f"{_MORE}, or --examples-per-s")
         batch = self.longest(self.task.train, self.micro_batch)
         groups = decay_groups(model, self.config.optimizer.weight_decay)
         return measure(model, self._loss(model, batch), groups, self.micro_batch)
@@ -163,7 +167,12 @@ def _teacher(config: Config, task: Task, student: Path) -> PreTrainedModel | Non
 
 
 def stand_in(model: PreTrainedModel, dtype: torch.dtype) -> Any:
-    """Give a model on the meta device random weights, in place; tied ones stay tied."""
+    """Give a model on the meta device random weights, in place; tied ones stay tied.
+
+    Raises:
+        UserError: this machine has no memory for them.
+    """
+    _check_memory(sum(each.numel() for each in model.parameters() if each.is_meta) * dtype.itemsize, _MORE)
     real: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, meta in list(module._parameters.items()):
@@ -173,3 +182,11 @@ def stand_in(model: PreTrainedModel, dtype: torch.dtype) -> Any:
                     real[id(meta)] = nn.Parameter(values, meta.requires_grad)
                 module._parameters[name] = real[id(meta)]
     return model
+
+
+def _check_memory(needed: int, allowed: str) -> None:
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"a plan takes {needed / 1e9:.1f} GB on this machine, with {free / 1e9:.1f} to give; allowed: {allowed}"
+        )

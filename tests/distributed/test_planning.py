@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from distprune import dist
+from distprune import dist, settings
 from distprune.config import PruningConfig
 from distprune.engines.build import build_frozen, decay_groups
 from distprune.models.weights import skeleton
 from distprune.planning.held import mask_bytes, state_bytes, weight_bytes
 from distprune.planning.shapes import layout_of, shapes_of
+from distprune.planning.subject import subject_of
 from distprune.pruning.targets import targets_of
 from distprune.zero.engine import held_bytes
 from tests.distributed.engines import ALL_LAYOUTS, Layout, Student
@@ -89,6 +90,17 @@ def test_a_teacher_whose_outputs_are_cached_comes_before_the_run(world: Worlds, 
     assert status == 0, said
     assert "caching" in said
     assert re.search(r"teacher's weights +│ 0\.000 │", said), "it is not run beside the student"
+
+
+def kept_for_the_backward_pass(task: Path, hidden: float) -> int:
+    options = [*TAUGHT, f"distillation.hidden={hidden}"]
+    return subject_of(settings.load_valid(str(task / "run.yaml"), options), 2).activations().total(1)
+
+
+def test_what_is_held_against_a_teacher_is_counted(world: Worlds, task: Path) -> None:
+    """Of hidden states the backward pass needs the differences, in fp32."""
+    ((without,), (kept,)) = (world(1).run(kept_for_the_backward_pass, task, hidden) for hidden in (0.0, 1.0))
+    assert kept > without
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
 """The plan's arithmetic, against numbers worked out by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import gelu
+from transformers import PreTrainedModel
 
 from distprune.config import FisherConfig
 from distprune.errors import UserError
@@ -15,6 +18,7 @@ from distprune.planning.held import mask_bytes, reduced, state_bytes, weight_byt
 from distprune.planning.hours import hours
 from distprune.planning.memory import Need, gathered
 from distprune.planning.shapes import Layout, Shapes, layout_of
+from distprune.planning.subject import stand_in
 from distprune.pruning.scores import build_score
 
 # A matrix of 10 and one of 21 that is pruned, biases of 3 and 4, and 5 frozen weights: 38 that are trained.
@@ -202,6 +206,14 @@ def test_an_evaluation_and_the_pass_for_a_cache_are_moments_of_their_own() -> No
     beside = memory.moments(need(layout, evaluation=900, teaching=7000, teacher=(SHAPES, Layout(0, 2))))
     assert beside["evaluation"].device["outputs"] == 7000
     assert "evaluation" not in memory.moments(need(layout))
+
+
+def test_a_model_that_this_machine_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cast("PreTrainedModel", nn.Linear(1000, 1000, device="meta"))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3 << 20))
+    with pytest.raises(UserError, match=r"a plan takes 0\.0 GB on this machine, with 0\.0 to give; allowed: a"):
+        stand_in(model, torch.float32)
+    stand_in(model, torch.bfloat16)
 
 
 def test_hours() -> None:
