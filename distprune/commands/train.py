@@ -22,6 +22,7 @@ from distprune.monitor.plots import plot_layers, plot_run
 from distprune.monitor.records import read_metrics, write_json
 from distprune.monitor.wandb import store_id
 from distprune.paths import expanded
+from distprune.training.diagnose import name_unknown
 from distprune.training.heartbeat import Heartbeat
 from distprune.training.interrupts import (
     REQUEUE,
@@ -99,6 +100,8 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
         print("this CPU computes bf16 several times more slowly than fp32: deepspeed.student.bf16.enabled=false")
     if setup.new_weights and dist.is_main():
         print(f"new weights, which {config.model.path} lacks: {', '.join(setup.new_weights)}")
+    if setup.pruner is not None and not config.pruning.include and dist.is_main():
+        name_unknown(setup.student.module, setup.pruner)
     try:
         monitoring = Monitor(run_dir, config, setup.plan.total_steps, enabled=dist.is_main())
         with StopRequests() as requests, monitoring as monitor:

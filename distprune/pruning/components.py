@@ -9,6 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from distprune.zero.shards import full_shape
+
 
 def component_matrices(model: nn.Module) -> dict[str, str]:
     """Return the component of each matrix that has one, by the parameter's name, in the model's order; tied ones once.
@@ -28,6 +30,20 @@ def component_matrices(model: nn.Module) -> dict[str, str]:
         if component is not None:
             found[name] = component
     return found
+
+
+def without_component(model: nn.Module) -> list[str]:
+    """Return the tensors within the numbered stacks of layers that are no vectors, and of no component.
+
+    Args:
+        model: its parameters may be partitioned.
+    """
+    modules, known = dict(model.named_modules()), component_matrices(model)
+    return [
+        name
+        for name, tensor in model.named_parameters()
+        if name not in known and len(full_shape(tensor)) > 1 and _in_stack(name.rpartition(".")[0], modules)
+    ]
 
 
 def layer_of(name: str) -> str | None:

@@ -7,9 +7,13 @@ from torch import Tensor, nn
 
 from distprune import dist
 from distprune.errors import UserError
+from distprune.pruning.components import without_component
 from distprune.pruning.pruner import Pruner
 from distprune.tasks.base import Batch, Task
-from distprune.zero.shards import trained_shards
+from distprune.zero.shards import full_shape, trained_shards
+
+MANY = 0.01
+"""The part of the weights to prune, of which others beside them are said."""
 
 
 def refuse_nonfinite(engine: Any, task: Task, batch: Batch, step: int) -> NoReturn:
@@ -62,6 +66,16 @@ def name_unused(pruner: Pruner) -> None:
         print(
             f"{weights:,} of the {pruner.total:,} weights to prune get no gradient, as {unused[0]}: the model does not "
             "use them here; pruning.exclude leaves them out"
+        )
+
+
+def name_unknown(model: nn.Module, pruner: Pruner) -> None:
+    """Say which weights of the encoder stay dense because they are of no known component, where they are many."""
+    sizes = {name: full_shape(model.get_parameter(name)).numel() for name in without_component(model)}
+    if sum(sizes.values()) > MANY * pruner.total:
+        print(
+            f"{sum(sizes.values()):,} weights of the layers stay dense beside the {pruner.total:,} to prune, as "
+            f"{next(iter(sizes))}, which is of no component that is known"
         )
 
 

@@ -1,6 +1,8 @@
 """Components are told by structure: the same for models that name their modules differently."""
 
 from collections import Counter
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from transformers import (
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    FunnelConfig,
+    FunnelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -24,8 +28,10 @@ from transformers import (
 )
 
 from distprune.config import COMPONENTS, PruningConfig
-from distprune.pruning.components import component_matrices, layer_of
+from distprune.pruning.components import component_matrices, layer_of, without_component
+from distprune.pruning.pruner import Pruner
 from distprune.pruning.targets import targets_of
+from distprune.training.diagnose import name_unknown
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 30}
 BERT = {"token_embedding": 1, "position_embedding": 1, "type_embedding": 1, "attention": 8, "feed_forward": 4}
@@ -102,3 +108,23 @@ def test_what_is_pruned_follows_the_components():
 )
 def test_a_parameters_layer_is_the_first_number_in_its_name(name: str, layer: str | None) -> None:
     assert layer_of(name) == layer
+
+
+def test_what_the_layers_have_beside_known_matrices_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Funnel's attention has a tensor of its own for relative positions."""
+    bert = BertForSequenceClassification(BertConfig(**SMALL))
+    funnel = FunnelForSequenceClassification(
+        FunnelConfig(vocab_size=30, block_sizes=[1], d_model=16, n_head=2, d_head=8, d_inner=24, num_decoder_layers=1)
+    )
+    assert without_component(bert) == []
+    left = without_component(funnel)
+    assert any(name.endswith("attention.r_kernel") for name in left)
+    number = sum(funnel.get_parameter(name).numel() for name in left)
+    for model, said in (
+        (bert, ""),
+        (funnel, f"{number} weights of the layers stay dense beside the 1,000 to prune, as "),
+    ):
+        name_unknown(model, cast("Pruner", SimpleNamespace(total=1000)))
+        assert capsys.readouterr().out.startswith(said)
+    name_unknown(funnel, cast("Pruner", SimpleNamespace(total=100_000)))
+    assert capsys.readouterr().out == "", "so few"
