@@ -209,7 +209,7 @@ def _logits_of_rank(teacher: LiveTeacher, task: Task, batch_size: int) -> Mappin
         dimensions = logits.dim()
     return {
         "rows": torch.from_numpy(np.array(rows, np.int64)),
-        "shapes": torch.from_numpy(np.array(shapes, np.int64).reshape(len(rows), dimensions)),
+        "shapes": torch.from_numpy(np.array(shapes, np.int64)).reshape(len(rows), dimensions),
         "values": torch.from_numpy(np.frombuffer(values, np.float32)) if len(values) else torch.empty(0),
     }
 
