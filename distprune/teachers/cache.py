@@ -16,7 +16,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 import xxhash
@@ -208,10 +207,14 @@ def _logits_of_rank(teacher: LiveTeacher, task: Task, batch_size: int) -> Mappin
         values.frombytes(logits.numpy().tobytes())
         dimensions = logits.dim()
     return {
-        "rows": torch.from_numpy(np.array(rows, np.int64)),
-        "shapes": torch.from_numpy(np.array(shapes, np.int64)).reshape(len(rows), dimensions),
-        "values": torch.from_numpy(np.frombuffer(values, np.float32)) if len(values) else torch.empty(0),
+        "rows": _tensor(rows, torch.int64),
+        "shapes": _tensor(shapes, torch.int64).reshape(len(rows), dimensions),
+        "values": _tensor(values, torch.float32),
     }
+
+
+def _tensor(values: "array[Any]", dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
 def refuse_unseen(path: Path) -> None:

@@ -4,7 +4,8 @@ import math
 import shutil
 import socket
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DistilBertConfig, DistilBertForSequenceClassification
 
 from distprune import dist, settings
-from distprune.teachers import choose
+from distprune.checkpoints.files import write_tensors
+from distprune.tasks.base import Task
+from distprune.teachers import cache, choose
+from distprune.teachers.live import LiveTeacher
 from distprune.training.setup import prepare
 from tests.distributed.engines import write_model
 from tests.distributed.runs import (
@@ -268,3 +272,11 @@ def test_what_the_teacher_can_is_said_before_the_first_step(world: Worlds, task:
     assert "the teacher" not in other, "one rank says it"
     first = told(tmp_path / "run")[0]
     assert (first["step"], first["split"], first["accuracy"]) == (0, "teacher", summary["dense_metric"])
+
+
+def test_a_rank_without_rows_has_its_part_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch of an evaluation for several ranks leaves the others none."""
+    monkeypatch.setattr(cache, "logits_of_rows", lambda *_: iter(()))
+    teacher, task = cast("LiveTeacher", SimpleNamespace(engine=None)), cast("Task", SimpleNamespace(train=None))
+    entry = write_tensors(tmp_path / "part.safetensors", cache._logits_of_rank(teacher, task, 1))
+    assert load_file(tmp_path / entry.name).keys() == {"rows", "shapes", "values"}
