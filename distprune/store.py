@@ -5,11 +5,13 @@ import time
 from datetime import timedelta
 from functools import lru_cache
 
-from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 SILENCE_S = 300.0
 """How long a rank's heart may stand still, where it beats, before those who wait for it give up."""
-_SLICE = timedelta(seconds=10)
+_LOOK_S = 10.0
+"""Time between looks at the hearts of those who are waited for."""
+_PAUSE_S = 0.25
 
 
 def connect_store() -> TCPStore:
@@ -63,18 +65,18 @@ def wait_for(key: str, size: int) -> None:
     Raises:
         RuntimeError: a rank has been silent for too long.
     """
-    store, seen = _connected(_place()), dict[int, tuple[bytes, float]]()
-    hearts = [_heart(rank) for rank in range(size)]
-    while True:
-        try:
-            store.wait([key], _SLICE)
-        except DistStoreError:
-            now = time.monotonic()
-            # Two requests for all ranks, as all ranks make them; hearts beat while a run trains, and all of them.
-            for rank, number in enumerate(store.multi_get(hearts) if store.check(hearts) else ()):
-                if rank not in seen or seen[rank][0] != number:
-                    seen[rank] = number, now
-                elif now - seen[rank][1] > SILENCE_S:
-                    raise RuntimeError(f"rank {rank} has been silent for {SILENCE_S:.0f} s") from None
-        else:
-            return
+    store, hearts = _connected(_place()), [_heart(rank) for rank in range(size)]
+    seen = dict[int, tuple[bytes, float]]()
+    pause, looked = 0.001, time.monotonic()
+    while not store.check([key]):  # store.wait would have torch print two lines at the end of each of its times
+        time.sleep(pause)
+        pause, now = min(2 * pause, _PAUSE_S), time.monotonic()
+        if now - looked < _LOOK_S:
+            continue
+        looked = now
+        # Two requests for all ranks, as all ranks make them; hearts beat while a run trains, and all of them.
+        for rank, number in enumerate(store.multi_get(hearts) if store.check(hearts) else ()):
+            if rank not in seen or seen[rank][0] != number:
+                seen[rank] = number, now
+            elif now - seen[rank][1] > SILENCE_S:
+                raise RuntimeError(f"rank {rank} has been silent for {SILENCE_S:.0f} s")

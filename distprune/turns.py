@@ -53,8 +53,9 @@ def on_main(action: Callable[[], T]) -> T:
 
     Raises:
         UserError: on every rank, where ``action`` does.
+        RuntimeError: on the others, where rank 0 is silent.
     """
-    box = [dist.agree(lambda: _main_alone(action))]
+    box = [_main_alone(action)]
     if torch_dist.is_initialized():
         torch_dist.broadcast_object_list(box)
     return box[0]  # type: ignore[return-value]
@@ -65,25 +66,31 @@ def write_on_main(action: Callable[[], object], target: Path) -> None:
 
     Raises:
         UserError: on every rank, where the target cannot be written (a full disk, missing rights).
+        RuntimeError: on the others, where rank 0 is silent.
     """
 
     def write() -> None:
         with written(target):
             action()
 
-    dist.agree(lambda: _main_alone(write))
+    _main_alone(write)
 
 
 def _main_alone(action: Callable[[], T]) -> T | None:
-    """Return what ``action`` returns on rank 0; the others return None once it has."""
+    """Return what ``action`` returns on rank 0; the others wait until it has ended, and return None."""
     world = dist.detect()
-    if not torch_dist.is_initialized() or world.size == 1:
-        return action() if world.rank == 0 else None
     turn = f"main_alone/{next(_turns)}"
-    if world.rank != 0:
+    others_wait = torch_dist.is_initialized() and world.size > 1
+    if others_wait and world.rank != 0:
         wait_for(turn, world.size)
-        return None
-    try:
-        return action()
-    finally:
-        tell(turn)
+
+    def act() -> T | None:
+        if world.rank != 0:
+            return None
+        try:
+            return action()
+        finally:
+            if others_wait:
+                tell(turn)
+
+    return dist.agree(act)

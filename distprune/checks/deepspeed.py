@@ -1,5 +1,7 @@
 """DeepSpeed's options: those that distprune sets itself, and layouts that it does not know."""
 
+from typing import Any
+
 from distprune.checks.check import Check
 from distprune.config import Config, value_of
 
@@ -50,6 +52,11 @@ def _absent(key: str, reason: str) -> Check:
     return Check(key, f"nothing: {reason}", lambda c: value_of(c, key) is None)
 
 
+def _off(key: str) -> Check:
+    off: tuple[Any, ...] = (None, False, {}, {"enabled": False})
+    return Check(key, "nothing: distprune has no use for it", lambda c: value_of(c, key) in off)
+
+
 def _section(key: str) -> Check:
     return Check(key, "a section of options", lambda c: isinstance(value_of(c, key, {}), dict))
 
@@ -83,7 +90,7 @@ def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:
         *(_unset(f"{root}.{name}", instead) for name, instead in OWNED.items()),
         *(_section(f"{root}.{name}") for name in READ_SECTIONS),
         *(_switch(f"{root}.{name}.enabled") for name in ("bf16", "fp16", "torch_autocast")),
-        *(_absent(f"{root}.{name}", "distprune has no use for it") for name in UNUSED),
+        *(_off(f"{root}.{name}") for name in UNUSED),
         _absent(f"{root}.tensor_parallel", "its ranks would need the same rows, and each has its own"),
         _absent(f"{zero}.zenflow", "it updates weights where pruned ones would come back"),
         Check(

@@ -155,7 +155,10 @@ def _shared(folder: Path) -> Finding:
 def _free(folder: Path, config: Config) -> Finding:
     if not folder.exists():
         return Finding(False, f"{folder} does not exist", "make it")
-    free, needed = shutil.disk_usage(folder).free / 2**30, _needed_gib(config)
+    try:
+        free, needed = shutil.disk_usage(folder).free / 2**30, _needed_gib(config)
+    except UserError as error:
+        return Finding(False, str(error), "bring a model that a run can read")
     advice = (
         f"free {needed:,.0f} GiB: a checkpoint takes 12 bytes a weight, of which checkpoint.keep + 2 may be there, and "
         "a model takes 4"

@@ -108,7 +108,7 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
             trainer = Trainer(config, setup, monitor, run_dir, requests)
             if before is not None:
                 trainer.resume(*before)
-            if setup.teacher is not None and trainer.dense_metrics is None:
+            if setup.teacher is not None and not _knows_teacher(before):
                 trainer.measure_teacher()
             trainer.run()
             trainer.write_final()
@@ -136,12 +136,16 @@ def _say_where_it_goes_on(run_dir: Path, config: Config, before: tuple[Path, Man
         UserError: where what has changed would make another run of it.
     """
     old = before[1].state["config"] if before else run_directory.started_with(run_dir)
-    knows_teacher = before is not None and before[1].state.get("teacher") is not None
-    changed = run_directory.changes(old, config, knows_teacher)
+    changed = run_directory.changes(old, config, _knows_teacher(before))
     where = f"step {before[1].step} ({before[0]})" if before else "the beginning: it has no checkpoint yet"
     print(f"going on with the run in {run_dir} from {where}")
     for change in changed:
         print(f"changed since: {change}")
+
+
+def _knows_teacher(before: tuple[Path, Manifest] | None) -> bool:
+    """Return whether a run goes on from a checkpoint with a hash of the teacher's files, and has measured it."""
+    return before is not None and before[1].state.get("teacher") is not None
 
 
 def _check_fits(setup: Setup, manifest: Manifest) -> None:

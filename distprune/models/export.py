@@ -87,7 +87,10 @@ def describe(model: Any, tokenizer: Any, directory: Path) -> None:
     config.save_pretrained(directory)
     if model.can_generate():  # as it was read: transformers saves none that it finds fault with
         model.generation_config.to_json_file(directory / GENERATION_CONFIG_NAME)
-    tokenizer.save_pretrained(directory)
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # that of the tokenizers library is of no kind, whatever the disk says
+        raise OSError(f"the tokenizer cannot be saved: {error}") from error
 
 
 def count_zeros(directory: Path) -> dict[str, tuple[int, int]]:

@@ -111,6 +111,6 @@ def _matrices(directory: Path, names: list[str]) -> Callable[[], Iterator[np.nda
 
 
 def _edge(matrices: Callable[[], Iterator[np.ndarray]]) -> float:
-    """Return what all but one in 2,000 of the weights are below, by their size, or of so many of each matrix."""
+    """Return a size that one in 2,000 weights exceeds; by a sample of each matrix, where it is large."""
     sample = np.concatenate([each[:: max(1, each.size // _SAMPLE)] for each in matrices()])
     return float(np.quantile(np.abs(sample), 0.9995))

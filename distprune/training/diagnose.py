@@ -60,9 +60,10 @@ def name_unused(pruner: Pruner) -> None:
         shard.name for shard in pruner.shards for moment in shard.moments(pruner.optimizer).values() if moment.any()
     ]
     used = dist.gather(mine)
-    unused = [name for name in pruner.parameters.names if name not in used]
+    sizes, masked = pruner.parameters.numel, pruner.masked_of
+    unused = [name for name in pruner.parameters.names if name not in used and masked[name] < sizes[name]]
     if used and unused and dist.is_main():
-        weights = sum(pruner.parameters.numel[name] for name in unused)
+        weights = sum(sizes[name] for name in unused)
         print(
             f"{weights:,} of the {pruner.total:,} weights to prune get no gradient, as {unused[0]}: the model does not "
             "use them here; pruning.exclude leaves them out"

@@ -235,7 +235,8 @@ class Trainer:
             if dist.is_main():
                 rmtree(partial_of(directory), ignore_errors=True)
                 print(f"the best state so far, of step {self.step}, is not kept: {error}")
-            self.best, self.measured_at = former, -1
+            former.evaluations_since += 1
+            self.best = former
             return
         self.best.files = turns.on_main(lambda: entries_of(directory))
         self.saver.finish()  # a checkpoint that is being written may need the former
@@ -243,7 +244,10 @@ class Trainer:
 
     def _forget_damaged_best(self) -> None:
         """Choose among later states where the best one is not as it was written. Collective: every rank calls it."""
-        problem = turns.on_main(lambda: self.best.problem(self.run_dir)) if self.best.metrics else None
+        if not self.best.metrics:
+            self.measured_at = -1 if self.at_target else self.measured_at  # the disk had no room for it
+            return
+        problem = turns.on_main(lambda: self.best.problem(self.run_dir))
         if problem is not None:
             if dist.is_main():
                 print(f"the best state, of step {self.best.step}, is lost: {problem}; chosen among later ones")

@@ -57,9 +57,12 @@ def test_the_former_best_state_stays_where_a_disk_is_full(world: Worlds, task: P
     summary, said = world(2).run(heard, run_with_a_full_disk, task, tmp_path / "run", 2, *options)[0]
     assert (summary["final_step"], summary["final_metric"]) == (8, 0.02)
     assert "the best state so far, of step 12, is not kept: '" in said
+    patient = (*options, "train.patience=2")
+    assert world(2).run(run_with_a_full_disk, task, tmp_path / "patient", 2, *patient)[0]["steps"] == 16
     refused = world(2).run(run_with_a_full_disk, task, tmp_path / "none", 0, *options)
     assert all("no state could be kept in" in each for each in refused)
     assert not list((tmp_path / "none" / "best").iterdir())
+    assert world(2).run(run, task, tmp_path / "none", *options)[0]["final_step"] > 0, "there is room again"
 
 
 def cut_file(best: Path) -> None:

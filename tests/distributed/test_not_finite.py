@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distprune import dist
+from distprune.engines.build import set_learning_rate
 from distprune.pruning.pruner import Pruner
 from distprune.training.diagnose import name_unused
 from distprune.zero.shards import shards_of
@@ -87,12 +88,32 @@ def name_what_is_unused(used: list[list[str]]) -> None:
     names = ["a", "b", "c"]
     shards = [Shard(name, name in used[dist.detect().rank]) for name in names]
     parameters = SimpleNamespace(names=names, numel=dict.fromkeys(names, 10))
-    name_unused(cast("Pruner", SimpleNamespace(shards=shards, parameters=parameters, optimizer=None, total=30)))
+    masked = dict.fromkeys(names, 0) | {"a": 10}
+    pruner = SimpleNamespace(shards=shards, parameters=parameters, optimizer=None, total=30, masked_of=masked)
+    name_unused(cast("Pruner", pruner))
 
 
 def test_weights_without_a_gradient_are_named(world: Worlds) -> None:
     (_, said), (_, others) = world(2).run(heard, name_what_is_unused, [["a"], ["c"]])
     assert said.startswith("10 of the 30 weights to prune get no gradient, as b: the model does not use them here")
     assert others == ""
-    for used in ([["a", "b"], ["c"]], [[], []]):
+    for used in ([["a", "b"], ["c"]], [["b"], ["c"]], [[], []]):
         assert world(2).run(heard, name_what_is_unused, used) == [(None, "")] * 2
+
+
+class Unused:
+    """Before the first step, takes a matrix's gradient away."""
+
+    def __init__(self) -> None:
+        self.begun = False
+
+    def __call__(self, engine: Any, rate: float) -> None:
+        if not self.begun:
+            engine.module.get_parameter(f"{LAYER}.weight").register_hook(torch.zeros_like)
+        self.begun = True
+        set_learning_rate(engine, rate)
+
+
+def test_a_run_says_which_weights_have_no_gradient(world: Worlds, task: Path, tmp_path: Path) -> None:
+    (_, said), _ = world(2).run(heard, run_patched, RATE, Unused(), task, tmp_path / "run")
+    assert f"weights to prune get no gradient, as {LAYER}.weight: the model does not use them here" in said

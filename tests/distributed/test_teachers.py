@@ -280,3 +280,12 @@ def test_a_rank_without_rows_has_its_part_too(tmp_path: Path, monkeypatch: pytes
     teacher, task = cast("LiveTeacher", SimpleNamespace(engine=None)), cast("Task", SimpleNamespace(train=None))
     entry = write_tensors(tmp_path / "part.safetensors", cache._logits_of_rank(teacher, task, 1))
     assert load_file(tmp_path / entry.name).keys() == {"rows", "shapes", "values"}
+
+
+def test_a_teacher_that_comes_later_is_measured(world: Worlds, task: Path, tmp_path: Path) -> None:
+    options = (f"teacher.path={task / 'teacher'}", "teacher.cache=null", "train.eval_every=2 steps", *EVERY_STEP)
+    cut_off(world, 1, task, tmp_path / "run", 5, "distillation.hardness=0", *options)
+    (summary, said), *_ = world(1).run(heard, run, task, tmp_path / "run", "distillation.hardness=0.5", *options)
+    (measured,) = records(tmp_path / "run", "teacher")
+    assert "the teacher: accuracy " in said
+    assert (measured["step"], measured["accuracy"]) == (4, summary["dense_metric"])

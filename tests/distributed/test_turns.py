@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -77,7 +76,7 @@ def test_others_wait_for_rank_0_outside_of_collectives(world: Worlds, tmp_path: 
 def waits_for_one_that_is_silent() -> str:
     """Wait for a rank whose heart stands still. Collective."""
     store.beat(store.connect_store(), dist.detect().rank, 1)
-    short = patch.multiple(store, _SLICE=timedelta(milliseconds=50), SILENCE_S=0.5)
+    short = patch.multiple(store, _LOOK_S=0.05, SILENCE_S=0.5)
     too_late = Timer(10, lambda: store.connect_store().set("too late", ""))
     too_late.start()
     with short, pytest.raises(RuntimeError) as caught:
@@ -88,6 +87,26 @@ def waits_for_one_that_is_silent() -> str:
 
 def test_who_waits_in_the_store_notices_a_rank_that_falls_silent(world: Worlds) -> None:
     assert all("rank 0 has been silent" in said for said in world(2).run(waits_for_one_that_is_silent))
+
+
+def given_up_on_main() -> float:
+    """Wait for rank 0, whose heart stands still; return the seconds until that is given up. Collective."""
+    store.beat(store.connect_store(), dist.detect().rank, 1)
+    began = time.monotonic()
+    with patch.multiple(store, _LOOK_S=0.05, SILENCE_S=0.5):
+        if dist.is_main():
+            turns.on_main(lambda: time.sleep(4))
+        else:
+            with pytest.raises(RuntimeError, match="rank 0 has been silent"):
+                turns.on_main(lambda: None)
+            began = time.monotonic() - began
+            dist.gather([None])  # or this one would wait for it
+            torch_dist.broadcast_object_list([None])
+    return began
+
+
+def test_who_waits_for_rank_0_gives_up_at_once(world: Worlds) -> None:
+    assert world(2).run(given_up_on_main)[1] < 3
 
 
 def fails_in_turn() -> str:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, cast
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from distprune.config import Config
 from distprune.errors import UserError
@@ -30,8 +30,9 @@ class Read:
     def check_order(self, *_: Any) -> None:
         """Take any order."""
 
-    def check_architecture(self, *_: Any) -> None:
-        """Take any architecture."""
+    def check_architecture(self, model_config: PretrainedConfig) -> None:
+        if model_config.num_labels == 7:
+            raise UserError("this architecture is not for the task")
 
     def evaluations(self) -> dict[str, Any]:
         return {"": self.train}
@@ -88,3 +89,22 @@ def test_zeros_that_a_run_would_not_keep_are_not_said_to_stay(tmp_path: Path, ro
     config.pruning.start_sparse = True
     freeze(model, ["embeddings"])
     check_zeros(config, model, directory)
+
+
+def test_a_model_that_does_not_fit_the_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout that is not reached, a target of less than a unit, an architecture that the task is not for."""
+    directory, config = write_model(tmp_path / "model"), Config()
+    AutoConfig.from_pretrained(directory, hidden_dropout_prob=0.1).save_pretrained(directory)
+    config.pruning.sparsity, config.pruning.structure, config.pruning.end = 0.001, "heads", "3 epochs"
+    plan, task = make_plan(config, 64), Read()
+    with pytest.raises(UserError, match=r"pruning.sparsity is 0.001, less than one unit of heads"):
+        check_model(config, plan, cast("Task", task), directory)
+    config.pruning.sparsity, config.model.dropout = 0.5, 0.25
+    check_model(config, plan, cast("Task", task), directory)
+    monkeypatch.setattr("distprune.training.fit.set_dropout", lambda options, *_: options)
+    with pytest.raises(UserError, match=r"model.dropout is 0.25, and .* keeps 0.1"):
+        check_model(config, plan, cast("Task", task), directory)
+    config.model.dropout = None
+    monkeypatch.setattr(task, "model_options", lambda: {"num_labels": 7})
+    with pytest.raises(UserError, match="this architecture is not for the task"):
+        check_model(config, plan, cast("Task", task), directory)

@@ -73,6 +73,7 @@ STAGE_1_FP32 = [
         (["task.max_length=0"], "task.max_length"),
         (["task.limit=0"], "task.limit"),
         (["deepspeed.student.autotuning.enabled=true"], "deepspeed.student.autotuning"),
+        (["deepspeed.student.sparse_gradients=true"], "deepspeed.student.sparse_gradients"),
         (["deepspeed.student.tensor_parallel.autotp_size=2"], "deepspeed.student.tensor_parallel"),
         (["deepspeed.teacher.zero_optimization.zenflow={}"], "deepspeed.teacher.zero_optimization.zenflow"),
         (["regrowth.part=1"], "regrowth.part"),
@@ -197,3 +198,8 @@ def test_options_that_distprune_sets_are_refused_with_the_key_to_use(engine: str
     key = f"deepspeed.{engine}.{option}"
     message = refused(settings.validate, settings.load(None, [*PRUNED, f"{key}=1"]))
     assert message == f"{key} is 1; allowed: nothing; use {OWNED[option]} instead"
+
+
+@pytest.mark.parametrize("off", ["sparse_gradients=false", "autotuning.enabled=false", "data_efficiency={}"])
+def test_what_is_switched_off_may_stay(off: str) -> None:
+    settings.validate(settings.load(None, [*PRUNED, f"deepspeed.student.{off}"]))
