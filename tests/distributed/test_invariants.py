@@ -260,7 +260,7 @@ def plain_clipped_step(model: nn.Module, dtype: str) -> tuple[float, float, dict
 
 @pytest.mark.parametrize(
     ("size", "accumulation"),
-    [(1, 2), (2, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 1), (3, 2), (4, 1)))],
+    [(2, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 2), (2, 1), (3, 2), (4, 1)))],
 )
 def test_the_clipping_norm_is_that_of_the_masked_gradient(
     world: Worlds, models: dict[str, Path], accumulation: int, size: int

@@ -282,6 +282,7 @@ def test_a_rank_without_rows_has_its_part_too(tmp_path: Path, monkeypatch: pytes
     assert load_file(tmp_path / entry.name).keys() == {"rows", "shapes", "values"}
 
 
+@pytest.mark.slow
 def test_a_teacher_that_comes_later_is_measured(world: Worlds, task: Path, tmp_path: Path) -> None:
     options = (f"teacher.path={task / 'teacher'}", "teacher.cache=null", "train.eval_every=2 steps", *EVERY_STEP)
     cut_off(world, 1, task, tmp_path / "run", 5, "distillation.hardness=0", *options)
