@@ -68,7 +68,8 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     micro_batch = config.train.batch_size // (world.size * config.train.accumulation)
     directory = checkpoint or local_model(config.model.path, config.model.revision)
     task = load_task(config, directory)
-    files = turns.on_main(lambda: hashes_of(config.task))
+    # Of a run that goes on its checkpoint has them.
+    files = turns.on_main(lambda: hashes_of(config.task)) if checkpoint is None else {}
 
     def check() -> Plan:
         check_batch_size(config.train.batch_size, world.size, config.train.accumulation)

@@ -265,6 +265,7 @@ class Trainer:
         state = state_of(student, pruner) | {
             "config": asdict(self.config),
             "data": self.setup.data,
+            "files": self.setup.files,
             "teacher": self.setup.teacher_weights,
             "new_weights": self.setup.new_weights,
             "wandb_id": stored_id(self.run_dir),
@@ -287,6 +288,7 @@ class Trainer:
         for name in _KEPT:
             setattr(self, name, state[name])
         self.setup.new_weights = manifest.state["new_weights"]
+        self.setup.files = manifest.state.get("files", {})  # older ones do not tell
         self.saver.last_step = manifest.step
         if self.config.train.select == "best":
             self._forget_damaged_best()

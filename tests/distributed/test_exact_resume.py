@@ -30,11 +30,12 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
     whole, output = tmp_path / "whole", tmp_path / "cut"
     options = (*stage(student), *EVERY_STEP, DROPOUT, "train.select=best", "train.log_every=5")
     options += TAUGHT * (student >= 2)
-    world(size).run(run, task, whole, *options)
+    expected = world(size).run(run, task, whole, *options)[0]
     for steps in (3, 7, 9):
         cut_off(world, size, task, output, steps, *options)
     summary = world(size).run(run, task, output, *options)[0]
-    assert summary["steps"] == 24
+    assert (summary["steps"], summary["data"]) == (24, expected["data"])
+    assert len(expected["data"]) == 2
     assert same_weights(whole, output)
     assert told(output) == told(whole)
 
