@@ -12,7 +12,6 @@ from copy import copy
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from shutil import rmtree
 from typing import Any, NamedTuple, NoReturn
 
 from distprune import dist, turns
@@ -31,7 +30,7 @@ from distprune.monitor.resources import memory_mib
 from distprune.monitor.wandb import stored_id
 from distprune.pruning.pruner import Pruner
 from distprune.tasks.base import Batch
-from distprune.training.best import Best, copy_directory, entries_of, partial_of, remove_former
+from distprune.training.best import Best, copy_directory, entries_of, remove_former
 from distprune.training.curvature import estimate
 from distprune.training.diagnose import name_unused, refuse_nonfinite
 from distprune.training.interrupts import Interrupted, StopRequests
@@ -132,8 +131,7 @@ class Trainer:
         while self.step < plan.total_steps and not self._out_of_patience():
             epoch, done = divmod(self.step, plan.steps_per_epoch)
             batches = train_batches(lengths, self.config.train.batch_size, self.config.train.seed, epoch)
-            for one in batches[done : done + plan.total_steps - self.step]:
-                yield one.tolist()
+            yield from (batch.tolist() for batch in batches[done : done + plan.total_steps - self.step])
 
     def _optimizer_step(self, batch: list[int]) -> _Asked:
         """Train on a global batch; return what any rank asks for, the same on every rank."""
@@ -233,7 +231,6 @@ class Trainer:
             write(self.setup, directory)
         except UserError as error:
             if dist.is_main():
-                rmtree(partial_of(directory), ignore_errors=True)
                 print(f"the best state so far, of step {self.step}, is not kept: {error}")
             former.evaluations_since += 1
             self.best = former
@@ -245,10 +242,9 @@ class Trainer:
     def _forget_damaged_best(self) -> None:
         """Choose among later states where the best one is not as it was written. Collective: every rank calls it."""
         if not self.best.metrics:
-            self.measured_at = -1 if self.at_target else self.measured_at  # the disk had no room for it
-            return
-        problem = turns.on_main(lambda: self.best.problem(self.run_dir))
-        if problem is not None:
+            if self.at_target:
+                self.measured_at = -1  # the disk had no room for it
+        elif (problem := turns.on_main(lambda: self.best.problem(self.run_dir))) is not None:
             if dist.is_main():
                 print(f"the best state, of step {self.best.step}, is lost: {problem}; chosen among later ones")
             self.best, self.measured_at = Best(), -1

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from distprune import turns
 from distprune.models.export import export
+from distprune.models.files import gone_if_it_fails
 from distprune.training.best import partial_of, replace
 from distprune.training.diagnose import refuse_nonfinite_weights
 from distprune.training.setup import Setup
@@ -25,8 +26,9 @@ def write(setup: Setup, directory: Path) -> None:
     """Export to a directory; what was there goes once the new one is complete. Collective: every rank calls it.
 
     Raises:
-        UserError: on every rank, where it cannot be written.
+        UserError: on every rank, where it cannot be written; what was begun is gone.
     """
     partial = partial_of(directory)
-    export(setup.student, setup.task.tokenizer, partial)
-    turns.write_on_main(lambda: replace(partial, directory), directory)
+    with gone_if_it_fails(partial):
+        export(setup.student, setup.task.tokenizer, partial)
+        turns.write_on_main(lambda: replace(partial, directory), directory)
