@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -60,7 +61,15 @@ def environment() -> dict[str, str | None]:
 def _device_name() -> str:
     if dist.on_gpu():
         return torch.cuda.get_device_name()
-    return f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+    info = Path("/proc/cpuinfo")
+    return cpu_name(info.read_text() if info.exists() else "")
+
+
+def cpu_name(info: str) -> str:
+    """Return this machine's CPU, its cores, and what torch and bf16 may use of it, given /proc/cpuinfo's text."""
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    abilities = [torch.backends.cpu.get_cpu_capability(), *sorted(set(re.findall(r"\b\w*bf16\b", info)))]
+    return f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores ({', '.join(abilities)})"
 
 
 def _git_revision() -> str | None:

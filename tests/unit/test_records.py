@@ -15,7 +15,7 @@ from distprune.errors import UserError
 from distprune.models.card import model_card
 from distprune.monitor import Monitor
 from distprune.monitor.plots import main_metric, plot_layers, plot_run, save_png
-from distprune.monitor.records import environment, read_metrics, write_json
+from distprune.monitor.records import cpu_name, environment, read_metrics, write_json
 from distprune.quickstart import Row, comparison_table
 
 
@@ -181,6 +181,13 @@ def test_environment_names_the_revision(tmp_path: Path, monkeypatch: pytest.Monk
         "git",
     }
     assert all(found[name] for name in found if name != "git")
+
+
+def test_a_cpu_is_named_by_its_model_and_what_it_computes_bf16_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    core = "model name\t: A CPU\nflags\t: fpu amx_bf16 avx512_bf16\n"
+    assert cpu_name(core * 2) == "A CPU, 2 cores (AVX512, amx_bf16, avx512_bf16)"
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
