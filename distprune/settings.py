@@ -196,17 +196,33 @@ def _merge(config: DictConfig, layer: Layer, origin: str) -> set[str]:
             path = f"{section}.{name}"
             if path not in TYPES:
                 raise _unknown(path, value, origin)
+            wrong = UserError(f"{origin}: {path} is {value!r}; allowed: {TYPE_WORDS[TYPES[path]]}")
+            nested = isinstance(value, list) and any(isinstance(each, list | dict) for each in value)
+            if nested or (_is_open(value) and TYPES[path] not in (str, str | None)):
+                raise wrong
+            if TYPES[path] is bool and not _is_switch(value):
+                raise wrong
             try:
                 OmegaConf.update(config, path, value, merge=True)
-            except (OmegaConfBaseException, TypeError) as error:
-                allowed = TYPE_WORDS[TYPES[path]]
-                raise UserError(f"{origin}: {path} is {value!r}; allowed: {allowed}") from error
+            except (OmegaConfBaseException, TypeError, OverflowError) as error:
+                raise wrong from error
             if _holds_bool(path, value):
                 raise UserError(f"{origin}: {path} is {value!r}; allowed: true and false in quotes")
-            if TYPES[path] is bool and isinstance(value, int | float) and not isinstance(value, bool):
-                raise UserError(f"{origin}: {path} is {value!r}; allowed: {TYPE_WORDS[bool]}")
             given.add(path)
     return given
+
+
+def _is_open(value: Any) -> bool:
+    """Return whether a value is, or holds, omegaconf's mark of one that is still to come."""
+    if isinstance(value, list | dict):
+        return any(map(_is_open, value.values() if isinstance(value, dict) else value))
+    return bool(value == "???")
+
+
+def _is_switch(value: Any) -> bool:
+    """Return whether a value is true or false, or a text that omegaconf makes one of."""
+    text = str(value).lower()
+    return text.startswith("${") or text in ("true", "false", "yes", "no", "on", "off")
 
 
 def _holds_bool(path: str, value: Any) -> bool:

@@ -9,6 +9,9 @@ import yaml
 class _Loader(yaml.SafeLoader):
     """Knows fewer plain values than PyYAML's, and refuses a key that is there twice."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        return super().construct_object(node, deep=True)  # so a list that holds itself is refused
+
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -43,4 +46,7 @@ def parse(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is none.
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise yaml.YAMLError(str(error)) from error

@@ -170,7 +170,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     try:
         content = json.loads(path.read_text())
         stored = content.pop("checksum")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise Damaged(f"{path} cannot be read: {error!r}") from error
     if _of_text(content) != stored:
         raise Damaged(f"{path} has another checksum than it had")
@@ -205,8 +205,8 @@ def is_checkpoint(directory: Path) -> bool:
 
 def newest_first(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, whole ones and damaged ones, the newest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in found if path.name.startswith(_NAME)), reverse=True)
+    found = folder.iterdir() if folder.is_dir() else ()  # of which a user's copies, step-00000020.bak, are none
+    return sorted((path for path in found if path.name.removeprefix(_NAME).isdecimal()), reverse=True)
 
 
 def newest_step(folder: Path) -> int | None:

@@ -96,7 +96,7 @@ def _engine(root: str, stages: tuple[int, ...]) -> tuple[Check, ...]:
         Check(
             f"{zero}.stage",
             f"one of {', '.join(map(str, stages))}",
-            lambda c: value_of(c, f"{zero}.stage", 0) in stages,
+            lambda c: type(value_of(c, f"{zero}.stage", 0)) is int and value_of(c, f"{zero}.stage", 0) in stages,
         ),
         _offload(f"{zero}.offload_optimizer"),
         Check(

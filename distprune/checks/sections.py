@@ -46,7 +46,7 @@ def _regexes(key: str) -> Check:
     def holds(config: Config) -> bool:
         try:
             return all(re.compile(pattern) for pattern in value_of(config, key))
-        except re.error:
+        except (re.error, OverflowError):
             return False
 
     return Check(key, "a list of regular expressions", holds)
@@ -61,7 +61,7 @@ def _positive(key: str) -> Check:
 
 
 def _normal(key: str) -> Check:
-    return Check(key, "at least 1e-37, as fp32 has it", lambda c: 1e-37 <= value_of(c, key) < inf)
+    return Check(key, "1e-37 to 1e38, as fp32 has them", lambda c: 1e-37 <= value_of(c, key) <= 1e38)
 
 
 def _not_negative(key: str) -> Check:
@@ -80,6 +80,12 @@ def _at_least_one_or_null(key: str) -> Check:
     return Check(key, "at least 1, or null", lambda c: value_of(c, key) is None or value_of(c, key) >= 1)
 
 
+def _replicates(key: str, default: Any) -> Check:
+    names = ("gmp", "dense", "one_shot", "smc_gmp")
+    allowed = f"{default!r} where recipe.name is not {', '.join(names[:-1])} or {names[-1]}, which alone read it"
+    return Check(key, allowed, lambda c: value_of(c, key) == default or c.recipe.name in names)
+
+
 def _read_by(key: str, default: Any, *kinds: str) -> Check:
     """Return the check of a key that only some of the built-in kinds of task read; others may read any."""
 
@@ -92,6 +98,8 @@ def _read_by(key: str, default: Any, *kinds: str) -> Check:
 RECIPE = (
     _positive("recipe.epochs"),
     _at_least_one_or_null("recipe.replicas"),
+    _replicates("recipe.epochs", 2.0),
+    _replicates("recipe.replicas", None),
 )
 
 MODEL = (

@@ -4,6 +4,7 @@ import copy
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def _shrink(directory: Path, target: Path) -> None:
     number = getattr(config, "num_attention_heads", None)
     if number is None:
         raise UserError(f"{directory / 'config.json'} tells no num_attention_heads, which --shrink needs")
-    whole: PreTrainedModel = auto_class.from_pretrained(directory).eval()
+    whole = _load(directory, auto_class)
     small = copy.deepcopy(whole)
     removed = shrink(small, number)
     if removed.all_heads + removed.all_neurons == 0:
@@ -93,6 +94,27 @@ def _shrink(directory: Path, target: Path) -> None:
     print(f"-> {target}; in Python distprune.models.shrunk.load_shrunk({str(target)!r}) loads it")
 
 
+def _load(directory: Path, auto_class: Any) -> PreTrainedModel:
+    """Return the model of a directory, every weight of it, and no other, from its files.
+
+    Raises:
+        UserError: they have others, or it cannot be built.
+    """
+    try:
+        model, report = auto_class.from_pretrained(directory, output_loading_info=True)
+    except Exception as error:  # transformers raises many kinds, some over several lines
+        reason = " ".join(str(error).split())
+        raise UserError(f"{directory} cannot be loaded by {auto_class.__name__}: {reason}") from error
+    for words, names in (("lacks", report["missing_keys"]), ("has more than the", report["unexpected_keys"])):
+        if names:
+            raise UserError(
+                f"{directory} {words} weights of a {type(model).__name__}: {', '.join(sorted(names)[:5])}; allowed: a "
+                "model that was fine-tuned for a task, as a run's final/"
+            )
+    whole: PreTrainedModel = model.eval()
+    return whole
+
+
 @torch.no_grad()
 def _compare(whole: PreTrainedModel, small: PreTrainedModel, chooses: bool) -> None:
     """Prove that the outputs in fp32 are the same, and print how long each takes."""
@@ -107,6 +129,8 @@ def _compare(whole: PreTrainedModel, small: PreTrainedModel, chooses: bool) -> N
         return first
 
     expected, found = output(whole), output(small)
+    if not expected.isfinite().all():
+        raise UserError(f"the outputs of the {type(whole).__name__} are not finite; allowed: finite weights")
     difference = float((found - expected).abs().max() / expected.abs().max())
     assert difference < _TOLERANCE, f"the outputs differ by {difference:.2g} of the largest"
     cpu = torch.device("cpu")

@@ -233,7 +233,7 @@ class ModelFiles:
             return [single]
         try:
             return sorted({self.directory / file for file in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is not an index of safetensors files: {error!r}") from error
 
 

@@ -210,14 +210,21 @@ def runs_of(sweep: Sweep, path: Path, overrides: Sequence[str] = ()) -> list[Run
 
 
 def _check_set_once(sweep: Sweep, path: Path, name: str, overrides: Sequence[str]) -> None:
-    """Refuse a key of a method's grid or models that is set beside it, and ``train.output``, which the sweep sets."""
+    """Refuse a key of a method's grid or models that is set beside it, and those that the sweep sets."""
     method = sweep.methods[name]
     shared, own = (_keys([_override(*item) for item in values.items()]) for values in (sweep.set, method.set))
-    in_grid, beside = (sweep.grid | method.grid).keys(), shared | own | _keys(overrides) | method.models.keys()
+    in_grid, given = _keys_of_grid(sweep.grid | method.grid), shared | own | _keys(overrides)
+    beside = given | method.models.keys()
     for key in sorted(in_grid & beside | own & method.models.keys()):
         raise UserError(f"{path}: {key} is in grid or models of {name}, and set beside it; allowed: one of the two")
-    if "train.output" in shared | own:
-        raise UserError(f"{path}: train.output is set; allowed: output, the folder of the sweep's runs")
+    for key in sorted({"train.output", "wandb.name"} & (given | in_grid)):
+        raise UserError(f"{path}: {key} is set; allowed: output, the folder of the sweep's runs, which names each")
+
+
+def _keys_of_grid(grid: Mapping[str, list[Any]]) -> set[str]:
+    """Return the dotted keys of a grid: as they are, and those of sections among its values."""
+    sections = [(key, value) for key, values in grid.items() for value in values if isinstance(value, dict)]
+    return {*grid, *(f"{key}.{name}" for key, section in sections for name in section)}
 
 
 def _keys(texts: Sequence[str]) -> set[str]:

@@ -4,6 +4,7 @@ import csv
 import glob
 import logging
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,7 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from distprune.config import Config, TaskConfig
 from distprune.errors import UserError, unknown
 from distprune.paths import expanded
-from distprune.tasks.files import defect_of
+from distprune.tasks.files import begins_as_rows, defect_of, doubled_column
 from distprune.tasks.rows import screen, settle_length
 
 HOLDOUT_SEED = 0
@@ -38,7 +39,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
 _MORE_FIELDS = "Length of header or names does not match length of data"
 """What pandas warns of where rows have more fields than the header, and goes on without the last of them."""
 
-UNREADABLE = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError, StopIteration)
+UNREADABLE = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError, StopIteration, EOFError, zlib.error)
 
 
 class Split(NamedTuple):
@@ -230,8 +231,15 @@ def _read_file(task: TaskConfig, name: str) -> Split:
         )
     if not path.is_file():
         raise UserError(f"the data file {name} does not exist (relative paths start from {Path.cwd()})")
-    options = _csv_options(task) if suffix in (".csv", ".tsv") else {}
+    if suffix in (".json", ".jsonl") and not begins_as_rows(path):
+        raise UserError(
+            f"the data file {name} begins with no row; allowed: an object in each line, or an array of them"
+        )
+    is_table = suffix in (".csv", ".tsv")
+    options = _csv_options(task) if is_table else {}
     try:
+        if is_table and (column := doubled_column(path, suffix)):
+            raise UserError(f"the data file {name} has two columns {column!r}; allowed: a name for each")
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=_MORE_FIELDS)
             rows = READERS[suffix](glob.escape(str(path.absolute())), **options)

@@ -1,10 +1,15 @@
 """A task's data as local files."""
 
+import csv
 import gzip
 import json
+import zlib
+from codecs import BOM_UTF8
 from contextlib import suppress
 from functools import cache
+from io import TextIOWrapper
 from pathlib import Path
+from typing import IO, Any, cast
 
 from distprune.checkpoints.files import checksum
 from distprune.config import TaskConfig
@@ -43,9 +48,32 @@ def defect_of(path: Path, suffix: str) -> str | None:
     return _defect_of_json(path) if suffix in (".json", ".jsonl") else None
 
 
+def begins_as_rows(path: Path) -> bool:
+    """Return whether a JSON file begins as an object or an array, as far as it can be read.
+
+    The reader ends the process, without a word, where it begins with null.
+    """
+    with _opened(path) as file, suppress(OSError, EOFError, zlib.error):
+        start = file.read(1 << 16).removeprefix(BOM_UTF8).lstrip()
+        return start[:1] in (b"", b"{", b"[")
+    return True
+
+
+def doubled_column(path: Path, suffix: str) -> str | None:
+    """Return a name that a table's header has twice, the second of which its reader would call otherwise."""
+    dialect: dict[str, Any] = {} if suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    with _opened(path) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        header = next(csv.reader(text, **dialect), [])
+    return next((name for name in header if name and header.count(name) > 1), None)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
+
+
 def _defect_of_json(path: Path) -> str | None:
     has_rows = False
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file, suppress(OSError, EOFError):
+    with _opened(path) as file, suppress(OSError, EOFError, zlib.error):
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

@@ -9,6 +9,9 @@ from distprune.errors import UserError
 from distprune.pruning.schedule import regrowths, sparsity_ladder
 from distprune.training.lr import LrSchedule, lr_schedule
 
+MOST_STEPS = 99_999_999
+"""Of a run: names of checkpoints have eight digits, which is also their order."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -41,6 +44,10 @@ def make_plan(config: Config, examples: int) -> Plan:
     total = whole(Fraction(str(config.train.epochs)) * steps_per_epoch)
     if total == 0:
         raise UserError(f"train.epochs is {config.train.epochs}, less than one optimizer step; allowed: more")
+    if total > MOST_STEPS:
+        raise UserError(
+            f"train.epochs is {config.train.epochs}, {total:,} optimizer steps; allowed: up to {MOST_STEPS:,}"
+        )
     eval_every = parse(config.train.eval_every, "train.eval_every").exact(steps_per_epoch)
     return Plan(
         steps_per_epoch,

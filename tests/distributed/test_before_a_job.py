@@ -44,6 +44,7 @@ def test_prepare_leaves_nothing_to_fetch_or_compile(world: Worlds, task: Path, t
         (f"teacher.path={headless}", "lacks weights of a BertForSequenceClassification"),
         ("pruning.structure=7:9", "which 7:9 cannot express"),
         ("pruning.include=[nothing]", "'nothing' matches no parameter"),
+        ("train.epochs=1e39", "optimizer steps; allowed: up to 99,999,999"),
         ("train.batch_size=1000", "there are only 96 training examples"),
     ):
         ((status, said),) = world(1).run(run_command, "prepare", task / "run.yaml", *TAUGHT, *overrides.split())

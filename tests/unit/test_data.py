@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import pandas as pd
 import pytest
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tokenizers.processors import TemplateProcessing
@@ -98,36 +97,6 @@ def test_pairs_share_the_length_and_differ_in_token_type(build):
         "length": 7,
         "_row": 0,
     }
-
-
-def test_files_that_cannot_be_used(build, tmp_path):
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "broken.jsonl").write_text('{"sentence": "a"\n')
-    (tmp_path / "blank.json.gz").write_bytes(gzip.compress(b"\n \n"))
-    (tmp_path / "late.jsonl").write_text("\n" + '{"sentence": "a long sentence", "label": 0}\n' * 300_000 + "{\n")
-    (tmp_path / "array.json").write_text('[\n{"sentence": "a"\n]')
-    (tmp_path / "header.csv").write_text("sentence,label\n")
-    (tmp_path / "plain.jsonl.gz").write_text("not compressed")
-    (tmp_path / "wide.tsv").write_text("sentence\tlabel\n" + "a b\t1\tmore\n" * 9)
-    (tmp_path / "wide.csv").write_text("sentence,label\n" + "a b,1,\n" * 9)
-    pd.DataFrame({"sentence": ["a"], "label": [0]})[:0].to_parquet(tmp_path / "none.parquet")
-    for options, message in [
-        ({"train": "trian.jsonl"}, "file trian.jsonl does not exist"),
-        ({"train": "train.doc"}, r"train.doc has an unknown suffix; allowed: \.jsonl, .*task\.hub"),
-        ({"train": "train"}, "unknown suffix"),
-        ({"train": "empty.jsonl"}, "empty.jsonl is empty$"),
-        ({"train": "blank.json.gz"}, r"blank.json.gz is empty$"),
-        ({"train": "late.jsonl"}, "late.jsonl cannot be read: line 300002 is no JSON"),
-        ({"train": "array.json"}, "array.json cannot be read, or is empty: "),
-        ({"train": "header.csv"}, "header.csv cannot be read, or is empty"),
-        ({"train": "wide.tsv"}, "wide.tsv cannot be read, or is empty: the rows have more fields than the header"),
-        ({"train": "wide.csv"}, "wide.csv cannot be read, or is empty: the rows have more fields than the header"),
-        ({"train": "broken.jsonl"}, "broken.jsonl cannot be read: line 1 is no JSON"),
-        ({"train": "plain.jsonl.gz"}, "plain.jsonl.gz cannot be read"),
-        ({"train": "none.parquet"}, "none.parquet cannot be read, or is empty"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            build(**options)
 
 
 def test_columns_that_cannot_be_used(build):

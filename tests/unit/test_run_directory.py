@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from distprune.checkpoints.files import clear_behind, newest_first, newest_step
 from distprune.checkpoints.run_directory import changes, is_unfinished
 from distprune.config import Config, describe
 from distprune.errors import UserError
@@ -55,3 +56,13 @@ def test_what_an_older_checkpoint_does_not_know_is_as_it_was() -> None:
     old = asdict(Config())
     del old["pruning"]["score"], old["regrowth"]
     assert changes(old, Config()) == []
+
+
+def test_a_users_copy_of_a_checkpoint_is_none(tmp_path: Path) -> None:
+    for name in ("step-00000010", "step-00000020", "step-00000030", "step-00000020.bak", "step-old", "damaged-step-1"):
+        (tmp_path / name).mkdir()
+    assert [path.name[-2:] for path in newest_first(tmp_path)] == ["30", "20", "10"]
+    assert newest_step(tmp_path) == 30
+    clear_behind(tmp_path, 20)
+    left = {"step-00000010", "step-00000020", "step-00000020.bak", "step-old", "damaged-step-1"}
+    assert {path.name for path in tmp_path.iterdir()} == left | {"damaged-step-00000030"}

@@ -1,5 +1,6 @@
 """Models without their zero heads and neurons give the same outputs, and are as small as they should be."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,27 @@ def test_what_cannot_be_shrunk_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             export.run(str(tmp_path / name), str(tmp_path / "out"), True)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda tensors, _: tensors.pop("bert.encoder.layer.0.attention.self.query.weight"), "lacks weights of a Bert"),
+        (lambda _, config: config.update(num_hidden_layers=3), "lacks weights of a Bert"),
+        (lambda _, config: config.update(architectures=None), "has more than the weights of a BertModel: classifier"),
+        (lambda _, config: config.update(intermediate_size=20), "cannot be loaded by AutoModelForSequenceClassif"),
+        (lambda tensors, _: tensors["classifier.weight"].fill_(float("nan")), "are not finite; allowed: finite"),
+    ],
+)
+def test_a_model_is_shrunk_with_all_of_its_own_weights_or_not_at_all(tmp_path: Path, damage: Any, said: str) -> None:
+    dense = write_model(tmp_path / "dense", **SHAPE)
+    tensors, config = load_file(dense / "model.safetensors"), json.loads((dense / "config.json").read_text())
+    damage(tensors, config)
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    (dense / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=said):
+        export.run(str(dense), str(tmp_path / "small"), True)
+    assert not list(tmp_path.glob("small*"))
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:

@@ -118,6 +118,13 @@ def test_values_come_through_the_command_line_as_they_are(file: Path) -> None:
         ("train.epochs: 4", "train: {seed: 4}", "train.seed is in grid or models of dense, and set beside it"),
         ("train.epochs: 4", "train.output: a", "train.output is set; allowed: output"),
         ("train.epochs: 4", "train: {output: a}", "train.output is set; allowed: output"),
+        ("train.epochs: 4", "wandb.name: a", "wandb.name is set; allowed: output"),
+        ("{pruning.sparsity: [0.5, 0.9]}", "{train.output: [a]}", "train.output is set; allowed: output"),
+        (
+            "{recipe.name: one_shot}\n    grid: {pruning.sparsity: [0.5, 0.9]}",
+            "{lr.peak: 1}\n    grid: {lr: [{peak: 2}, {peak: 3}]}",
+            "lr.peak is in grid or models of after, and set beside it",
+        ),
         (
             "{recipe.name: one_shot}\n    grid: {pruning.sparsity: [0.5, 0.9]}",
             "{deepspeed.student.bf16.enabled: true}\n    grid: {deepspeed.student.bf16.enabled: [true, false]}",

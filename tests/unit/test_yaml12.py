@@ -27,7 +27,7 @@ def test_words_are_what_version_1_2_says(text: str, value: Any) -> None:
     assert (found, type(found)) == (value, type(value))
 
 
-@pytest.mark.parametrize("text", ["{a: 1, a: 2}", "[1", "? [a]\n: 1"])
+@pytest.mark.parametrize("text", ["{a: 1, a: 2}", "[1", "? [a]\n: 1", "&a [*a]", "1" * 5000, "[" * 5000])
 def test_what_is_no_yaml_is_refused(text: str) -> None:
     with pytest.raises(yaml.YAMLError):
         yaml12.parse(text)
