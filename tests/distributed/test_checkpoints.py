@@ -105,9 +105,12 @@ def damage(checkpoint: Path, how: str) -> None:
         os.truncate(manifest, manifest.stat().st_size // 2)
     elif how == "a changed manifest":
         manifest.write_text(manifest.read_text().replace('"step": 9', '"step": 8'))
+    elif how == "a changed description":
+        (checkpoint / "config.json").write_text("{}")
 
 
 DAMAGES = ["a truncated shard", "a changed byte", "a missing shard", "a truncated manifest", "a changed manifest"]
+DAMAGES += ["a changed description"]
 
 
 @pytest.mark.parametrize("how", DAMAGES)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, prune
 
 from distprune.errors import UserError
+from distprune.pruning.masks import PRUNED
 from tests.distributed.engines import (
     ALL_LAYOUTS,
     FP16_LAYOUTS,
@@ -223,6 +224,30 @@ def test_a_pruned_weight_stays_pruned_where_a_survivor_is_zero_too(
 ) -> None:
     for layout in (*map(Layout, range(4)), Layout(3, variant="persistent")):
         world(size).run(zero_a_survivor, models["distinct"], layout)
+
+
+def spoil_each_copy(directory: Path, layout: Layout) -> None:
+    student = Student(directory, layout)
+    for step, sparsity in enumerate((Fraction("0.9"), None)):
+        student.step(step, sparsity)
+    pruner = student.pruner
+    assert pruner.unmasked() == []
+    shard, mask = next((shard, each.mask) for shard, each in zip(pruner.shards, pruner.slices, strict=True))
+    place = int((mask == PRUNED).nonzero()[-1])
+    copies = {"master": shard.master, "low": shard.low_precision} | shard.moments(student.engine.basic_optimizer)
+    assert len({held.data_ptr() for held in copies.values()}) == 4
+    with torch.no_grad():
+        for name, held in copies.items():
+            held[place] = 1.0
+            assert pruner.unmasked() == [shard.name], name
+            held[place] = 0.0
+    assert pruner.unmasked() == []
+    student.close()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_weight_that_is_back_in_one_copy_alone_is_seen(world: Worlds, models: dict[str, Path], stage: int) -> None:
+    world(2).run(spoil_each_copy, models["distinct"], Layout(stage, "bf16"))
 
 
 # ------------------------------------------------------------------------------ 3: the clipping norm

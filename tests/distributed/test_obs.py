@@ -3,6 +3,7 @@
 from fractions import Fraction
 from math import floor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from distprune import settings
 from distprune.config import FisherConfig
+from distprune.pruning.masks import PRUNED
 from distprune.pruning.scores import OptimalBrainSurgeon
+from distprune.pruning.slices import Slice
 from distprune.training.curvature import estimate
 from distprune.training.setup import prepare
 from tests.distributed.engines import (
@@ -101,6 +104,35 @@ def test_masks_and_weights_are_those_of_plain_inverses(world: Worlds, directory:
         for name in masks:
             assert torch.equal(found_masks[name], masks[name]), f"{layout}: {name}"
             torch.testing.assert_close(found[name].double(), weights[name], rtol=1e-3, atol=1e-5)
+
+
+def learnt_behind_a_pruning(directory: Path, layout: Layout) -> tuple[int, int]:
+    """Return how many gradients of pruned weights, and of others, are not zero as the score is told. Collective."""
+    student = Student(directory, layout, pruning={"score": "obs"})
+    score, pruner = student.pruner.score, student.pruner
+    assert isinstance(score, OptimalBrainSurgeon)
+    score.config = FISHER
+    backward(student, 0)
+    pruner.learn()
+    student.engine.set_gradient_accumulation_boundary(None)
+    student.step(1, SPARSITY)
+    told: list[tuple[Tensor, Tensor]] = []
+    backward(student, 2)
+    with patch.object(score, "learn", lambda s, g, learn=score.learn: told.extend(_masked(s, g)) or learn(s, g)):
+        pruner.learn()
+    student.close()
+    pruned = sum(int(gradient[mask == PRUNED].count_nonzero()) for mask, gradient in told)
+    return pruned, sum(int(gradient.count_nonzero()) for _, gradient in told)
+
+
+def _masked(slices: list[Slice], gradients: list[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+    return [(each.mask, part.clone()) for each, part in zip(slices, gradients, strict=True) if part is not None]
+
+
+@pytest.mark.parametrize("layout", [Layout(0), Layout(2, "bf16"), Layout(3)])
+def test_it_learns_nothing_of_pruned_weights(world: Worlds, directory: Path, layout: Layout) -> None:
+    for pruned, every in world(2).run(learnt_behind_a_pruning, directory, layout):
+        assert pruned == 0 < every
 
 
 def stepped(directory: Path, layout: Layout, accumulation: int, drops: bool) -> dict[str, Tensor]:

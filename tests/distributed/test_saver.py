@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from distprune import dist
 from distprune.checkpoints import files
@@ -24,6 +25,26 @@ def slowly(function: Any, seconds: float, rank: int | None = None) -> Any:
         return function(*arguments)
 
     return slow
+
+
+def test_what_a_disk_made_something_else_of_is_not_a_file(tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
+
+    with patch.object(files, "save", spoil), pytest.raises(OSError, match="does not hold the a that was written"):
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("left", [None, "short"])
+def test_a_checkpoint_without_a_file_of_a_rank_does_not_count(tmp_path: Path, left: str | None) -> None:
+    saving = files.saving_path(tmp_path, 7)
+    saving.mkdir()
+    if left is not None:
+        (saving / "rank-00001.safetensors").write_text(left)
+    entry = files.Entry("rank-00001.safetensors", 9, "")
+    with pytest.raises(OSError, match=r"rank-00001\.safetensors is not there in its 9 bytes: do all nodes share"):
+        files.complete(tmp_path, files.Manifest(7, {}, [entry]))
+    assert not files.newest_first(tmp_path)
 
 
 def save_and_change(folder: Path) -> float:

@@ -146,6 +146,11 @@ def test_a_cache_of_something_else_is_refused_and_made_anew_where_asked(
         assert (
             f"{folder} is not of {what} of this run; allowed: another teacher.cache, or teacher.rebuild_cache" in said
         )
+    other = shutil.copytree(task / "teacher", tmp_path / "other")
+    settings_of_it = (other / "config.json").read_text()
+    (other / "config.json").write_text(settings_of_it.replace('"gelu"', '"relu"'))
+    (said,) = world(1).run(run, task, tmp_path / "second", *cached(task, folder), f"teacher.path={other}")
+    assert f"{folder} is not of the teacher of this run" in said, "the same weights are another function"
     again = (*cached(task, folder), f"teacher.path={task / 'model'}", "teacher.rebuild_cache=true")
     (_, said), _ = world(2).run(heard, run, task, tmp_path / "third", *again)
     assert MADE in said

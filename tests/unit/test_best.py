@@ -1,10 +1,17 @@
+from fractions import Fraction
 from math import nan
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distprune.config import Config
+from distprune.errors import UserError
 from distprune.tasks.text_classification import TextClassification
 from distprune.training.best import Best
+from distprune.training.train import Trainer
 
 
 class Errors(TextClassification):
@@ -56,3 +63,18 @@ def test_is_the_earliest_of_the_highest(values: list[float]) -> None:
     assert (best.metrics, best.step) == ({"accuracy": values[place]}, place)
     assert best.evaluations_since == len(values) - 1 - place
     assert improved == [value > max(values[:step], default=-1.0) for step, value in enumerate(values)]
+
+
+def test_a_state_whose_pruning_no_step_has_carried_is_not_at_the_target() -> None:
+    trainer: Any = object.__new__(Trainer)
+    trainer.config = Config()
+    trainer.config.pruning.sparsity = 0.9
+    pruner = SimpleNamespace(carried=True, sparsity_asked=Fraction("0.9"))
+    trainer.setup = SimpleNamespace(pruner=pruner)
+    assert trainer.at_target
+    pruner.carried = False
+    assert not trainer.at_target
+    with pytest.raises(UserError, match="the step of the last pruning was skipped"):
+        trainer.write_final()
+    pruner.carried, pruner.sparsity_asked = True, Fraction("0.8")
+    assert not trainer.at_target

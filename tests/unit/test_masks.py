@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distprune.pruning.keys import CHUNK, HIGHEST_FLOAT, HIGHEST_MAGNITUDE, float_keys, magnitude_keys
-from distprune.pruning.masks import KEPT, PRUNED, apply_mask, count_pruned, prune_below
+from distprune.pruning.masks import KEPT, PRUNED, apply_mask, count_pruned, is_masked, prune_below
 
 KINDS = {
     "fp32": (torch.float32, torch.int32),
@@ -44,6 +44,19 @@ def test_every_piece_of_a_long_slice_is_reached(route: str, dtype: torch.dtype) 
     assert torch.equal(inside, (mask == KEPT).to(dtype))
     assert values[:2].all()
     assert values[-3:].all(), "its neighbours are not touched"
+
+
+@pytest.mark.parametrize("back", [1.0, -0.0, float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_value_that_came_back_anywhere_is_seen(dtype: torch.dtype, back: float) -> None:
+    values = torch.zeros(2 * (1 << 16) + 3, dtype=dtype)
+    mask = torch.full((values.numel(),), PRUNED, dtype=torch.int8)
+    assert is_masked(values, mask)
+    for place in (0, 1 << 16, -1):
+        values[place] = back
+        assert not is_masked(values, mask)
+        mask[place] = KEPT
+        assert is_masked(values, mask), "what is kept may be anything"
 
 
 @given(entries, st.sampled_from([*SPECIAL[:6], 0.5]), st.integers(-1, 1))

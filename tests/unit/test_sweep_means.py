@@ -61,6 +61,23 @@ def test_pairs_have_converged_on_both_sides_and_lower_may_be_better(rows: dict[s
     assert after.below == pytest.approx(0.5 - 0.91), "it is better"
 
 
+def test_what_seeds_differ_in_is_the_mean_over_them(rows: dict[str, Row]) -> None:
+    for number, each in enumerate(each for each in rows.values() if each["method"] == "after"):
+        each.update(steps=100 + 30 * number, examples_per_s=10.0 * number or None)
+        each.update(sparsity_masked=0.9 + 0.01 * number, model_sparsity=0.4 + 0.01 * number)
+    _, after = means_of(rows, "dense", chance=0.5)
+    assert (after.steps, after.total_steps) == (130, 230)
+    assert (after.sparsity, after.model_sparsity) == (pytest.approx(0.91), pytest.approx(0.41))
+    assert after.examples_per_s == pytest.approx(15.0), "of those that tell it"
+
+
+def test_a_pair_is_of_one_metric_and_of_the_only_row_that_fits(rows: dict[str, Row]) -> None:
+    rows["dense/train.seed=1"]["metric_name"] = "f1"
+    assert means_of(rows, "dense", chance=None)[-1].pairs == 2
+    rows["dense/again"] = rows["dense/train.seed=2"] | {"run": "dense/again"}
+    assert means_of(rows, "dense", chance=None)[-1].pairs == 1
+
+
 def test_the_table_is_markdown_csv_and_a_plot(rows: dict[str, Row]) -> None:
     means = means_of(rows, "dense", chance=0.5)
     lines = markdown(means, "dense").splitlines()
