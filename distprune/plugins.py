@@ -1,13 +1,22 @@
 """Classes by name: those that distprune has, and those of other packages."""
 
+import sys
 from collections.abc import Mapping
+from hashlib import sha256
 from importlib import import_module
-from inspect import isabstract
+from inspect import getmembers, isabstract
+from pathlib import Path
 from typing import TypeVar
 
 from distprune.errors import UserError, unknown
 
 T = TypeVar("T")
+
+
+def hashes_of_modules(*names: str) -> list[str]:
+    """Return the hashes of the files of those names that are ``module:Class``, once imported: nodes may have others."""
+    files = [getattr(sys.modules[name.partition(":")[0]], "__file__", None) for name in names if ":" in name]
+    return [sha256(Path(file).read_bytes()).hexdigest() for file in files if file is not None]
 
 
 def find_class(key: str, name: str, known: Mapping[str, type[T]], base: type[T]) -> type[T]:
@@ -33,6 +42,9 @@ def find_class(key: str, name: str, known: Mapping[str, type[T]], base: type[T])
     except (ImportError, AttributeError) as error:
         hint = "; allowed: a module in the Python path, as with PYTHONPATH=FOLDER" * isinstance(error, ImportError)
         raise UserError(f"{key} {name!r} cannot be imported: {error}{hint}") from error
-    if not (isinstance(kind, type) and issubclass(kind, base)) or isabstract(kind):
+    if not (isinstance(kind, type) and issubclass(kind, base)):
         raise UserError(f"{key} is {name!r}; allowed: {', '.join(known)}, or {others}")
+    if isabstract(kind):
+        lacking = ", ".join(name for name, each in getmembers(kind) if getattr(each, "__isabstractmethod__", False))
+        raise UserError(f"{key} is {name!r}, which lacks {lacking}; allowed: {others}")
     return kind

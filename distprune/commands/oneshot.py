@@ -27,13 +27,14 @@ def run(model_dir: str, out: str, config_path: str | None, overrides: list[str])
     settings.validate(config, (SEED, *SCORING))
     pruning, target = config.pruning, expanded(out)
     score = build_score(pruning.score, config.train.seed)
-    if score.needs_gradient and config_path is None:
+    trains = score.reads_gradients or score.accumulates
+    if trains and config_path is None:
         raise UserError(
             f"pruning.score is {pruning.score!r}, which needs gradients; allowed: with a CONFIG, whose data give them"
         )
-    if score.needs_gradient or dist.detect().size > 1:
+    if trains or dist.detect().size > 1:
         dist.init()
-    if score.needs_gradient:
+    if trains:
         made = prune_by_gradients(config, target)
     else:
         source = local_model(model_dir, config.model.revision)

@@ -8,7 +8,11 @@ from datasets import Dataset
 
 from distprune import dist, turns
 from distprune.engines.batches import eval_batches, in_order
+from distprune.errors import UserError
 from distprune.tasks.base import Batch, Task
+
+RESERVED = {"epoch", "loss", "lr", "sparsity", "split", "step"}
+"""What a run's records and its progress have beside the metrics."""
 
 
 def evaluate(
@@ -77,4 +81,22 @@ def _evaluate(
     order, real = dist.gather_rows(torch.tensor(indices)), dist.gather_rows(torch.tensor(valid))
     every = in_order(dist.gather_rows(torch.cat(predictions)), order, real)
     # Processors of other kinds may round otherwise, and ranks branch on the metrics.
-    return turns.on_main(lambda: task.metrics(every, data))
+    return turns.on_main(lambda: _checked(task.metrics(every, data)))
+
+
+def _checked(metrics: Any) -> dict[str, float]:
+    """Return what a task, maybe of another package, calls metrics, as numbers.
+
+    Raises:
+        UserError: it is none, or has a name that a run's records have for something else.
+    """
+    try:
+        numbers = {name: float(value) for name, value in metrics.items()}
+    except (AttributeError, TypeError, ValueError):
+        numbers = {}
+    if not numbers or numbers.keys() & RESERVED:
+        raise UserError(
+            f"the task's metrics are {metrics!r}; allowed: numbers by their names, which are none of "
+            f"{', '.join(sorted(RESERVED))}"
+        )
+    return numbers

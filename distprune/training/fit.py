@@ -69,7 +69,7 @@ def _check_score(config: Config) -> None:
     """
     pruning, regrows = config.pruning, config.regrowth.part > 0
     score = build_score(pruning.score, config.train.seed, config.fisher)
-    if (score.needs_gradient or regrows) and dtype_of(config.deepspeed.student) == torch.float16:
+    if (score.reads_gradients or regrows) and dtype_of(config.deepspeed.student) == torch.float16:
         reader = f"regrowth.part is {config.regrowth.part}" if regrows else f"pruning.score is {pruning.score!r}"
         raise UserError(f"{reader}, and fp16 scales the gradients that it reads; allowed: bf16 or fp32 with it")
     if regrows and score.comes_back:
@@ -77,7 +77,7 @@ def _check_score(config: Config) -> None:
             f"regrowth.part is {config.regrowth.part} and pruning.score {pruning.score!r}, with which weights come "
             "back already; allowed: one of the two"
         )
-    if pruning.weights_of is not None and (score.needs_gradient or score.comes_back or not score.reads_weights):
+    if pruning.weights_of is not None and (score.reads_gradients or score.comes_back or not score.reads_weights):
         raise UserError(
             f"pruning.weights_of is {pruning.weights_of!r} and pruning.score {pruning.score!r}; allowed: a score "
             "of weights alone, as magnitude"

@@ -16,6 +16,7 @@ from distprune.engines.build import build_student
 from distprune.errors import UserError
 from distprune.models.files import load_tokenizer, open_source, resolve
 from distprune.models.weights import names_to_prune
+from distprune.plugins import hashes_of_modules
 from distprune.pruning.pruner import Pruner
 from distprune.pruning.scores import build_score, try_out
 from distprune.pruning.structures import build_structure
@@ -82,6 +83,8 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     dist.agree_equal((len(task.train), len(task.validation)), "the numbers of training and validation examples")
     dist.agree_equal(task.fingerprints, "the fingerprints of the data")
     model = dist.agree(lambda: check_model(config, plan, task, directory))
+    classes = hashes_of_modules(config.task.name, config.pruning.score)
+    dist.agree_equal(classes, "the hashes of the modules of task.name and pruning.score")
     if checkpoint is None:
         turns.on_main(lambda: check_zeros(config, model, directory))
     teacher, weights = None, None

@@ -2,12 +2,14 @@
 
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
 from datasets import Dataset
 
 from distprune.engines.evaluate import evaluate
+from distprune.errors import UserError
 from tests.world import Worlds
 
 
@@ -34,6 +36,30 @@ class Task:
 
     def metrics(self, predictions: torch.Tensor, data: Dataset) -> dict[str, float]:
         return {"sum": float(predictions.sum()), "predictions": len(predictions), "rows": len(data)}
+
+
+def refused(metrics: Any) -> str:
+    """Return what is said of a task's metrics. Collective."""
+    module = torch.nn.Identity()
+    engine = SimpleNamespace(module=module, train=module.train, eval=module.eval, device=torch.device("cpu"))
+    with patch.object(Task, "metrics", lambda *_: metrics):
+        try:
+            return str(evaluate(engine, cast("Any", Task()), 2))
+        except UserError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("metrics", [{}, 0.5, {"loss": 1.0}, {"f1": 0.5, "step": 1.0}, {"f1": None}])
+def test_what_is_no_metric_is_one_sentence_on_all_ranks(world: Worlds, metrics: Any) -> None:
+    said = f"the task's metrics are {metrics!r}; allowed: numbers by their names, which are none of epoch, loss, lr"
+    assert all(each.startswith(said) for each in world(2).run(refused, metrics))
+
+
+def test_metrics_are_plain_numbers(world: Worlds) -> None:
+    values = {"f1": torch.tensor(0.5), "accuracy": 1}
+    assert (
+        world(2).run(refused, values) == [str({"f1": 0.5, "accuracy": 1.0, "other/f1": 0.5, "other/accuracy": 1.0})] * 2
+    )
 
 
 def measured(training: bool) -> tuple[dict[str, float], bool]:

@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForTokenClassification
 
-from distprune import settings
+from distprune import dist, settings
 from distprune.commands.train import train
-from tests.distributed.runs import told
+from tests.distributed.runs import run, told
 from tests.unit.task_files import make_tokenizer
 from tests.world import Worlds
 
@@ -49,6 +50,59 @@ def write(folder: Path) -> list[str]:
         "pruning.every=2 steps",
         "distillation.hardness=0.5",
     ]
+
+
+def pruned_by_hand(stage: int) -> tuple[float, float]:
+    """Carry out the page's loop; return the sparsity, and which part of the encoder is zero. Collective."""
+    (code,) = re.findall(r"```python\n(# loop.py.*?)```", PAGE.read_text(), re.DOTALL)
+    module: dict[str, Any] = {}
+    exec(code, module)
+    torch.manual_seed(1)
+    model = BertForTokenClassification(BertConfig(vocab_size=50, num_labels=2, **SIZES))
+    rows = 4 * dist.detect().size
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(4, 50, (rows, 8), generator=generator) for _ in range(9)]
+    mine = [each[dist.detect().rank :: dist.detect().size] for each in ids]
+    engine, sparsity = module["train_pruned"](model, [{"input_ids": each, "labels": each % 2} for each in mine], stage)
+    zeros = weights = 0
+    for name, parameter in engine.module.named_parameters():
+        if ".encoder.layer." in name and name.endswith("weight") and "LayerNorm" not in name:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                zeros, weights = zeros + int((parameter == 0).sum()), weights + parameter.numel()
+    engine.destroy()
+    return sparsity, zeros / weights
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_loop_of_ones_own_prunes_as_a_run_does(world: Worlds, stage: int) -> None:
+    for sparsity, zeros in world(2).run(pruned_by_hand, stage):
+        assert sparsity == zeros == pytest.approx(0.9, abs=1e-3)
+
+
+OTHER = """
+from distprune.pruning.scores import Score
+
+class Mine(Score):
+    def scores(self, part):
+        return {}part.weights
+"""
+
+
+def run_with_a_copy_of_each_rank(task: Path, folder: Path) -> Any:
+    """Run by a score whose module is another file on each rank. Collective."""
+    mine = folder / f"{dist.detect().rank}"
+    mine.mkdir(parents=True)
+    (mine / "copied.py").write_text(OTHER.format("+-"[dist.detect().rank]))
+    sys.path.insert(0, str(mine))
+    try:
+        return run(task, folder / "run", "pruning.score=copied:Mine")
+    finally:
+        sys.path.remove(str(mine))
+
+
+def test_a_module_that_differs_between_nodes_is_refused(world: Worlds, task: Path, tmp_path: Path) -> None:
+    said = "the hashes of the modules of task.name and pruning.score on rank 0 are"
+    assert all(str(each).startswith(said) for each in world(2).run(run_with_a_copy_of_each_rank, task, tmp_path))
 
 
 def trained(folder: Path, overrides: list[str]) -> dict[str, Any]:

@@ -265,6 +265,28 @@ def test_a_score_of_another_package_is_tried_before_a_run_begins() -> None:
     assert torch.equal(values, torch.arange(20.0))
 
 
+@pytest.mark.parametrize(
+    ("base", "scores", "said"),
+    [
+        (PositiveScore, lambda weights: -weights.abs(), "is negative; allowed in a PositiveScore: at least 0"),
+        (Score, lambda weights: weights.abs_(), "changes part.weights; allowed: a tensor of its own"),
+        (Score, lambda weights: weights / weights.norm(), "depends on which weights it is given at once; allowed: of"),
+    ],
+)
+def test_a_score_by_which_other_weights_would_go_is_refused(base: Any, scores: Any, said: str) -> None:
+    values = -torch.arange(20.0) - 1
+    each = Slice("w", 5, 25, 5, 25, 100, torch.full((20,), KEPT, dtype=torch.int8), lambda: values)
+    kind = type("Mine", (base,), {"scores": lambda self, part: scores(part.weights)})
+    with pytest.raises(UserError, match=rf"^Mine\.scores {said}"):
+        try_out(kind(), [each])
+    assert torch.equal(values, -torch.arange(20.0) - 1)
+
+
+def test_a_score_that_is_a_view_of_one_number_is_as_good_as_any() -> None:
+    kind = type("Flat", (PositiveScore,), {"scores": lambda self, part: torch.ones(1).expand_as(part.weights)})
+    assert kind().keys(part_of(torch.ones(3))).unique().numel() == 1
+
+
 def test_a_score_of_another_package_is_built_by_its_path() -> None:
     score = build_score(f"{__name__}:SmallButMoving", 7)
     assert (type(score).__name__, score.seed) == ("SmallButMoving", 7)
@@ -281,8 +303,8 @@ def test_a_score_of_another_package_is_built_by_its_path() -> None:
         ("", "is unknown"),
         (":Score", "is unknown"),
         (".scores:Score", "is unknown"),
-        ("math:pi", "score is 'math:pi'; allowed: "),
-        ("distprune.pruning.scores:Score", "allowed: "),
+        ("math:pi", "pruning.score is 'math:pi'; allowed: "),
+        ("distprune.pruning.scores:Score", "which lacks scores; allowed: "),
         ("builtins:int", "allowed: .* of a subclass of distprune.pruning.scores.Score"),
         (f"{__name__}:Missing", "cannot be imported: .*Missing"),
         ("no_such_module:Score", "cannot be imported: No module named 'no_such_module'"),
@@ -303,5 +325,7 @@ def test_what_is_no_score_is_refused(name: str, message: str) -> None:
 @pytest.mark.parametrize("base", [Score, PositiveScore])
 def test_a_score_of_another_kind_of_numbers_is_named(scores: Any, given: str, base: Any) -> None:
     kind = type("Mine", (base,), {"scores": lambda self, part: scores(part)})
-    with pytest.raises(UserError, match=rf"Mine.scores gave {given} for .*; allowed: torch.float32 of shape \[3\]"):
+    with pytest.raises(
+        UserError, match=rf"Mine.scores gave {given} on cpu for .*; allowed: torch.float32 of shape \[3\]"
+    ):
         kind().keys(part_of(torch.ones(3)))

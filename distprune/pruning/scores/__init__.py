@@ -38,6 +38,10 @@ SCORES: dict[str, type[Score]] = {
 }
 
 
+_FEW = 8
+"""Weights that a score of another package is tried on."""
+
+
 def build_score(
     name: str, seed: int, fisher: FisherConfig | None = None, cuts: Mapping[str, Sequence[int]] | None = None
 ) -> Score:
@@ -54,7 +58,7 @@ def build_score(
     """
     if name == "obs":
         return OptimalBrainSurgeon(seed, fisher, cuts)
-    return find_class("score", name, SCORES, Score)(seed)  # type: ignore[type-abstract]
+    return find_class("pruning.score", name, SCORES, Score)(seed)  # type: ignore[type-abstract]
 
 
 def try_out(score: Score, slices: Sequence[Slice]) -> None:
@@ -68,13 +72,31 @@ def try_out(score: Score, slices: Sequence[Slice]) -> None:
     if score.learns or type(score).prepare is not Score.prepare:
         return
     for each in slices[:1]:
-        few = slice(0, min(8, each.end - each.start))
-        weights = each.weights()[few].clone()
-        gradient = torch.zeros_like(weights) if score.needs_gradient else None
-        state = None if each.state is None else each.state[few].clone()
+        weights = each.weights()[:_FEW].clone()
+        given = weights.clone()
         try:
-            score.keys(Part(each.name, each.first_index + each.start, weights, gradient, state, each.mask[few]))
+            together = score.checked(_part(score, each, weights, 0, _FEW))
+            alone = [score.checked(_part(score, each, weights, place, place + 1)) for place in range(len(weights))]
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{type(score).__name__}.scores fails for {each.name}: {error!r}") from error
+        wrong = {
+            "changes part.weights; allowed: a tensor of its own": not torch.equal(weights, given),
+            "is negative; allowed in a PositiveScore: at least 0, and in a Score any": bool(
+                isinstance(score, PositiveScore) and (together < 0).any()
+            ),
+            "depends on which weights it is given at once; allowed: of each weight by itself": not torch.allclose(
+                together, torch.cat([*alone, together[:0]]), rtol=1e-4, equal_nan=True
+            ),
+        }
+        for what in (what for what, is_so in wrong.items() if is_so):
+            raise UserError(f"{type(score).__name__}.scores {what}")
+
+
+def _part(score: Score, each: Slice, weights: torch.Tensor, start: int, end: int) -> Part:
+    """Return some of the first weights of a slice, with a gradient of 0."""
+    few = weights[start:end]
+    gradient = torch.zeros_like(few) if score.needs_gradient else None
+    state = None if each.state is None else each.state[start:end].clone()
+    return Part(each.name, each.first_index + each.start + start, few, gradient, state, each.mask[start:end])

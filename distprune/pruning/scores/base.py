@@ -45,6 +45,11 @@ class Score(ABC):
         self.seed = seed
 
     @property
+    def reads_gradients(self) -> bool:
+        """Whether it is given gradients: the step's, or such as are taken for it."""
+        return self.needs_gradient or self.learns
+
+    @property
     def bytes_held(self) -> int:
         """Bytes of each weight that a rank holds, beside the weight and its mask."""
         return 4 * (self.accumulates + self.comes_back)
@@ -93,12 +98,13 @@ class Score(ABC):
             UserError: another type or shape than there should be, by which other weights would go.
         """
         scores = self.scores(part)
-        if scores.dtype != torch.float32 or scores.shape != part.weights.shape:
+        weights = part.weights
+        if (scores.dtype, scores.shape, scores.device) != (torch.float32, weights.shape, weights.device):
             raise UserError(
-                f"{type(self).__name__}.scores gave {scores.dtype} of shape {list(scores.shape)} for {part.name}; "
-                f"allowed: torch.float32 of shape {list(part.weights.shape)}"
+                f"{type(self).__name__}.scores gave {scores.dtype} of shape {list(scores.shape)} on {scores.device} "
+                f"for {part.name}; allowed: torch.float32 of shape {list(weights.shape)} on {weights.device}"
             )
-        return scores
+        return scores.contiguous()
 
     def value(self, key: int) -> float:
         """Return the score that has this key."""
