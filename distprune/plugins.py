@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 
 def hashes_of_modules(*names: str) -> list[str]:
-    """Return the hashes of the files of those names that are ``module:Class``, once imported: nodes may have others."""
-    files = [getattr(sys.modules[name.partition(":")[0]], "__file__", None) for name in names if ":" in name]
+    """Return the hashes of the files of those names that are ``module:Class`` and imported: nodes may have others."""
+    files = [getattr(sys.modules.get(name.partition(":")[0]), "__file__", None) for name in names if ":" in name]
     return [sha256(Path(file).read_bytes()).hexdigest() for file in files if file is not None]
 
 

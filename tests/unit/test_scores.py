@@ -3,6 +3,8 @@
 import math
 import struct
 from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distprune.errors import UserError
+from distprune.plugins import hashes_of_modules
 from distprune.pruning.keys import HIGHEST_FLOAT, HIGHEST_MAGNITUDE
 from distprune.pruning.masks import KEPT, MAGNITUDE
 from distprune.pruning.scores import (
@@ -285,6 +288,12 @@ def test_a_score_by_which_other_weights_would_go_is_refused(base: Any, scores: A
 def test_a_score_that_is_a_view_of_one_number_is_as_good_as_any() -> None:
     kind = type("Flat", (PositiveScore,), {"scores": lambda self, part: torch.ones(1).expand_as(part.weights)})
     assert kind().keys(part_of(torch.ones(3))).unique().numel() == 1
+
+
+def test_modules_are_compared_where_they_are_imported() -> None:
+    assert hashes_of_modules("text_classification", "never_imported:Score", "builtins:int") == []
+    (mine,) = hashes_of_modules(f"{__name__}:Whole")
+    assert mine == sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def test_a_score_of_another_package_is_built_by_its_path() -> None:
