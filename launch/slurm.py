@@ -193,7 +193,8 @@ def grid_work(given: argparse.Namespace) -> Work:
     output = Path(settings.load(given.config, given.overrides).train.output).expanduser().absolute()
     name = re.sub(r"[^\w.-]", "_", config.stem)
     grid = Sweep(str(config), {name: Method(grid=grid_of(given.sweep))}, output=str(output))
-    work = sweep_work(expand(grid, job_folder(output) / f"{output.name}.yaml", given.overrides), given.overrides)
+    overrides = [text for text in given.overrides if not text.startswith("train.output=")]  # the sweep's output
+    work = sweep_work(expand(grid, job_folder(output) / f"{output.name}.yaml", overrides), overrides)
     return replace(work, grid=grid)
 
 

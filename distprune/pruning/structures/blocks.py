@@ -116,7 +116,7 @@ class Blocks(Structure):
         self.unit_size, *others = set(sizes.values())
         if others:
             raise UserError(
-                f"units (heads, neurons) differ in their number of weights: {sizes}; allowed: pruning.include of some"
+                f"heads or neurons differ in their number of weights: {sizes}; allowed: pruning.include of some"
             )
         spread = [name for name in grids if sum(g.first_unit == grids[name].first_unit for g in grids.values()) > 1]
         shared = [torch.arange(grids[name].count) + grids[name].first_unit for name in spread]
