@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.prefix) / "bin"
@@ -39,14 +41,19 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def start(command: Command, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=REPOSITORY,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    """Run a command to its end; of one that takes too long no process is left over."""
+    words = [str(part) for part in command]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, cwd=REPOSITORY, env=environment(**variables), **options) as process:
+        try:
+            out, err = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # with which a launcher ends its ranks; killed, it would leave them
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=30)
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def srun_variables(tasks: int, tmp_path: Path, **others: str) -> list[dict[str, str]]:
