@@ -1,16 +1,18 @@
 """``distprune sweep``: the runs of a file, one after another or several at a time, and their table and plot."""
 
+import json
 import os
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from distprune.checkpoints import run_directory
 from distprune.errors import UserError, written
 from distprune.monitor.records import csv_text, write_text
 from distprune.sweeps import results
 from distprune.sweeps.execute import Outcome, carry_out, check_room
-from distprune.sweeps.means import differences_of, means_of, without_result
+from distprune.sweeps.means import Difference, Mean, differences_of, means_of, record, without_result
 from distprune.sweeps.opened import Opened, open_sweep
 from distprune.sweeps.spec import Run
 from distprune.sweeps.table import draw, markdown, markdown_of_differences
@@ -109,6 +111,9 @@ def _run(missing: Sequence[Run], opened: Opened) -> Outcome:
     def done(run: Run) -> None:
         row = opened.add(run)
         _say(f"{run.name}: {row['metric_name']} {row['final_metric']}")
+        before = opened.rows[run.name]["final_metric"]
+        if before != row["final_metric"]:
+            _say(f"{run.name} was trained again, and its line has {before}: what builds on it builds on this one")
 
     finished = [each for each in missing if results.is_finished(each, opened.output)]
     for each in finished:
@@ -141,6 +146,15 @@ def _report(opened: Opened, failed: Sequence[str] = ()) -> None:
         table += f"\nWithout a result, and in none of the means: {', '.join(without)}\n"
     with written(stored.with_suffix(".md")):
         write_text(stored.with_suffix(".md"), table)
-        write_text(stored.with_suffix(".csv"), csv_text([each.record() for each in means]))
+        _write_records(stored, "means", means)
+        if sweep.compare:
+            _write_records(stored, "differences", differences)
         draw(means, sweep.baseline, opened.path.stem).savefig(stored.with_suffix(".png"))
-    _say(f"{table}table and plot: {stored.with_suffix('')}.md, .csv and .png")
+    _say(f"{table}table and plot: {stored.with_suffix('')}.md, .means.csv, .means.jsonl and .png")
+
+
+def _write_records(stored: Path, what: str, of: Sequence[Mean | Difference]) -> None:
+    """Write what a table says beside the results, for a spreadsheet and for programs."""
+    records = [record(each) for each in of]
+    write_text(stored.with_suffix(f".{what}.csv"), csv_text(records))
+    write_text(stored.with_suffix(f".{what}.jsonl"), "".join(f"{json.dumps(each)}\n" for each in records))

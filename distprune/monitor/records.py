@@ -34,13 +34,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            record["step"] + 0
+            record["step"] + 0, record["split"] + ""
         except (ValueError, KeyError, TypeError):
             continue
         while records and records[-1]["step"] > record["step"]:
             records.pop()
         records.append(record)
-    return list({(record["step"], record.get("split")): record for record in records}.values())
+    return list({(record["step"], record["split"]): record for record in records}.values())
 
 
 def environment() -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def page(runs: Sequence[RunRecord], curves: Figure) -> str:
         curves=_embedded(curves),
         layers=[(run.name, *_picture(_layers, run)) for run in runs],
         weights=[(run.name, *_picture(figures.weights, run)) for run in runs],
-        times=[(part, [_seconds(times(run)[part]) for run in runs]) for part in times(runs[0])],
+        times=_times(runs),
         differences=list(differences(runs).items()),
         configurations=[(run.name, (run.directory / CONFIG).read_text()) for run in runs],
         environment=[(key, [_shown(run.summary.get("environment", {}).get(key)) for run in runs]) for key in versions],
@@ -62,6 +63,12 @@ def _result(run: RunRecord, key: str) -> str:
     if not run.summary:
         return "under way"
     return "dense" if key == "method" and not run.summary.get("masked_weights") else _shown(run.summary.get(key))
+
+
+def _times(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Return what the runs' seconds went into, a row for each part that any of them has."""
+    spent = [times(run) for run in runs]
+    return [(part, [_seconds(each.get(part)) for each in spent]) for part in dict.fromkeys(chain(*spent))]
 
 
 def _further(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:

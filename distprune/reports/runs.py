@@ -96,10 +96,13 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 
 def times(run: RunRecord) -> dict[str, float | None]:
-    """Return the seconds that a run took for its training steps, and for all else; None for that while it is under way.
+    """Return what a run's seconds went into, as its summary says.
 
-    Steps are timed from one line of metrics.jsonl to the next, evaluations left out.
+    While it is under way, and of one of an older version: its training steps, timed from one line of metrics.jsonl to
+    the next, evaluations left out, and all else, None while it is under way.
     """
+    if parts := run.summary.get("seconds_of"):
+        return dict(parts)
     size, before, training = run.config["train.batch_size"], 0, 0.0
     for record in run.metrics:
         if record["split"] == "train" and record.get("examples_per_s"):

@@ -1,16 +1,18 @@
 """A sweep's rows as means over seeds, and methods compared seed by seed. Pure."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from scipy.stats import t as student_t
 
 from distprune.sweeps.results import Row
-from distprune.sweeps.spec import SEED, Run, seedless
+from distprune.sweeps.spec import SEED, Run, lineage, seedless
 from distprune.tasks.metrics import LOWER_IS_BETTER, merit_of
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,17 @@ class Mean:
     steps: int
     total_steps: int
     """With those of the models that it started from, but not of its teacher."""
+    teacher_steps: int
+    """Of its teacher, with those of the models that that started from; 0 without a teacher of the sweep."""
+    score_gradients: int | None
+    """Global batches that went forward and backward for the score alone; None where older rows do not tell."""
     sparsity: float
     """Masked over prunable weights."""
+    encoder_sparsity: float | None
+    """Zeros over the weights of the encoder's, or decoder's, matrices; None where a row has none."""
     model_sparsity: float
     """Zeros over all weights of the model."""
     examples_per_s: float | None
-
-    def record(self) -> dict[str, Any]:
-        """Return it as one flat row."""
-        return {**vars(self), "point": ",".join(f"{key}={value}" for key, value in self.point.items())}
 
 
 def means_of(rows: dict[str, Row], baseline: str | None, chance: float | None) -> list[Mean]:
@@ -88,8 +92,11 @@ def _mean(group: Sequence[Row], rows: dict[str, Row], baseline: str | None, chan
         _half_interval(below),
         len(below),
         round(mean(row["steps"] for row in group)),
-        round(mean(row["steps"] + _steps_before(row, rows) for row in group)),
+        round(mean(_total_steps(row, rows) for row in group)),
+        round(mean(_teacher_steps(row, rows) for row in group)),
+        _known_mean([row.get("score_gradients") for row in group], round),
         mean(row["sparsity_masked"] for row in group),
+        _known_mean([row["encoder_sparsity"] for row in group], float),
         mean(row["model_sparsity"] for row in group),
         mean(speeds) if speeds else None,
     )
@@ -140,14 +147,21 @@ def _half_interval(values: Sequence[float]) -> float | None:
     return float(student_t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5)
 
 
-def _steps_before(row: Row, rows: dict[str, Row]) -> int:
-    """Return the steps of the models that a run started from, or whose weights said what goes, each once."""
-    return sum(rows[name]["steps"] for name in _before(row, rows))
+def _total_steps(row: Row, rows: Mapping[str, Row]) -> int:
+    """Return a run's steps, with those of the models that it started from, or whose weights said what goes."""
+    before = lineage(row["run"], {name: each["models"] for name, each in rows.items()})
+    return int(row["steps"] + sum(rows[name]["steps"] for name in before))
 
 
-def _before(row: Row, rows: dict[str, Row]) -> set[str]:
-    names = {name for key, name in row["models"].items() if key != "teacher.path" and name in rows}
-    return names.union(*(_before(rows[name], rows) for name in names))
+def _teacher_steps(row: Row, rows: Mapping[str, Row]) -> int:
+    teacher = rows.get(row["models"].get("teacher.path", ""))
+    return 0 if teacher is None else _total_steps(teacher, rows)
+
+
+def _known_mean(values: Sequence[float | None], kind: Callable[[float], Number]) -> Number | None:
+    """Return the mean, or None where one of them is not known."""
+    known = [value for value in values if value is not None]
+    return kind(mean(known)) if len(known) == len(values) else None
 
 
 @dataclass(frozen=True)
@@ -171,6 +185,11 @@ class Difference:
     """Seeds at chance of the first method, of those that both have a result of."""
     other_diverged: int
     """Seeds at chance of the other one, of the same."""
+
+
+def record(of: Mean | Difference) -> dict[str, Any]:
+    """Return what a table has a line of as one flat record."""
+    return {**vars(of), "point": ",".join(f"{key}={value}" for key, value in of.point.items())}
 
 
 def differences_of(

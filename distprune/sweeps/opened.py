@@ -10,6 +10,7 @@ from distprune.config import Config
 from distprune.errors import UserError
 from distprune.paths import expanded
 from distprune.sweeps import results
+from distprune.sweeps.budget import check_budget
 from distprune.sweeps.data import changed_data, check_files
 from distprune.sweeps.results import Row, Settings, difference, is_finished
 from distprune.sweeps.spec import Run, Sweep, read_sweep, runs_of, without_folders
@@ -159,6 +160,8 @@ def expand(sweep: Sweep, path: Path, overrides: Sequence[str]) -> Opened:
     configs = {each.name: each.load(output) for each in runs}
     settings = {each.name: each.settings(configs[each.name]) for each in runs}
     _refuse_twins(settings)
+    if sweep.budget is not None:
+        check_budget(sweep.budget, runs, configs)
     found = Opened(path, sweep, runs, configs, settings)
     found.read()
     return found

@@ -38,7 +38,7 @@ OF_SUMMARY = (
     "wall_time_s",
     "environment",
 )
-OF_LATER_VERSIONS = ("lower_is_better",)
+OF_LATER_VERSIONS = ("lower_is_better", "score_gradients")
 """What older summaries and lines lack, and are read without."""
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("run", "method", "metric_name"), (str,)),

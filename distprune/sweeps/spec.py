@@ -58,6 +58,8 @@ class Sweep:
     chance: float | None = None
     compare: dict[str, list[str]] = field(default_factory=dict)
     """Methods, and those that each is compared with, seed by seed."""
+    budget: float | None = None
+    """Epochs of every method, with the models that it starts from (`budget`); None: each has its own length."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ def read_sweep(path: Path) -> Sweep:
                 raise unknown(f"{path}: the method of models in {name}", str(other), sweep.methods)
     if sweep.chance is not None and not math.isfinite(sweep.chance):
         raise UserError(f"{path}: chance is {sweep.chance}; allowed: a number, or null")
+    if sweep.budget is not None and not 0 < sweep.budget < math.inf:
+        raise UserError(f"{path}: budget is {sweep.budget}; allowed: epochs, more than 0, or null")
     _check_baseline(sweep, path)
     _check_compare(sweep, path)
     return sweep
@@ -303,6 +307,17 @@ def without_folders(found: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in files.items()
     }
     return {**found, **names}
+
+
+def lineage(name: str, models: Mapping[str, Mapping[str, str]]) -> set[str]:
+    """Return the runs whose models a run started from, or whose weights said what goes, and theirs; no teachers.
+
+    Args:
+        name: of the run.
+        models: of each run that counts, its keys of `MODELS` and the names of the runs that they got.
+    """
+    direct = {other for key, other in models[name].items() if key != "teacher.path" and other in models}
+    return direct.union(*(lineage(other, models) for other in direct))
 
 
 def seedless(point: Mapping[str, Any]) -> dict[str, Any]:

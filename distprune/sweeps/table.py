@@ -17,11 +17,16 @@ def markdown(means: Sequence[Mean], baseline: str | None) -> str:
     names = ", ".join(sorted({each.metric_name for each in means})) or "metric"
     below = [f"worse than {baseline}", "pairs"] if baseline else []
     titles = ["method", "at", names, *below, "seeds", "diverged", "steps"]
-    titles += ["with those before", "sparsity", "of the model", "examples/s"]
+    titles += ["with those before", "its teacher's", "gradients for scores"]
+    titles += ["sparsity", "of the encoder", "of the model", "examples/s"]
     lines = []
     for each in means:
         counts = [str(number) for number in (each.seeds, each.diverged, each.steps, each.total_steps)]
-        sparsities = [f"{each.sparsity:.2%}", f"{each.model_sparsity:.2%}"]
+        counts += [str(each.teacher_steps), "" if each.score_gradients is None else str(each.score_gradients)]
+        sparsities = [
+            "" if part is None else f"{part:.2%}"
+            for part in (each.sparsity, each.encoder_sparsity, each.model_sparsity)
+        ]
         speed = "" if each.examples_per_s is None else f"{each.examples_per_s:.1f}"
         compared = [_with_spread(each.below, each.interval), str(each.pairs)] if baseline else []
         metric = _with_spread(each.metric, each.deviation)

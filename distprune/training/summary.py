@@ -27,7 +27,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         sizes["teacher"] = dist.gather([setup.teacher.held_bytes()])
     if not dist.is_main():
         return {}
-    metrics = trainer.final_metrics
+    metrics, seconds = trainer.final_metrics, trainer.seconds
     name = next(iter(metrics))
     return {
         "task": config.task.hub or config.task.train,
@@ -44,7 +44,9 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         "steps": trainer.step,
         "final_step": trainer.final_step,
         "skipped_steps": trainer.skipped_steps,
-        "wall_time_s": round(trainer.seconds, 1),
+        "score_gradients": _score_gradients(trainer),
+        "wall_time_s": round(seconds, 1),
+        "seconds_of": trainer.clock.whole(seconds),
         "world_size": setup.world.size,
         "launcher": setup.world.launcher,
         "zero_stage": {
@@ -81,6 +83,14 @@ def _method(pruning: PruningConfig, regrowth: RegrowthConfig, prunings: int) -> 
     whose = " of another model's weights" if pruning.weights_of else ""
     moving = ", with regrowth" if regrowth.part else ""
     return f"{how} pruning of {what.get(pruning.structure, pruning.structure)}{where} by {pruning.score}{whose}{moving}"
+
+
+def _score_gradients(trainer: Trainer) -> int:
+    """Return how many global batches went forward and backward for the score alone (`curvature`)."""
+    pruner = trainer.setup.pruner
+    if pruner is None or not pruner.score.learns:
+        return 0
+    return trainer.config.fisher.samples * sum(step < trainer.step for step in trainer.setup.plan.ladder)
 
 
 def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:

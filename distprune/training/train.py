@@ -8,6 +8,7 @@ between the optimizer's update and DeepSpeed's copy to the low-precision weights
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -26,15 +27,16 @@ from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError
 from distprune.models.export import describe
 from distprune.monitor import Monitor
-from distprune.monitor.resources import memory_mib
 from distprune.monitor.wandb import stored_id
 from distprune.pruning.pruner import Pruner
 from distprune.tasks.base import Batch
+from distprune.training import lines
 from distprune.training.best import Best, copy_directory, entries_of, remove_former
+from distprune.training.clock import Clock
 from distprune.training.curvature import estimate
 from distprune.training.diagnose import name_unused, refuse_nonfinite
 from distprune.training.interrupts import Interrupted, StopRequests
-from distprune.training.objective import Losses, Objective
+from distprune.training.objective import Objective
 from distprune.training.setup import Setup
 from distprune.training.steps import backward, take_step
 from distprune.training.written import verify, write
@@ -72,6 +74,7 @@ class Trainer:
     """Of ``step``, those that DeepSpeed left out because fp16's gradients were not finite."""
     seconds_before: float = 0.0
     """What the run took before this process went on with it."""
+    clock: Clock = field(default_factory=Clock)
     _logged_step: int = 0
     _started_at: float = field(default_factory=time.time)
     _logged_at: float = field(default_factory=time.perf_counter)
@@ -138,7 +141,8 @@ class Trainer:
         student, pruner, plan = self.setup.student, self.setup.pruner, self.setup.plan
         set_learning_rate(student, plan.lr.at(self.step))
         if pruner is not None and pruner.score.learns and self.step in plan.ladder:
-            estimate(self.config, self.setup, pruner, self.step, self._stop_if_asked)
+            with self.clock.of("gradients for scores"):
+                estimate(self.config, self.setup, pruner, self.step, self._stop_if_asked)
         sums, suspect = backward(self.setup, self.objective, self.config.train, batch, self.step)
         self.saver.before_change()
         if pruner is not None:
@@ -149,9 +153,11 @@ class Trainer:
         return asked
 
     def _prune(self, pruner: Pruner) -> None:
-        plan = self.setup.plan
+        sparsity, regrown = self.setup.plan.ladder.get(self.step), self.setup.plan.regrowths.get(self.step)
+        part = self.clock.of("prunings") if sparsity is not None or regrown is not None else nullcontext()
         try:
-            pruner.after_backward(plan.ladder.get(self.step), plan.regrowths.get(self.step))
+            with part:
+                pruner.after_backward(sparsity, regrown)
         except UserError as error:
             raise UserError(f"at step {self.step} {error}") from error
 
@@ -172,50 +178,25 @@ class Trainer:
         return _Asked(save > 0, stop > 0, requeue > 0)
 
     def _log_training(self) -> None:
-        plan, pruner, student = self.setup.plan, self.setup.pruner, self.setup.student
         now = time.perf_counter()
-        means = Losses(*(sum(column) / len(self.losses) for column in zip(*self.losses, strict=True)))
-        norm = student.get_global_grad_norm()
         steps = self.step - self._logged_step  # of this process, where a resumed run's losses are of more
-        record = {
-            "step": self.step,
-            "epoch": self.step / plan.steps_per_epoch,
-            "split": "train",
-            "loss": means.total,
-            **{f"{name}_loss": value for name, value in means._asdict().items() if name != "total"},
-            "lr": plan.lr.at(self.step - 1),
-            "sparsity": pruner.sparsity if pruner else 0.0,
-            "threshold": pruner.threshold if pruner else 0.0,
-            "grad_norm": None if norm is None else float(norm),
-            "skipped_steps": self.skipped_steps,
-            "examples_per_s": steps * self.config.train.batch_size / (now - self._logged_at),
-            "memory_mib": memory_mib(),
-        }
+        speed = steps * self.config.train.batch_size / (now - self._logged_at)
+        line = lines.of_training(self.setup, self.step, self.losses, speed)
         self.losses, self._logged_step, self._logged_at = [], self.step, now
-        self.monitor.log(record)
+        self.monitor.log(line | {"skipped_steps": self.skipped_steps})
         main = dict(list(self.metrics.items())[:1])
-        self.monitor.progress(self.step, loss=means.total, sparsity=record["sparsity"], lr=record["lr"], **main)
+        self.monitor.progress(self.step, loss=line["loss"], sparsity=line["sparsity"], lr=line["lr"], **main)
 
     def _evaluate(self) -> None:
         """Measure, and keep the state where it is the best one at the target sparsity."""
-        plan, pruner = self.setup.plan, self.setup.pruner
-        started = time.perf_counter()
-        self.metrics = evaluate(
-            self.setup.student, self.setup.task, self.config.train.eval_batch_size, self._stop_if_asked
-        )
+        pruner, started = self.setup.pruner, time.perf_counter()
+        with self.clock.of("evaluations"):
+            self.metrics = evaluate(
+                self.setup.student, self.setup.task, self.config.train.eval_batch_size, self._stop_if_asked
+            )
         self.measured_at = self.step
         self._logged_at += time.perf_counter() - started  # examples/s are those of training
-        layers = {} if pruner is None else pruner.layer_sparsity
-        self.monitor.log(
-            {
-                "step": self.step,
-                "epoch": self.step / plan.steps_per_epoch,
-                "split": "validation",
-                **self.metrics,
-                "sparsity": pruner.sparsity if pruner else 0.0,
-                **{f"sparsity/{name}": value for name, value in layers.items()},
-            }
-        )
+        self.monitor.log(lines.of_validation(self.setup, self.step, self.metrics))
         if self.setup.teacher is None and (pruner is None or pruner.masked == 0):
             self.dense_metrics = self.metrics
         former = copy(self.best)
@@ -228,7 +209,8 @@ class Trainer:
         directory, checkpoints = self.best.directory(self.run_dir), self.saver.folder
         verify(self.setup, self.step)
         try:
-            write(self.setup, directory)
+            with self.clock.of("writing models"):
+                write(self.setup, directory)
         except UserError as error:
             if dist.is_main():
                 print(f"the best state so far, of step {self.step}, is not kept: {error}")
@@ -269,18 +251,20 @@ class Trainer:
         }
         check = pruner.unmasked if pruner is not None and pruner.carried else list
         merit = self.setup.task.merit(self.metrics) if measured else None
-        self.saver.save(self.step, owned_tensors(student, pruner), state, merit, check)
+        with self.clock.of("checkpoints"):
+            self.saver.save(self.step, owned_tensors(student, pruner), state, merit, check)
 
     def state(self) -> dict[str, Any]:
         """Return where the run stands, for JSON."""
-        return {name: getattr(self, name) for name in _KEPT} | {"best": asdict(self.best), "seconds": self.seconds}
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return kept | {"best": asdict(self.best), "seconds": self.seconds, "seconds_of": self.clock.seconds}
 
     def resume(self, checkpoint: Path, manifest: Manifest) -> None:
         """Go on from a checkpoint that the student was loaded from. Collective: every rank calls it."""
         restore(self.setup.student, self.setup.pruner, Pieces(checkpoint), manifest.state)
         state = manifest.state["trainer"]
         self.step, self.best = manifest.step, Best(**state["best"])
-        self.seconds_before = state["seconds"]
+        self.seconds_before, self.clock.seconds = state["seconds"], state.get("seconds_of", {})
         for name in _KEPT:
             setattr(self, name, state[name])
         self.setup.new_weights = manifest.state["new_weights"]
@@ -292,9 +276,9 @@ class Trainer:
     def measure_teacher(self) -> None:
         """Measure the teacher, which is the dense model, and say what it can. Collective: every rank calls it."""
         assert self.setup.teacher is not None
-        self.dense_metrics = self.setup.teacher.measure(self.config.train.eval_batch_size)
-        epoch = self.step / self.setup.plan.steps_per_epoch
-        self.monitor.log({"step": self.step, "epoch": epoch, "split": "teacher", **self.dense_metrics})
+        with self.clock.of("evaluations"):
+            self.dense_metrics = self.setup.teacher.measure(self.config.train.eval_batch_size)
+        self.monitor.log(lines.of_teacher(self.setup, self.step, self.dense_metrics))
         if dist.is_main():
             print("the teacher:", ", ".join(f"{name} {value:.4f}" for name, value in self.dense_metrics.items()))
             if (remark := self.setup.task.remark(self.dense_metrics)) is not None:
@@ -331,7 +315,8 @@ class Trainer:
         final = self.run_dir / "final"
         if self.config.train.select == "last":
             verify(self.setup, self.step)
-            write(self.setup, final)
+            with self.clock.of("writing models"):
+                write(self.setup, final)
             return
         if not self.best.metrics:
             raise UserError(f"no state could be kept in {self.run_dir}; allowed: room on its disk, and the run again")

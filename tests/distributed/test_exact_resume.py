@@ -38,6 +38,10 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
     assert len(expected["data"]) == 2
     assert same_weights(whole, output)
     assert told(output) == told(whole)
+    states = [read_manifest(path).state["trainer"] for path in sorted(output.glob("checkpoints/step-*"))]
+    for part in ("checkpoints", "evaluations"):
+        spent = [state["seconds_of"].get(part, 0.0) for state in states]
+        assert spent == sorted(spent), f"what {part} took before a process counts in the next one"
 
 
 @pytest.mark.slow

@@ -184,6 +184,8 @@ def test_a_run_prunes_by_it_to_the_exact_number(world: Worlds, task: Path, tmp_p
         wanted = floor(Fraction(str(summary["sparsity_target"])) * summary["prunable_weights"])
         assert summary["masked_weights"] == wanted > 0
         assert summary["zeros_in_file"] == wanted
+        assert summary["score_gradients"] == 3 * 4, "of each of four prunings"
+        assert summary["seconds_of"]["gradients for scores"] > 0
         world(size).run(run, task, tmp_path / f"{size}-magnitude", *options[1:], *stage(zero))
         assert not same_weights(tmp_path / f"{size}", tmp_path / f"{size}-magnitude")
 

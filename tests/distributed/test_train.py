@@ -246,7 +246,15 @@ def test_a_run_directory_holds_what_was_promised(task: Path, as_configured: tupl
     assert summary["zero_stage"] == {"student": 2, "teacher": 3}
     assert (summary["world_size"], len(summary["bytes_per_rank"]["teacher"])) == (2, 2)
     assert {"torch", "deepspeed", "transformers", "git", "device"} <= summary["environment"].keys()
-    assert summary["wall_time_s"] > 0
+    assert list(summary["seconds_of"]) == [
+        "training steps",
+        "evaluations",
+        "prunings",
+        "checkpoints",
+        "writing models",
+    ]
+    assert sum(summary["seconds_of"].values()) == pytest.approx(summary["wall_time_s"], abs=0.3)
+    assert summary["score_gradients"] == 0
 
     record = json.loads((output / "final" / "pruning.json").read_text())
     assert record["masked_weights"] == sum(layer["masked"] for layer in record["layers"].values())

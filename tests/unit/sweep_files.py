@@ -1,8 +1,10 @@
 """A small sweep's file, its runs, and rows as their results."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from distprune import settings
 from distprune.sweeps import results
 from distprune.sweeps.results import Row
 from distprune.sweeps.spec import Run, read_sweep, runs_of
@@ -35,6 +37,16 @@ def runs(file: Path, *overrides: str) -> list[Run]:
 
 def settings_of(run: Run, output: Path = Path("out")) -> dict[str, Any]:
     return run.settings(run.load(output))
+
+
+def write_finished(run: Run, output: Path, metric: float) -> None:
+    """Write the directory of a run that has come to its end."""
+    folder = output / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(settings.to_yaml(run.load(output)))
+    told = {"metric_name": "accuracy", "final_metric": metric, "data": {}}
+    (folder / "summary.json").write_text(json.dumps(dict.fromkeys(results.OF_SUMMARY, 0) | told))
+    (folder / "metrics.jsonl").write_text("")
 
 
 def row(run: Run, metric: float, output: Path, **more: Any) -> Row:

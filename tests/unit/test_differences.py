@@ -1,5 +1,6 @@
 """Methods of a sweep compared with each other, seed by seed."""
 
+import json
 from pathlib import Path
 from statistics import mean
 
@@ -112,3 +113,11 @@ def test_differences_are_a_table_below_the_means(
     assert first == "| a | b | pruning.sparsity 0.5 | 0.0100 ± 0.0225 |  | 4 | 0 | 0 |"
     assert high == "| a | b | pruning.sparsity 0.9 |  |  | 0 | 0 | 4 |"
     assert middle == "| a | b | pruning.sparsity 0.7 | 0.0667 ± 0.1897 | 0.0500 ± 0.2033 | 3 | 0 | 0 |"
+    for what, line, number in (("means", "method,point,metric_name,", 6), ("differences", "method,other,point,", 3)):
+        stored = sweep_file.parent / "runs" / f"results.{what}.csv"
+        header, *records = stored.read_text().splitlines()
+        assert header.startswith(line)
+        same = [json.loads(each) for each in stored.with_suffix(".jsonl").read_text().splitlines()]
+        assert len(records) == len(same) == number
+    assert same[0]["better"] == pytest.approx(0.01)
+    assert (same[0]["point"], same[0]["pairs"]) == ("pruning.sparsity=0.5", 4)

@@ -38,8 +38,8 @@ def test_what_a_run_logs_is_read_back(tmp_path: Path) -> None:
         monitor.log(validation(2))
     assert read_metrics(tmp_path / "metrics.jsonl") == [train(1) | {"loss": None}, validation(2)]
     with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"step": "3"}\n{"step": 3, "note": "\xff"}\n')
-    assert read_metrics(tmp_path / "metrics.jsonl")[2:] == [{"step": 3, "note": "\ufffd"}]
+        file.write(b'{"step": "3"}\n{"step": 3, "split": "train", "note": "\xff"}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl")[2:] == [{"step": 3, "split": "train", "note": "\ufffd"}]
 
 
 def test_steps_done_again_after_a_resume_count_once(tmp_path: Path) -> None:

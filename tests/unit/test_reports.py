@@ -111,6 +111,8 @@ def test_runs_are_read_and_named_apart(runs: list[str]) -> None:
         "pruning.sparsity": ["0.0", "0.9"],
     }
     assert list(times(first).values()) == [20.0, 6.0], "40 steps of 8 examples at 16 a second, of 26 seconds"
+    parts = {"training steps": 19.5, "prunings": 2.5, "evaluations": 4.0}
+    assert times(replace(first, summary=first.summary | {"seconds_of": parts})) == parts, "where the summary says it"
 
 
 def test_the_page_says_what_the_runs_are_and_needs_nothing_beside_itself(html: Path) -> None:

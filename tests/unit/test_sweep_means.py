@@ -9,7 +9,7 @@ from matplotlib.collections import LineCollection
 from scipy.stats import ttest_rel
 
 from distprune.monitor.records import csv_text
-from distprune.sweeps.means import means_of, without_result
+from distprune.sweeps.means import means_of, record, without_result
 from distprune.sweeps.results import Row
 from distprune.sweeps.table import draw, markdown
 from tests.unit.sweep_files import row, runs, write_sweep
@@ -64,11 +64,18 @@ def test_pairs_have_converged_on_both_sides_and_lower_may_be_better(rows: dict[s
 def test_what_seeds_differ_in_is_the_mean_over_them(rows: dict[str, Row]) -> None:
     for number, each in enumerate(each for each in rows.values() if each["method"] == "after"):
         each.update(steps=100 + 30 * number, examples_per_s=10.0 * number or None)
+        each.update(score_gradients=10 * number, encoder_sparsity=0.8 + 0.01 * number)
         each.update(sparsity_masked=0.9 + 0.01 * number, model_sparsity=0.4 + 0.01 * number)
     _, after = means_of(rows, "dense", chance=0.5)
     assert (after.steps, after.total_steps) == (130, 230)
     assert (after.sparsity, after.model_sparsity) == (pytest.approx(0.91), pytest.approx(0.41))
     assert after.examples_per_s == pytest.approx(15.0), "of those that tell it"
+    assert (after.score_gradients, after.encoder_sparsity) == (10, pytest.approx(0.81))
+    assert "| 130 | 230 | 0 | 10 | 91.00% | 81.00% | 41.00% |" in markdown([after], "dense")
+    rows["after/train.seed=1,pruning.sparsity=0.9"].update(score_gradients=None, encoder_sparsity=None)
+    _, after = means_of(rows, "dense", chance=0.5)
+    assert (after.score_gradients, after.encoder_sparsity) == (None, None), "where an older row does not tell"
+    assert "| 130 | 230 | 0 |  | 91.00% |  | 41.00% |" in markdown([after], "dense")
 
 
 def test_a_pair_is_of_one_metric_and_of_the_only_row_that_fits(rows: dict[str, Row]) -> None:
@@ -85,7 +92,7 @@ def test_the_table_is_markdown_csv_and_a_plot(rows: dict[str, Row]) -> None:
     assert lines[3].startswith(
         "| after | pruning.sparsity 0.9 | 0.8550 ± 0.0071 | 0.0650 ± 0.1906 | 2 | 3 | 1 | 100 | 200 |"
     )
-    header, *records = csv_text([each.record() for each in means]).splitlines()
+    header, *records = csv_text([record(each) for each in means]).splitlines()
     assert header.split(",")[:3] == ["method", "point", "metric_name"]
     assert len(records) == 2
     (axes,) = draw(means, "dense", "sweep").axes
@@ -155,3 +162,7 @@ def test_steps_of_a_model_that_several_before_started_from_count_once(rows: dict
         mean.method: mean for mean in means_of({"early": early, dense["run"]: dense, ticket["run"]: ticket}, None, None)
     }
     assert found["after"].total_steps == 100 + 100 + 7
+    assert found["after"].teacher_steps == 0, "its teacher is not of these rows"
+    ticket["models"] |= {"teacher.path": dense["run"]}
+    found = means_of({"early": early, dense["run"]: dense, ticket["run"]: ticket}, None, None)
+    assert [(each.total_steps, each.teacher_steps) for each in found] == [(7, 0), (107, 0), (207, 107)]

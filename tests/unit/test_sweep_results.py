@@ -13,7 +13,8 @@ from distprune.commands.sweep import run as sweep
 from distprune.errors import UserError
 from distprune.sweeps import results
 from distprune.sweeps.execute import Outcome
-from tests.unit.sweep_files import row, runs, write_sweep
+from distprune.sweeps.spec import Run
+from tests.unit.sweep_files import row, runs, write_finished, write_sweep
 
 SHIPPED = [
     path
@@ -192,13 +193,8 @@ def test_a_table_takes_up_what_jobs_of_their_own_have_carried_out(
 ) -> None:
     run = next(each for each in runs(file) if each.method == "dense")
     folder = file.parent / "runs" / run.name
-    folder.mkdir(parents=True)
+    write_finished(run, file.parent / "runs", 0.0)
     config = run.load(file.parent / "runs")
-    (folder / "config.yaml").write_text(settings.to_yaml(config))
-    (folder / "summary.json").write_text(
-        json.dumps(dict.fromkeys(results.OF_SUMMARY, 0) | {"metric_name": "accuracy", "data": {}})
-    )
-    (folder / "metrics.jsonl").write_text("")
     config.train.batch_size += 1
     (folder / "config.yaml").write_text(settings.to_yaml(config))
     with pytest.raises(UserError, match=r"holds a run with other settings, train\.batch_size"):
@@ -218,3 +214,23 @@ def test_the_key_that_was_given_is_named_before_those_that_follow_from_it(file: 
     with pytest.raises(UserError, match=r"lr.peak the default -> 0.0002; allowed"):  # which lr.final follows
         sweep(str(file), ["lr.peak=2e-4"], [], dry_run=True, only_table=False)
     assert results.difference({}, {"a.b": 2, "a.a": 1}, ["a.a"]) == "a.b the default -> 2"
+
+
+def test_a_model_that_ends_elsewhere_when_it_is_trained_again_is_told_of(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = file.parent / "runs"
+    dense, after = runs(file)[0], runs(file)[2]
+    results.append(output / "results.jsonl", row(dense, 0.75, output))
+
+    def carry_out(left: list[Run], *arguments: Any) -> Outcome:
+        for each in left:
+            write_finished(each, output, 0.5)
+            arguments[3](each)
+        return Outcome({}, [])
+
+    monkeypatch.setattr(command, "carry_out", carry_out)
+    sweep(str(file), [], [after.name], dry_run=False, only_table=False)
+    said = capsys.readouterr().out
+    assert f"{dense.name} was trained again, and its line has 0.75: what builds on it builds on this one" in said
+    assert said.count("was trained again") == 1

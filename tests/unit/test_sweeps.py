@@ -133,6 +133,20 @@ def test_values_come_through_the_command_line_as_they_are(file: Path) -> None:
         ("{recipe.name: one_shot}", "{model.path: a}", "model.path is in grid or models of after, and set beside it"),
         ("model.path: dense", "model.path: [dense]", r"method of models in after .*dense.* is unknown"),
         ("baseline: dense", "chance: .nan", "chance is nan; allowed: a number, or null"),
+        ("baseline: dense", "budget: 0", "budget is 0.0; allowed: epochs, more than 0, or null"),
+        (
+            "baseline: dense",
+            "budget: 4",
+            "after/train.seed=1,pruning.sparsity=0.5 has 8 epochs with those of the models that it starts from; "
+            "allowed with budget 4: as many",
+        ),
+        ("baseline: dense", "budget: 10", "has 8 epochs with those of the models that it starts from"),
+        ("train.epochs: 4}", "train.epochs: 4, train.patience: 2}\nbudget: 8", "train.seed=1 has train.patience"),
+        (
+            "{recipe.name: dense}",
+            "{recipe.name: dense, train.batch_size: 8}\nbudget: 8",
+            "after/train.seed=1,pruning.sparsity=0.5 has train.batch_size 32 and dense/train.seed=1 8",
+        ),
         ("{pruning.sparsity: [0.5, 0.9]}", f"{{task.train: [{'a' * 250}]}}", "a run cannot be called 'after/.*aaa"),
     ],
 )  # fmt: skip
@@ -143,6 +157,17 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(file: Path, old:
     with pytest.raises(UserError, match=message):
         sweep(str(file), [], [], dry_run=False, only_table=False)
     assert not list((file.parent / "runs").glob("*/*")), "not even a folder or a log"
+
+
+def test_a_budget_counts_the_models_that_a_run_starts_from_and_not_its_teacher(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = (
+        "  taught: {set: {train.epochs: 8, recipe.name: gmp, pruning.sparsity: 0.5}, models: {teacher.path: dense}}\n"
+    )
+    file.write_text(file.read_text() + more + "budget: 8\n")
+    sweep(str(file), [], [], dry_run=True, only_table=False)
+    assert capsys.readouterr().out.startswith("8 runs, 0 with a result, 8 to run")
 
 
 def test_some_runs_are_carried_out_with_what_they_need(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,50 @@
+"""Equal budgets: every method trains for as long, with the models that it starts from, and on as much. Pure."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from distprune.config import Config
+from distprune.errors import UserError
+from distprune.sweeps.spec import Run, lineage
+
+_OF_AN_EPOCH = ("task.hub", "task.subset", "task.train", "task.limit", "task.holdout", "train.batch_size")
+"""What says how many steps an epoch has."""
+
+
+def check_budget(budget: float, runs: Iterable[Run], configs: Mapping[str, Config]) -> None:
+    """Refuse runs of other lengths than a budget. A teacher's steps are not the student's, and do not count.
+
+    Args:
+        budget: epochs of each run, with those of the runs whose models it starts from, or whose weights say what goes.
+            Runs that others start from may be shorter.
+        runs: all of the sweep.
+        configs: of the runs, by name.
+
+    Raises:
+        UserError: with the first run that has more or less, or may end early.
+    """
+    models = {run.name: run.models for run in runs}
+    inner = {other for name in models for other in lineage(name, models)}
+    first = next(iter(models))
+    for name in models:
+        epochs = math.fsum(configs[each].train.epochs for each in {name, *lineage(name, models)})
+        if not (math.isclose(epochs, budget) or (epochs < budget and name in inner)):
+            raise UserError(
+                f"{name} has {epochs:g} epochs with those of the models that it starts from; allowed with budget "
+                f"{budget:g}: as many"
+            )
+        if configs[name].train.patience is not None:
+            raise UserError(f"{name} has train.patience; allowed with a budget: null, as it may end a run early")
+        for key in _OF_AN_EPOCH:
+            ours, theirs = (_value(configs[each], key) for each in (name, first))
+            if ours != theirs:
+                raise UserError(
+                    f"{name} has {key} {ours} and {first} {theirs}; allowed with a budget: the same for all, so that "
+                    "an epoch is as many steps"
+                )
+
+
+def _value(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
