@@ -9,6 +9,7 @@ import pytest
 
 from distprune import settings
 from distprune.config import Config
+from distprune.sweeps.budget import check_budget
 from distprune.sweeps.spec import SEED, read_sweep, runs_of
 from tests.unit.sweep_files import settings_of
 from tests.unit.test_configs import SWEEPS
@@ -16,10 +17,13 @@ from tests.unit.test_configs import SWEEPS
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_every_shipped_sweep_has_runs_that_can_be(path: Path) -> None:
-    every = runs_of(read_sweep(path), path)
+    sweep = read_sweep(path)
+    every = runs_of(sweep, path)
     of_a_seed = [run for run in every if run.point.get(SEED) == every[0].point.get(SEED)]  # the others differ by it
     found = [json.dumps(settings_of(run), sort_keys=True) for run in of_a_seed]
     assert len(set(found)) == len(found) > 1
+    if sweep.budget is not None:
+        check_budget(sweep.budget, of_a_seed, {run.name: run.load(Path("runs")) for run in of_a_seed})
 
 
 @pytest.mark.parametrize("path", [path for path in SWEEPS if "waterfall" in path.name], ids=lambda path: path.name)
