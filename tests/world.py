@@ -100,5 +100,11 @@ class World:
 Worlds = Callable[[int], World]
 """The fixture ``world``: the group of so many ranks."""
 
-_SIZES = [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-by_world = pytest.mark.parametrize("size", _SIZES)
+
+def _by_world(slow_from: int) -> pytest.MarkDecorator:
+    sizes = [pytest.param(size, marks=[pytest.mark.slow] * (size >= slow_from)) for size in (1, 2, 3, 4)]
+    return pytest.mark.parametrize("size", sizes)
+
+
+by_world = _by_world(slow_from=3)
+by_world_slow_from_2 = _by_world(slow_from=2)

@@ -59,9 +59,9 @@ def prune_each(task: Path, layout: Layout) -> dict[str, tuple[list[dict[str, Ten
     return found
 
 
-LAYOUTS: list[Any] = [(2, Layout(3))]
+LAYOUTS: list[Any] = [(1, Layout(2))]
 SLOW = [
-    (1, Layout(2)),
+    (2, Layout(3)),
     (1, Layout(0, "bf16")),
     (2, Layout(0)),
     (2, Layout(1, "bf16")),

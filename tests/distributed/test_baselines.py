@@ -18,7 +18,7 @@ from tests.distributed.engines import (
     write_model,
 )
 from tests.distributed.runs import DENSE, run, stage
-from tests.world import Worlds, by_world
+from tests.world import Worlds, by_world_slow_from_2
 
 AT_ONCE = ('pruning.start="0 steps"', 'pruning.end="0 steps"')
 STANDSTILL = ("lr.peak=1e-30", "lr.final=0")
@@ -53,7 +53,7 @@ def prune_twice(
     return found
 
 
-@by_world
+@by_world_slow_from_2
 def test_masks_are_those_of_the_other_weights_and_survivors_keep_their_own(
     world: Worlds, directory: Path, trained: Path, size: int
 ) -> None:

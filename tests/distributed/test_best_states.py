@@ -52,6 +52,7 @@ def run_with_a_full_disk(task: Path, output: Path, before: int, *overrides: str)
         return run_patched("distprune.training.train.evaluate", Rising(), task, output, *overrides)
 
 
+@pytest.mark.slow
 def test_the_former_best_state_stays_where_a_disk_is_full(world: Worlds, task: Path, tmp_path: Path) -> None:
     options = ("train.select=best", "train.eval_every=4 steps", *DENSE)
     summary, said = world(2).run(heard, run_with_a_full_disk, task, tmp_path / "run", 2, *options)[0]

@@ -192,6 +192,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(world: Worlds, task: Pat
     assert (output / "checkpoints" / "latest").resolve().name == "step-00000024"
 
 
+@pytest.mark.slow
 def test_the_newest_and_the_best_checkpoint_stay(world: Worlds, task: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     world(2).run(run, task, output, "checkpoint.steps=2", "checkpoint.keep=2", "lr.peak=0.02", "train.epochs=4")
@@ -223,6 +224,7 @@ def test_what_would_make_another_run_of_it_is_refused(
     assert before == ((output / "metrics.jsonl").read_bytes(), (output / "config.yaml").read_bytes())
 
 
+@pytest.mark.slow
 def test_other_changes_are_said_and_taken(
     world: Worlds, task: Path, tmp_path: Path, interrupted: Callable[..., Path]
 ) -> None:

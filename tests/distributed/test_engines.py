@@ -44,7 +44,7 @@ from tests.distributed.engines import (
     whole,
     write_model,
 )
-from tests.world import World, Worlds, by_world
+from tests.world import World, Worlds, by_world, by_world_slow_from_2
 
 # ------------------------------------------------------------------------------ in
 
@@ -116,7 +116,7 @@ def train_and_export(directory: Path, layout: Layout, target: Path) -> tuple[dic
     return every, masked
 
 
-@by_world
+@by_world_slow_from_2
 def test_export_is_the_same_model_at_every_layout(world: Worlds, directory: Path, tmp_path: Path, size: int) -> None:
     for layout in ALL_LAYOUTS:
         target = tmp_path / str(layout)
@@ -275,9 +275,8 @@ def grow(directory: Path, student_stage: int, teacher_stage: int) -> list[tuple[
     return seen
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher"), [(0, 0), *(pytest.param(stage, 3, marks=pytest.mark.slow) for stage in (2, 3))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("student", "teacher"), [(0, 0), (2, 3), (3, 3)])
 def test_memory_stays_flat_with_two_engines(fresh: World, tmp_path: Path, student: int, teacher: int) -> None:
     model = write_model(tmp_path / "model", hidden_size=128, intermediate_size=512)
     size = (model / "model.safetensors").stat().st_size

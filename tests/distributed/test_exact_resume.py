@@ -16,11 +16,8 @@ DROPOUT = "model.dropout=0.1"
 @pytest.mark.parametrize(
     ("size", "student"),
     [
-        pytest.param(1, 0, marks=pytest.mark.slow),
-        pytest.param(2, 0, marks=pytest.mark.slow),
-        pytest.param(2, 1, marks=pytest.mark.slow),
-        (2, 2),
-        pytest.param(2, 3, marks=pytest.mark.slow),
+        (1, 0),
+        *(pytest.param(2, student, marks=pytest.mark.slow) for student in (0, 1, 2, 3)),
     ],
 )
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(

@@ -148,15 +148,12 @@ def told_to_stop(task: Path, output: Path, *overrides: str) -> tuple[str, bool]:
         return str(interrupted), interrupted.requeue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "done"),
     [
         (("train.eval_every=6 steps",), 6),
-        pytest.param(
-            ("pruning.score=obs", "fisher.samples=3", "pruning.start=5 steps", "pruning.end=17 steps"),
-            5,
-            marks=pytest.mark.slow,
-        ),
+        (("pruning.score=obs", "fisher.samples=3", "pruning.start=5 steps", "pruning.end=17 steps"), 5),
     ],
     ids=["an evaluation is due", "gradients are taken for a score"],
 )

@@ -23,7 +23,7 @@ from distprune.errors import UserError
 from distprune.training.setup import build_pruner
 from distprune.zero.shards import Shard, trained_shards
 from tests.distributed.engines import Layout, Student, whole, write_model
-from tests.world import Worlds, by_world
+from tests.world import Worlds, by_world, by_world_slow_from_2
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "engine_masks.json"
 STRUCTURES: dict[str, dict[str, Any]] = {
@@ -100,7 +100,7 @@ def digests(directory: Path, layout: Layout, combinations: list[tuple[str, str]]
     return found
 
 
-@pytest.mark.parametrize("size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3, 4))])
+@by_world_slow_from_2
 def test_one_mask_for_each_structure_and_score_at_every_layout(world: Worlds, model: Path, size: int) -> None:
     """The digests are those of the file: masks on disk depend on them, whatever the stage, the world or the version.
 

@@ -130,6 +130,7 @@ def test_a_run_does_not_go_on_with_another_teacher_of_the_same_name(
     assert world(2).run(run, task, tmp_path / "run", *options, moved, *EVERY_STEP)[0]["steps"] > 5
 
 
+@pytest.mark.slow
 def test_a_cache_of_something_else_is_refused_and_made_anew_where_asked(
     world: Worlds, task: Path, tmp_path: Path
 ) -> None:
