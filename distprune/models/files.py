@@ -74,7 +74,8 @@ def resolve(path: str, revision: str | None) -> Path:
     """Return the directory of a model: itself, or the hub's snapshot in the local cache.
 
     Raises:
-        UserError: where it is neither a directory nor a hub id that can be reached, or a checkpoint.
+        UserError: where it is neither a directory nor a hub id that can be reached, or a checkpoint, or a directory of
+            which a revision is asked for.
     """
     local = expanded(path)
     if local.is_dir():
@@ -84,6 +85,8 @@ def resolve(path: str, revision: str | None) -> Path:
             raise UserError(f"{path} holds no config.json; allowed: {hint}")
         if is_checkpoint(local):
             raise UserError(f"{path!r} is a checkpoint; allowed: a model directory, as distprune export makes")
+        if revision is not None:
+            raise UserError(f"{path} is a directory, of which there is no revision {revision!r}; allowed: null")
         return local
     if local.exists() or path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1:
         raise UserError(f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id")

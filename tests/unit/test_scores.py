@@ -296,6 +296,16 @@ def test_modules_are_compared_where_they_are_imported() -> None:
     assert mine == sha256(Path(__file__).read_bytes()).hexdigest()
 
 
+class WithoutYield(Whole):
+    def prepare(self, slices: Any, sizes: Any) -> Any:
+        self.seen = len(slices)
+
+
+def test_what_is_no_exchange_is_refused_before_a_run_begins() -> None:
+    with pytest.raises(UserError, match=r":WithoutYield\.prepare is no exchange; allowed: a method with `yield from`"):
+        build_score(f"{__name__}:WithoutYield", 7)
+
+
 def test_a_score_of_another_package_is_built_by_its_path() -> None:
     score = build_score(f"{__name__}:SmallButMoving", 7)
     assert (type(score).__name__, score.seed) == ("SmallButMoving", 7)

@@ -214,6 +214,9 @@ def test_a_hub_that_does_not_answer_is_told_in_one_line(tmp_path: Path, monkeypa
 
 def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:
     assert "holds no config.json" in refusal(resolve, str(tmp_path), None)
+    (tmp_path / "config.json").touch()
+    assert resolve(str(tmp_path), None) == tmp_path
+    assert "a directory, of which there is no revision 'v2'" in refusal(resolve, str(tmp_path), "v2")
 
 
 # --------------------------------------------------------------------------------------------------- skeleton

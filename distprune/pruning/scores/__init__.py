@@ -1,6 +1,7 @@
 """How much a weight matters: the smallest scores go first. A new score is one small class (docs/extending.md)."""
 
 from collections.abc import Mapping, Sequence
+from inspect import isgeneratorfunction
 
 import torch
 
@@ -54,11 +55,17 @@ def build_score(
         cuts: where in each flattened parameter a rank's slice begins or ends.
 
     Raises:
-        UserError: where there is none of this name.
+        UserError: where there is none of this name, or one whose exchanges are none.
     """
     if name == "obs":
         return OptimalBrainSurgeon(seed, fisher, cuts)
-    return find_class("pruning.score", name, SCORES, Score)(seed)  # type: ignore[type-abstract]
+    kind = find_class("pruning.score", name, SCORES, Score)  # type: ignore[type-abstract]
+    for method in ("prepare", "learn", "compensate"):
+        if not isgeneratorfunction(getattr(kind, method)):
+            raise UserError(
+                f"{name}.{method} is no exchange; allowed: a method with `yield from`, of () where nothing is exchanged"
+            )
+    return kind(seed)
 
 
 def try_out(score: Score, slices: Sequence[Slice]) -> None:
