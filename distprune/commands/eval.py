@@ -44,7 +44,8 @@ def run(model_dir: str, config_path: str, overrides: list[str]) -> None:
     if dist.is_main():
         counts = count_zeros(directory)
         stored = match_names(sorted(matrices_of(engine.module)), list(counts), engine.module.base_model_prefix)
-        zeros, weights = (sum(counts[name][part] for name in stored.values()) for part in (0, 1))
+        zeros = sum(counts[name].zeros for name in stored.values())
+        weights = sum(counts[name].elements for name in stored.values())
         dtype = precision_of(config.deepspeed.teacher)
         line = {"model": model_dir, "dtype": dtype, **metrics, "encoder_zeros": zeros, "encoder_weights": weights}
         if (remark := task.remark(metrics)) is not None:

@@ -2,8 +2,9 @@
 
 import json
 from functools import partial
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
@@ -93,14 +94,28 @@ def describe(model: Any, tokenizer: Any, directory: Path) -> None:
         raise OSError(f"the tokenizer cannot be saved: {error}") from error
 
 
-def count_zeros(directory: Path) -> dict[str, tuple[int, int]]:
-    """Count in the written files: zeros and elements of each tensor."""
-    counts: dict[str, tuple[int, int]] = {}
+class Counts(NamedTuple):
+    """What a written tensor holds."""
+
+    zeros: int
+    elements: int
+    bytes: int
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes in packed form (`packed`): a bit an element, and the values that are not zero."""
+        of_values = (self.elements - self.zeros) * self.bytes // max(self.elements, 1)
+        return min(self.bytes, ceil(self.elements / 8) + of_values)
+
+
+def count_zeros(directory: Path) -> dict[str, Counts]:
+    """Count what each tensor of the written files holds."""
+    counts: dict[str, Counts] = {}
     for file in sorted(directory.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 - not a dict
                 tensor = reader.get_tensor(name)
-                counts[name] = (int((tensor == 0).sum()), tensor.numel())
+                counts[name] = Counts(int((tensor == 0).sum()), tensor.numel(), tensor.nbytes)
     return counts
 
 

@@ -47,6 +47,8 @@ class Mean:
     """Zeros over the weights of the encoder's, or decoder's, matrices; None where a row has none."""
     model_sparsity: float
     """Zeros over all weights of the model."""
+    packed_bytes: int | None
+    """Of the weights in packed form; None where an older row does not tell."""
     examples_per_s: float | None
 
 
@@ -98,6 +100,7 @@ def _mean(group: Sequence[Row], rows: dict[str, Row], baseline: str | None, chan
         mean(row["sparsity_masked"] for row in group),
         _known_mean([row["encoder_sparsity"] for row in group], float),
         mean(row["model_sparsity"] for row in group),
+        _known_mean([row.get("packed_bytes") for row in group], round),
         mean(speeds) if speeds else None,
     )
 

@@ -38,7 +38,7 @@ OF_SUMMARY = (
     "wall_time_s",
     "environment",
 )
-OF_LATER_VERSIONS = ("lower_is_better", "score_gradients")
+OF_LATER_VERSIONS = ("lower_is_better", "score_gradients", "stored_bytes", "packed_bytes", "layers")
 """What older summaries and lines lack, and are read without."""
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("run", "method", "metric_name"), (str,)),

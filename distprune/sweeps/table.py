@@ -18,7 +18,7 @@ def markdown(means: Sequence[Mean], baseline: str | None) -> str:
     below = [f"worse than {baseline}", "pairs"] if baseline else []
     titles = ["method", "at", names, *below, "seeds", "diverged", "steps"]
     titles += ["with those before", "its teacher's", "gradients for scores"]
-    titles += ["sparsity", "of the encoder", "of the model", "examples/s"]
+    titles += ["sparsity", "of the encoder", "of the model", "packed MiB", "examples/s"]
     lines = []
     for each in means:
         counts = [str(number) for number in (each.seeds, each.diverged, each.steps, each.total_steps)]
@@ -27,10 +27,11 @@ def markdown(means: Sequence[Mean], baseline: str | None) -> str:
             "" if part is None else f"{part:.2%}"
             for part in (each.sparsity, each.encoder_sparsity, each.model_sparsity)
         ]
+        packed = "" if each.packed_bytes is None else f"{each.packed_bytes / 2**20:.1f}"
         speed = "" if each.examples_per_s is None else f"{each.examples_per_s:.1f}"
         compared = [_with_spread(each.below, each.interval), str(each.pairs)] if baseline else []
         metric = _with_spread(each.metric, each.deviation)
-        lines.append([each.method, _words(each.point), metric, *compared, *counts, *sparsities, speed])
+        lines.append([each.method, _words(each.point), metric, *compared, *counts, *sparsities, packed, speed])
     return _rows(titles, lines)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from distprune import dist
 from distprune.config import Config, PruningConfig, RegrowthConfig
 from distprune.engines.options import stage_of
-from distprune.models.export import count_zeros
+from distprune.models.export import Counts, count_zeros
 from distprune.monitor.records import environment
 from distprune.pruning.targets import matrices_of
 from distprune.training.train import Trainer
@@ -95,11 +95,11 @@ def _score_gradients(trainer: Trainer) -> int:
 
 def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:
     """Return the counts of the mask and of the written file, over all their denominators."""
-    pruner, zeros = trainer.setup.pruner, count_zeros(trainer.run_dir / "final")
-    encoder = _total(zeros, matrices_of(trainer.setup.student.module))
-    model = _total(zeros, [name for name, _ in trainer.setup.student.module.named_parameters()])
+    pruner, counts = trainer.setup.pruner, count_zeros(trainer.run_dir / "final")
+    encoder = _total(counts, matrices_of(trainer.setup.student.module))
+    model = _total(counts, [name for name, _ in trainer.setup.student.module.named_parameters()])
     masked, prunable = (0, 0) if pruner is None else (pruner.masked, pruner.total)
-    in_file = _total(zeros, layers)[0]
+    in_file = _total(counts, layers)[0]
     assert in_file >= masked, f"{in_file} zeros were written, {masked} weights are masked"
     return {
         "method": _method(trainer.config.pruning, trainer.config.regrowth, len(trainer.setup.plan.ladder)),
@@ -113,10 +113,12 @@ def _sparsity(trainer: Trainer, layers: dict[str, int]) -> dict[str, Any]:
         "encoder_weights": encoder[1],
         "model_sparsity": model[0] / model[1],
         "model_weights": model[1],
-        "layers": {name: {"masked": count, "weights": zeros[name][1]} for name, count in layers.items()},
+        "stored_bytes": sum(each.bytes for each in counts.values()),
+        "packed_bytes": sum(each.packed_bytes for each in counts.values()),
+        "layers": {name: {"masked": count, "weights": counts[name].elements} for name, count in layers.items()},
     }
 
 
-def _total(zeros: dict[str, tuple[int, int]], names: Any) -> tuple[int, int]:
+def _total(counts: dict[str, Counts], names: Any) -> tuple[int, int]:
     """Return zeros and elements of some tensors together."""
-    return sum(zeros[name][0] for name in names), sum(zeros[name][1] for name in names)
+    return sum(counts[name].zeros for name in names), sum(counts[name].elements for name in names)

@@ -243,6 +243,8 @@ def test_a_run_directory_holds_what_was_promised(task: Path, as_configured: tupl
     assert summary["encoder_weights"] == sum(tensors[name].numel() for name in matrices)
     assert summary["model_weights"] == sum(tensor.numel() for tensor in tensors.values())
     assert summary["model_sparsity"] == sum(zeros.values()) / summary["model_weights"]
+    assert summary["stored_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert summary["packed_bytes"] < summary["stored_bytes"]
     assert summary["zero_stage"] == {"student": 2, "teacher": 3}
     assert (summary["world_size"], len(summary["bytes_per_rank"]["teacher"])) == (2, 2)
     assert {"torch", "deepspeed", "transformers", "git", "device"} <= summary["environment"].keys()

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from distprune.commands import export, oneshot
 from distprune.errors import UserError
+from distprune.models.export import count_zeros
 from distprune.models.files import ModelFiles
 from distprune.models.packed import pack, unpack
 from tests.distributed.engines import write_model
@@ -50,6 +51,9 @@ def test_a_sparse_model_is_smaller_packed_and_the_same_unpacked(
         export.run(str(source), str(packed), False)
         before, after = (sum(file.stat().st_size for file in d.glob("*.safetensors")) for d in (source, packed))
         assert after < before
+        tensors = {file: load_file(file) for file in packed.glob("*.safetensors")}
+        held = sum(tensor.nbytes for each in tensors.values() for tensor in each.values())
+        assert held == sum(each.packed_bytes for each in count_zeros(source).values())
         assert f"packed {before:,} bytes into {after:,}" in capsys.readouterr().out
         if kind == "sparse":
             assert "\n---\n\n**Packed**: what follows holds once" in (packed / "README.md").read_text()

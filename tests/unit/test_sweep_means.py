@@ -64,18 +64,20 @@ def test_pairs_have_converged_on_both_sides_and_lower_may_be_better(rows: dict[s
 def test_what_seeds_differ_in_is_the_mean_over_them(rows: dict[str, Row]) -> None:
     for number, each in enumerate(each for each in rows.values() if each["method"] == "after"):
         each.update(steps=100 + 30 * number, examples_per_s=10.0 * number or None)
-        each.update(score_gradients=10 * number, encoder_sparsity=0.8 + 0.01 * number)
+        each.update(score_gradients=10 * number, encoder_sparsity=0.8 + 0.01 * number, packed_bytes=2**20 * number)
         each.update(sparsity_masked=0.9 + 0.01 * number, model_sparsity=0.4 + 0.01 * number)
     _, after = means_of(rows, "dense", chance=0.5)
     assert (after.steps, after.total_steps) == (130, 230)
     assert (after.sparsity, after.model_sparsity) == (pytest.approx(0.91), pytest.approx(0.41))
     assert after.examples_per_s == pytest.approx(15.0), "of those that tell it"
     assert (after.score_gradients, after.encoder_sparsity) == (10, pytest.approx(0.81))
-    assert "| 130 | 230 | 0 | 10 | 91.00% | 81.00% | 41.00% |" in markdown([after], "dense")
-    rows["after/train.seed=1,pruning.sparsity=0.9"].update(score_gradients=None, encoder_sparsity=None)
+    assert "| 130 | 230 | 0 | 10 | 91.00% | 81.00% | 41.00% | 1.0 | 15.0 |" in markdown([after], "dense")
+    rows["after/train.seed=1,pruning.sparsity=0.9"].update(
+        score_gradients=None, encoder_sparsity=None, packed_bytes=None
+    )
     _, after = means_of(rows, "dense", chance=0.5)
     assert (after.score_gradients, after.encoder_sparsity) == (None, None), "where an older row does not tell"
-    assert "| 130 | 230 | 0 |  | 91.00% |  | 41.00% |" in markdown([after], "dense")
+    assert "| 130 | 230 | 0 |  | 91.00% |  | 41.00% |  | 15.0 |" in markdown([after], "dense")
 
 
 def test_a_pair_is_of_one_metric_and_of_the_only_row_that_fits(rows: dict[str, Row]) -> None:
