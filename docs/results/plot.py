@@ -1,4 +1,8 @@
-"""Draws sst2_minilm.png from sst2_minilm.jsonl: accuracy of every seed at each sparsity, and over the pruned runs."""
+"""Draws sst2_minilm.png and sst2_minilm_methods.png from the rows beside this file.
+
+The first has the accuracy of every seed at each sparsity, and over the pruned runs; the second is the plot of a sweep,
+of the rows in bf16 and of those that were run in fp32 alone.
+"""
 
 import json
 from pathlib import Path
@@ -10,15 +14,33 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from distprune.monitor.plots import BLUE, GREEN, GREY, RED
+from distprune.sweeps.means import means_of
+from distprune.sweeps.results import read_rows
+from distprune.sweeps.table import draw
 
 FOLDER = Path(__file__).parent
 COLORS = {"dense": GREY, "one-shot": RED, "gradual": BLUE}
 SHADES = {0.8: GREEN, 0.9: BLUE}
+IN_FP32 = ("movement", "smc_gmp_own_rate", "one_shot")
+"""Methods of which points are in the file of the rows in fp32."""
 
 Runs = list[dict[str, Any]]
 
 
 def main() -> None:
+    """Draw both."""
+    draw_seeds()
+    draw_methods()
+
+
+def draw_methods() -> None:
+    """Draw the methods' means over the sparsity, as the sweep does."""
+    bf16, fp32 = (read_rows(FOLDER / f"sst2_minilm_{name}.jsonl") for name in ("methods", "baselines"))
+    rows = bf16 | {name: row for name, row in fp32.items() if row["method"] in IN_FP32 and name not in bf16}
+    draw(means_of(rows, "dense", 0.55), "dense", "sst2_minilm_methods").savefig(FOLDER / "sst2_minilm_methods.png")
+
+
+def draw_seeds() -> None:
     """Read the runs of the table and draw them."""
     rows = [json.loads(line) for line in (FOLDER / "sst2_minilm.jsonl").read_text().splitlines()]
     runs = [row for row in rows if row["table"] == "seeds"]
