@@ -25,7 +25,10 @@ from distprune.config import Config
 from distprune.errors import UserError
 from distprune.models.files import open_source
 from distprune.paths import expanded
+from distprune.plugins import hashes_of_modules
 from distprune.pruning import native
+from distprune.pruning.scores import build_score
+from distprune.tasks import task_kind
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors")
 _MESSAGE_MIB = 64
@@ -52,6 +55,7 @@ def run(config_path: str | None, overrides: list[str]) -> None:
     folder = expanded(config.train.output).absolute().parent
     checks: dict[str, Callable[[], Finding]] = {
         "versions": _versions,
+        "classes": lambda: _classes(config),
         "devices": _devices,
         "network": _network,
         "shared disk": lambda: _shared(folder),
@@ -91,6 +95,23 @@ def _versions() -> Finding:
     if others:
         return Finding(False, f"{', '.join(others)} as on rank 0", "use one environment on all nodes")
     return Finding(True, ", ".join(f"{name} {number}" for name, number in mine.items()))
+
+
+def _classes(config: Config) -> Finding:
+    """Find the kind of task and the score, which may be of another package. Collective: every rank calls it."""
+    names, problem = (config.task.name, config.pruning.score), ""
+    try:
+        task_kind(config.task.name)
+        build_score(config.pruning.score, config.train.seed, config.fisher)
+    except UserError as error:
+        problem = str(error)
+    hashes = hashes_of_modules(*names)
+    first, *_ = dist.gather([hashes])
+    if problem:
+        return Finding(False, problem, "give PYTHONPATH on all nodes")
+    if hashes != first:
+        return Finding(False, f"the modules of {' and '.join(names)} are not those of rank 0", "copy them to all nodes")
+    return Finding(True, ", ".join(names))
 
 
 def _devices() -> Finding:

@@ -15,12 +15,13 @@ from transformers import AutoModel
 from distprune import dist
 from distprune.commands import doctor
 from distprune.config import Config
+from distprune.pruning.scores import Magnitude
 from tests.distributed.engines import write_model
 from tests.distributed.processes import BIN, start
 from tests.distributed.runs import TAUGHT, run_command
 from tests.world import Worlds
 
-CHECKS = ["versions", "devices", "network", "shared disk", "free disk", "locks", "compiler", "hub", "wandb"]
+CHECKS = ["versions", "classes", "devices", "network", "shared disk", "free disk", "locks", "compiler", "hub", "wandb"]
 
 
 @pytest.mark.slow
@@ -76,7 +77,11 @@ def test_doctor_says_what_to_do(tmp_path: Path) -> None:
         "FAIL  wandb: rank 0 (1 of 1): http://no.such.host.invalid is not reached; set wandb.mode=offline"
         in done.stdout
     )
-    assert re.search(r"distprune: error: \d of 9 checks failed: .*wandb; see the lines above", done.stderr)
+    assert re.search(r"distprune: error: \d of 10 checks failed: .*wandb; see the lines above", done.stderr)
+
+
+class Mine(Magnitude):
+    """A score of another package."""
 
 
 def found_with_own_folder(folder: Path) -> Any:
@@ -88,6 +93,23 @@ def found_with_other_versions() -> Any:
     """Compare versions where rank 1 has another one of each package. Collective."""
     with patch.object(doctor, "version", lambda name: f"{name}-{dist.detect().rank}"):
         return doctor._versions()
+
+
+def found_with_a_score_of_its_own(score: str) -> Any:
+    """Look for a score whose module is another one on rank 1. Collective."""
+    config = Config()
+    config.pruning.score = score
+    with patch.object(doctor, "hashes_of_modules", lambda *_: [f"of rank {dist.detect().rank}"]):
+        return doctor._classes(config)
+
+
+def test_a_class_that_is_not_there_or_another_one_on_another_node_is_seen(world: Worlds) -> None:
+    for found in world(2).run(found_with_a_score_of_its_own, "nowhere:Score"):
+        assert not found.good
+        assert "pruning.score 'nowhere:Score' cannot be imported" in found.text
+    first, second = world(2).run(found_with_a_score_of_its_own, f"{__name__}:Mine")
+    assert first == (True, f"text_classification, {__name__}:Mine", "")
+    assert "are not those of rank 0" in second.text
 
 
 def test_a_disk_that_is_not_shared_and_another_version_are_seen(world: Worlds, tmp_path: Path) -> None:
