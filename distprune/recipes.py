@@ -93,7 +93,7 @@ def _replicated(config: Config, given: Collection[str], replicas: int, why: str)
         )
     chosen = config.recipe.replicas or replicas
     length = float(epochs * chosen)
-    total = config.train.epochs if "train.epochs" in given else length
+    total = _decimal(config.train.epochs if "train.epochs" in given else length)
     number = Derived(None, "train.epochs is given") if "train.epochs" in given else Derived(chosen, why)
     return {
         "recipe.replicas": number,

@@ -97,6 +97,7 @@ def test_a_recipe_in_a_file_may_be_its_name(tmp_path: Path) -> None:
 def test_dense_is_as_long_as_it_is_told() -> None:
     assert load("dense").train.epochs == 2
     assert load("dense").lr.rewind_every is None
+    assert load("dense", "recipe.epochs=0.1", "train.epochs=0.1").lr.rewind_every is None, "and not one at its end"
     pruned, dense = load("gmp", "pruning.sparsity=0.9"), load("dense", "recipe.replicas=6")
     assert schedules(pruned)[1] == schedules(dense)[1], "the same learning rate, step by step"
     assert (dense.pruning.sparsity, dense.distillation.hardness) == (0.0, 1.0)
