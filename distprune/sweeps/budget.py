@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import asdict
 
-from distprune.config import Config
+from distprune.config import Config, dotted
 from distprune.errors import UserError
 from distprune.sweeps.spec import Run, lineage
 
@@ -36,15 +36,9 @@ def check_budget(budget: float, runs: Iterable[Run], configs: Mapping[str, Confi
             )
         if configs[name].train.patience is not None:
             raise UserError(f"{name} has train.patience; allowed with a budget: null, as it may end a run early")
-        for key in _OF_AN_EPOCH:
-            ours, theirs = (_value(configs[each], key) for each in (name, first))
-            if ours != theirs:
-                raise UserError(
-                    f"{name} has {key} {ours} and {first} {theirs}; allowed with a budget: the same for all, so that "
-                    "an epoch is as many steps"
-                )
-
-
-def _value(config: Config, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
+        ours, theirs = (dotted(asdict(configs[each])) for each in (name, first))
+        for key in (key for key in _OF_AN_EPOCH if ours[key] != theirs[key]):
+            raise UserError(
+                f"{name} has {key} {ours[key]} and {first} {theirs[key]}; allowed with a budget: the same for all, so "
+                "that an epoch is as many steps"
+            )

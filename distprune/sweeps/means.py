@@ -1,18 +1,16 @@
 """A sweep's rows as means over seeds, and methods compared seed by seed. Pure."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any, TypeVar
+from typing import Any
 
 from scipy.stats import t as student_t
 
 from distprune.sweeps.results import Row
 from distprune.sweeps.spec import SEED, Run, lineage, seedless
 from distprune.tasks.metrics import LOWER_IS_BETTER, merit_of
-
-Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Mean:
     """With those of the models that it started from, but not of its teacher."""
     teacher_steps: int
     """Of its teacher, with those of the models that that started from; 0 without a teacher of the sweep."""
-    score_gradients: int | None
+    score_gradients: float | None
     """Global batches that went forward and backward for the score alone; None where older rows do not tell."""
     sparsity: float
     """Masked over prunable weights."""
@@ -47,7 +45,7 @@ class Mean:
     """Zeros over the weights of the encoder's, or decoder's, matrices; None where a row has none."""
     model_sparsity: float
     """Zeros over all weights of the model."""
-    packed_bytes: int | None
+    packed_bytes: float | None
     """Of the weights in packed form; None where an older row does not tell."""
     examples_per_s: float | None
 
@@ -96,11 +94,11 @@ def _mean(group: Sequence[Row], rows: dict[str, Row], baseline: str | None, chan
         round(mean(row["steps"] for row in group)),
         round(mean(_total_steps(row, rows) for row in group)),
         round(mean(_teacher_steps(row, rows) for row in group)),
-        _known_mean([row.get("score_gradients") for row in group], round),
+        _known_mean([row.get("score_gradients") for row in group]),
         mean(row["sparsity_masked"] for row in group),
-        _known_mean([row["encoder_sparsity"] for row in group], float),
+        _known_mean([row["encoder_sparsity"] for row in group]),
         mean(row["model_sparsity"] for row in group),
-        _known_mean([row.get("packed_bytes") for row in group], round),
+        _known_mean([row.get("packed_bytes") for row in group]),
         mean(speeds) if speeds else None,
     )
 
@@ -161,10 +159,10 @@ def _teacher_steps(row: Row, rows: Mapping[str, Row]) -> int:
     return 0 if teacher is None else _total_steps(teacher, rows)
 
 
-def _known_mean(values: Sequence[float | None], kind: Callable[[float], Number]) -> Number | None:
+def _known_mean(values: Sequence[float | None]) -> float | None:
     """Return the mean, or None where one of them is not known."""
     known = [value for value in values if value is not None]
-    return kind(mean(known)) if len(known) == len(values) else None
+    return mean(known) if len(known) == len(values) else None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def markdown(means: Sequence[Mean], baseline: str | None) -> str:
     lines = []
     for each in means:
         counts = [str(number) for number in (each.seeds, each.diverged, each.steps, each.total_steps)]
-        counts += [str(each.teacher_steps), "" if each.score_gradients is None else str(each.score_gradients)]
+        counts += [str(each.teacher_steps), "" if each.score_gradients is None else f"{each.score_gradients:.0f}"]
         sparsities = [
             "" if part is None else f"{part:.2%}"
             for part in (each.sparsity, each.encoder_sparsity, each.model_sparsity)
