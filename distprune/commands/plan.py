@@ -67,9 +67,11 @@ def memory_table(need: Need) -> Table:
 
 def wire_table(subject: Subject) -> Table:
     """Return a table of what a rank sends in an optimizer step."""
-    prunings = len(subject.plan.ladder) / subject.plan.total_steps
-    accumulation = subject.config.train.accumulation
-    sent = wire.bytes_per_step(subject.shapes, subject.layout, subject.teacher_shapes, accumulation, prunings)
+    steps, accumulation = subject.plan.total_steps, subject.config.train.accumulation
+    prunings, gradients = len(subject.plan.ladder) / steps, subject.score_gradients / steps
+    sent = wire.bytes_per_step(
+        subject.shapes, subject.layout, subject.teacher_shapes, accumulation, prunings, gradients
+    )
     table = Table("", title="MB that a rank sends in an optimizer step")
     table.add_column("MB", justify="right")
     for name, size in sent.items():
@@ -89,9 +91,12 @@ def _hours(subject: Subject, examples_per_s: float | None) -> str:
             "examples, in plain torch: its speed, not the job's, without DeepSpeed and the wire, and as if each rank "
             "had cores of its own"
         )
-    took = hours(plan.total_steps, batch_size, examples_per_s)
+    batches = f"{plan.total_steps:,} steps"
+    if gradients := subject.score_gradients:
+        batches += f", and {gradients:,} gradients for the score (fisher.samples before each pruning),"
+    took = hours(plan.total_steps + gradients, batch_size, examples_per_s)
     return (
-        f"{took:.2f} hours for {plan.total_steps:,} steps of {batch_size} examples at {examples_per_s:.1f} examples/s "
+        f"{took:.2f} hours for {batches} of {batch_size} examples at {examples_per_s:.1f} examples/s "
         f"({source}); evaluations, checkpoints and a pass of the teacher for its cache come on top."
     )
 

@@ -10,9 +10,9 @@ STEPS = 3
 """Steps that are timed, after one that is not."""
 
 
-def hours(steps: int, batch_size: int, examples_per_s: float) -> float:
-    """Return the hours that a run's optimizer steps take."""
-    return steps * batch_size / examples_per_s / 3600
+def hours(batches: int, batch_size: int, examples_per_s: float) -> float:
+    """Return the hours that a run's optimizer steps take, and gradients for a score, which count as much."""
+    return batches * batch_size / examples_per_s / 3600
 
 
 def measure(model: nn.Module, loss: Callable[[], Tensor], groups: list[dict[str, object]], examples: int) -> float:

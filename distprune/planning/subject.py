@@ -20,7 +20,7 @@ from distprune.planning.activations import Activations, count, most_at_once
 from distprune.planning.hours import measure
 from distprune.planning.memory import Need
 from distprune.planning.shapes import Layout, Shapes, layout_of, shapes_of
-from distprune.pruning.scores import build_score
+from distprune.pruning.scores import Score, build_score
 from distprune.pruning.targets import targets_of
 from distprune.tasks.base import Batch, Task
 from distprune.teachers.choose import is_cached
@@ -62,6 +62,16 @@ class Subject:
         """Examples in a forward pass on one rank."""
         return self.config.train.batch_size // (self.layout.world * self.config.train.accumulation)
 
+    @property
+    def score(self) -> Score:
+        """What weights are pruned by."""
+        return build_score(self.config.pruning.score, self.config.train.seed, self.config.fisher)
+
+    @property
+    def score_gradients(self) -> int:
+        """Global batches that go forward and backward for the score alone, before prunings."""
+        return self.config.fisher.samples * len(self.plan.ladder) if self.shapes.prunable and self.score.learns else 0
+
     def longest(self, data: Dataset, examples: int) -> Batch:
         """Return the batch of the rows with the most tokens."""
         lengths = data["length"][:]
@@ -95,8 +105,7 @@ class Subject:
 
     def need(self, on_gpu: bool) -> Need:
         """Return everything that a rank's memory depends on."""
-        score = build_score(self.config.pruning.score, self.config.train.seed, self.config.fisher)
-        held = score.bytes_held if self.shapes.prunable else 0
+        held = self.score.bytes_held if self.shapes.prunable else 0
         evaluated = self.task.evaluations().values()
         teaching, cached = 0, None
         if self.teacher is not None:

@@ -12,7 +12,12 @@ matrix, and little beside the gradients."""
 
 
 def bytes_per_step(
-    student: Shapes, layout: Layout, teacher: tuple[Shapes, Layout] | None, accumulation: int, prunings: float
+    student: Shapes,
+    layout: Layout,
+    teacher: tuple[Shapes, Layout] | None,
+    accumulation: int,
+    prunings: float,
+    score_gradients: float = 0.0,
 ) -> dict[str, int]:
     """Return the bytes that a rank sends in an optimizer step, by what for.
 
@@ -22,12 +27,15 @@ def bytes_per_step(
         teacher: sizes and layout of one that is run beside it.
         accumulation: forward passes in a step.
         prunings: in a step, on the average.
+        score_gradients: global batches for the score alone, in a step on the average.
     """
+    gradients, weights = _gradients(student, layout, accumulation), _weights(student, layout, accumulation)
     sent = {
-        "gradients": _gradients(student, layout, accumulation),
-        "student's weights": _weights(student, layout, accumulation),
+        "gradients": gradients,
+        "student's weights": weights,
         "teacher's weights": 0,
         "pruning's statistics": round(STATISTICS * prunings) if layout.world > 1 else 0,
+        "gradients for the score": round((gradients + weights * (layout.stage == 3)) * score_gradients),
     }
     if teacher is not None and teacher[1].stage == 3:
         shapes, its_layout = teacher

@@ -85,6 +85,17 @@ def test_a_plan_is_printed(world: Worlds, task: Path) -> None:
     assert f"{24 * 12 / 2 / 3600:.2f} hours" in said
 
 
+def test_gradients_for_a_score_take_time_and_are_sent(world: Worlds, task: Path) -> None:
+    score = ("pruning.score=obs", "fisher.samples=3")
+    status, said = planned(world, task, "--world", "2", "--examples-per-s", "2", *score)
+    assert status == 0, said
+    assert f"{(24 + 12) * 12 / 2 / 3600:.2f} hours for 24 steps, and 12 gradients for the score" in said
+    of_steps, of_score = (
+        float(re.search(rf"{name} +│ ([\d.]+) │", said)[1]) for name in ("gradients", "for the score")
+    )
+    assert of_score == pytest.approx(of_steps * 12 / 24, abs=0.001)
+
+
 def test_a_teacher_whose_outputs_are_cached_comes_before_the_run(world: Worlds, task: Path) -> None:
     status, said = planned(world, task, "--world", "2", "--examples-per-s", "2", *TAUGHT, "teacher.cache=auto")
     assert status == 0, said

@@ -165,12 +165,12 @@ def test_what_has_just_been_gathered_is_there_twice_and_once_more_for_gloo() -> 
 def test_the_wire_of_each_stage() -> None:
     def sent(stage: int, accumulation: int = 1) -> list[int]:
         layout = Layout(stage, 2, torch.bfloat16)
-        return list(wire.bytes_per_step(SHAPES, layout, None, accumulation, 0.5).values())
+        return list(wire.bytes_per_step(SHAPES, layout, None, accumulation, 0.5, 2.0).values())
 
-    assert sent(0) == [76, 0, 0, 32 << 10]
-    assert sent(1, 3) == [76, 38, 0, 32 << 10]
-    assert sent(2, 3) == [3 * 76, 38, 0, 32 << 10]
-    assert sent(3, 3) == [3 * 38, 3 * 43, 0, 32 << 10]
+    assert sent(0) == [76, 0, 0, 32 << 10, 2 * 76]
+    assert sent(1, 3) == [76, 38, 0, 32 << 10, 2 * 76]
+    assert sent(2, 3) == [3 * 76, 38, 0, 32 << 10, 2 * 3 * 76]
+    assert sent(3, 3) == [3 * 38, 3 * 43, 0, 32 << 10, 2 * (3 * 38 + 3 * 43)], "weights are gathered for them too"
     teacher = Shapes((), (10, 21), frozenset()), Layout(3, 2)
     assert wire.bytes_per_step(SHAPES, Layout(0, 2), teacher, 2, 0)["teacher's weights"] == 2 * 62
     assert sum(wire.bytes_per_step(SHAPES, Layout(3, 1), None, 1, 1).values()) == 0, "one rank sends nothing"
