@@ -43,7 +43,7 @@ def test_a_waterfall_changes_one_thing_at_a_time_and_ends_at_the_recipe_gmp(path
     assert changed["large_first_step"] == {"pruning.initial"}
     assert changed["distillation_2"] == {"distillation.hardness", "distillation.temperature"}
     assert changed["distillation"] == {"distillation.temperature"}
-    assert changed["obs"] <= {"pruning.score", "fisher.samples"}
+    assert changed["obs"] <= {"pruning.score", "fisher.block", "fisher.dropout", "fisher.samples"}
     end, epochs = steps["distillation"], read_sweep(path).methods["dense"].set.get("recipe.epochs", 2)
     gmp = settings.load_valid(
         str(runs["distillation"].config),
