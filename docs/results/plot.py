@@ -1,7 +1,7 @@
 """Draws sst2_minilm.png and sst2_minilm_methods.png from the rows beside this file.
 
 The first has the accuracy of every seed at each sparsity, and over the pruned runs; the second is the plot of a sweep,
-of the rows in bf16 and of those that were run in fp32 alone.
+of the rows in bf16, of those that were run in fp32 alone, and of what is pruned after training with equal budgets.
 """
 
 import json
@@ -23,6 +23,8 @@ COLORS = {"dense": GREY, "one-shot": RED, "gradual": BLUE}
 SHADES = {0.8: GREEN, 0.9: BLUE}
 IN_FP32 = ("movement", "smc_gmp_own_rate", "one_shot")
 """Methods of which points are in the file of the rows in fp32."""
+AFTER = ("magnitude_after", "obert_diagonal_after")
+"""Methods that start from a dense model, with half of the epochs each."""
 
 Runs = list[dict[str, Any]]
 
@@ -35,8 +37,10 @@ def main() -> None:
 
 def draw_methods() -> None:
     """Draw the methods' means over the sparsity, as the sweep does."""
-    bf16, fp32 = (read_rows(FOLDER / f"sst2_minilm_{name}.jsonl") for name in ("methods", "baselines"))
+    files = (FOLDER / f"sst2_minilm_{name}.jsonl" for name in ("methods", "baselines", "equal_budget"))
+    bf16, fp32, equal = map(read_rows, files)
     rows = bf16 | {name: row for name, row in fp32.items() if row["method"] in IN_FP32 and name not in bf16}
+    rows |= {name: row for name, row in equal.items() if row["method"] in AFTER}
     draw(means_of(rows, "dense", 0.55), "dense", "sst2_minilm_methods").savefig(FOLDER / "sst2_minilm_methods.png")
 
 
