@@ -97,7 +97,8 @@ def _hours(subject: Subject, examples_per_s: float | None) -> str:
     took = hours(plan.total_steps + gradients, batch_size, examples_per_s)
     return (
         f"{took:.2f} hours for {batches} of {batch_size} examples at {examples_per_s:.1f} examples/s "
-        f"({source}); evaluations, checkpoints and a pass of the teacher for its cache come on top."
+        f"({source}); evaluations, checkpoints, what a score makes of its gradients, and a pass of the teacher for its "
+        "cache come on top."
     )
 
 

@@ -11,7 +11,7 @@ STEPS = 3
 
 
 def hours(batches: int, batch_size: int, examples_per_s: float) -> float:
-    """Return the hours that a run's optimizer steps take, and gradients for a score, which count as much."""
+    """Return the hours that batches take: of optimizer steps, and of gradients for a score, which count as much."""
     return batches * batch_size / examples_per_s / 3600
 
 

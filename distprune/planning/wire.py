@@ -35,7 +35,7 @@ def bytes_per_step(
         "student's weights": weights,
         "teacher's weights": 0,
         "pruning's statistics": round(STATISTICS * prunings) if layout.world > 1 else 0,
-        "gradients for the score": round((gradients + weights * (layout.stage == 3)) * score_gradients),
+        "gradients for the score": round((gradients + (weights if layout.stage == 3 else 0)) * score_gradients),
     }
     if teacher is not None and teacher[1].stage == 3:
         shapes, its_layout = teacher

@@ -24,7 +24,7 @@ SHADES = {0.8: GREEN, 0.9: BLUE}
 IN_FP32 = ("movement", "smc_gmp_own_rate", "one_shot")
 """Methods of which points are in the file of the rows in fp32."""
 AFTER = ("magnitude_after", "obert_diagonal_after")
-"""Methods that start from a dense model, with half of the epochs each."""
+"""Methods of which the points are those with equal budgets: half of the epochs dense, half pruned."""
 
 Runs = list[dict[str, Any]]
 
