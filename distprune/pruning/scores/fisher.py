@@ -56,9 +56,10 @@ class InverseFisher:
         for diagonal, gradient in zip(self._diagonal, filled, strict=True):
             diagonal.addcmul_(gradient, gradient, value=1 / self.samples)
         for inverse, gradient in zip(self.inverses, (yield from self._in_blocks(filled)), strict=True):
-            product = torch.bmm(inverse, gradient.unsqueeze(2)).squeeze(2)
+            # From the left, the inverse is symmetric: on a CPU torch takes a third of the time for it.
+            product = torch.bmm(gradient.unsqueeze(1), inverse).squeeze(1)
             scale = self.samples + (gradient * product).sum(1, keepdim=True)
-            inverse.baddbmm_(product.unsqueeze(2), (product / scale).unsqueeze(1), alpha=-1)
+            inverse.addcmul_(product.unsqueeze(2), (product / scale).unsqueeze(1), value=-1)
 
     def diagonals(self) -> list[Tensor]:
         """Return the inverse's diagonal for each slice, shape [n], > 0.
