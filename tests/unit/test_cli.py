@@ -241,7 +241,7 @@ def test_schedule_counts_the_data_prints_a_table_and_draws(workplace, capsys) ->
 def test_a_schedule_from_0_without_rewinds_fills_its_picture(workplace) -> None:
     plain = ["lr.rewind_every=null", "pruning.initial=0"]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", module="distprune")
         assert main(["schedule", "run.yaml", *plain]) == 0
     rows = (imread("schedule.png")[..., :3] < 0.99).any(axis=(1, 2))
     gaps = np.diff(np.flatnonzero(rows))

@@ -23,7 +23,7 @@ def test_files_that_cannot_be_used(build, tmp_path):
     (tmp_path / "twice.csv").write_text("sentence,label,label\na b,1,0\n")
     (tmp_path / "twice.tsv").write_text("sentence\tlabel\tsentence\na b\t1\ta\n")
     (tmp_path / "wide.tsv").write_text("sentence\tlabel\n" + "a b\t1\tmore\n" * 9)
-    (tmp_path / "wide.csv").write_text("sentence,label\n" + "a b,1,\n" * 9)
+    (tmp_path / "wide.csv").write_text("sentence,label\n" + "a b,1,more\n" * 9)
     pd.DataFrame({"sentence": ["a"], "label": [0]})[:0].to_parquet(tmp_path / "none.parquet")
     for options, message in [
         ({"train": "trian.jsonl"}, "file trian.jsonl does not exist"),
