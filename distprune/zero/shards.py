@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from distprune.errors import UserError
 
-KNOWN_VERSIONS = ("0.19.6", "0.20")
+KNOWN_VERSIONS = ("0.19.8", "0.20")
+"""The first of them is the first that stops at gradients which are not finite; those before it clip and apply them."""
 
 
 @dataclass(frozen=True)
