@@ -49,8 +49,11 @@ def gmp(config: Config, given: Collection[str]) -> Values:
     values = _replicated(config, given, replicas_for(sparsity), "2, and 1 for each halving of what survives")
     total = _decimal(config.train.epochs if "train.epochs" in given else values["train.epochs"].value)
     epochs = _decimal(config.recipe.epochs)
-    if total < 2 * epochs:
-        raise UserError(f"the recipe gmp has {total} epochs; allowed: at least two replicas of {epochs} epochs")
+    if total < 3 * epochs:
+        raise UserError(
+            f"the recipe gmp has {total} epochs; allowed: at least three replicas of {epochs} epochs, of which the "
+            "first and the last do not prune"
+        )
     return values | {
         "pruning.initial": Derived(first_step_for(sparsity), "a third of the halvings at once"),
         "pruning.start": Derived(_epochs(epochs), "behind the first replica, which is dense"),

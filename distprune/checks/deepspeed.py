@@ -13,6 +13,7 @@ OWNED = {
     "gradient_clipping": "optimizer.clip",
     "managed_gradient_accumulation": "train.accumulation",
     "gradient_allreduce_op": "the ranks' mean, as it is, and lr.peak",
+    "gradient_predivide_factor": "the ranks' mean, as it is, and lr.peak",
     "optimizer": "optimizer.*",
     "scheduler": "lr.*",
     "wandb": "wandb.*",

@@ -28,6 +28,21 @@ def _within_run(config: Config, key: str) -> bool:
     return _time(config, key).amount > 0 and _compare(config, key, le, "train.epochs")
 
 
+def _evaluates(config: Config) -> bool:
+    """Return whether a run is evaluated on its way; one of less than an epoch need not be."""
+    every = _time(config, "train.eval_every")
+    return every.amount > 0 and (every.amount <= 1 or _compare(config, "train.eval_every", le, "train.epochs"))
+
+
+def _prunes_often(config: Config) -> bool:
+    """Return whether the time between prunings fits into that from the first to the last."""
+    every, start, end = (_time(config, f"pruning.{key}") for key in ("every", "start", "end"))
+    comparable = every.in_epochs == start.in_epochs == end.in_epochs
+    return every.amount > 0 and (
+        not comparable or start.amount >= end.amount or every.amount <= end.amount - start.amount
+    )
+
+
 def _first_cycle(config: Config) -> str:
     """Return the key that holds the length of the learning rate's first cycle."""
     keys = ("lr.rewind_first", "lr.rewind_every", "train.epochs")
@@ -188,11 +203,20 @@ TRAIN = (
         lambda c: c.train.batch_size % c.train.accumulation == 0,
     ),
     _at_least_one("train.eval_batch_size"),
-    Check("train.eval_every", "more than 0", lambda c: _time(c, "train.eval_every").amount > 0),
+    Check(
+        "train.eval_every",
+        "more than 0 and at most train.epochs; a number counts epochs, '500 steps' steps",
+        _evaluates,
+    ),
     _at_least_one("train.log_every"),
     SEED,
     _one_of("train.select", "last", "best"),
     _at_least_one_or_null("train.patience"),
+    Check(
+        "train.patience",
+        "null where train.select is last, which would keep the state that patience ran out at",
+        lambda c: c.train.patience is None or c.train.select == "best",
+    ),
 )
 
 CHECKPOINT = (
@@ -259,7 +283,11 @@ PRUNING = (
         "before the end of the run (train.epochs), to train with the last mask",
         lambda c: _dense(c) or _compare(c, "pruning.end", lt, "train.epochs"),
     ),
-    Check("pruning.every", "more than 0", lambda c: _dense(c) or _time(c, "pruning.every").amount > 0),
+    Check(
+        "pruning.every",
+        "more than 0 and at most the time from pruning.start to pruning.end; a number counts epochs, '500 steps' steps",
+        lambda c: _dense(c) or _prunes_often(c),
+    ),
     Check(
         "pruning.components",
         f"some of {', '.join(COMPONENTS)}",

@@ -59,7 +59,7 @@ def run(config_path: str, overrides: list[str]) -> None:
 def _say_how_it_goes_on(interrupted: Interrupted) -> None:
     print(f"distprune: {interrupted}", file=sys.stderr, flush=True)
     if interrupted.requeue:
-        print(f"distprune: {requeue_job()}", file=sys.stderr, flush=True)
+        print(f"distprune: {requeue_job(interrupted.trained)}", file=sys.stderr, flush=True)
 
 
 def _say_how_it_ends(ended: EndedAtOnce) -> None:
@@ -67,7 +67,7 @@ def _say_how_it_ends(ended: EndedAtOnce) -> None:
     if dist.is_main():
         print(f"distprune: {ended}", file=sys.stderr, flush=True)
     if ended.requeue and (dist.is_main() or REQUEUE in os.environ):
-        print(f"distprune: {requeue_job()}", file=sys.stderr, flush=True)
+        print(f"distprune: {requeue_job(trained=False)}", file=sys.stderr, flush=True)
 
 
 def train(config: Config) -> dict[str, Any]:

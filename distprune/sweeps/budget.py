@@ -8,8 +8,8 @@ from distprune.config import Config, dotted
 from distprune.errors import UserError
 from distprune.sweeps.spec import Run, lineage
 
-_OF_AN_EPOCH = ("task.hub", "task.subset", "task.train", "task.limit", "task.holdout", "train.batch_size")
-"""What says how many steps an epoch has."""
+_OF_AN_EPOCH = ("task.", "train.batch_size", "model.tokenizer")
+"""How keys begin that say how many steps an epoch has: of a language model, the lengths of its blocks do too."""
 
 
 def check_budget(budget: float, runs: Iterable[Run], configs: Mapping[str, Config]) -> None:
@@ -37,7 +37,7 @@ def check_budget(budget: float, runs: Iterable[Run], configs: Mapping[str, Confi
         if configs[name].train.patience is not None:
             raise UserError(f"{name} has train.patience; allowed with a budget: null, as it may end a run early")
         ours, theirs = (dotted(asdict(configs[each])) for each in (name, first))
-        for key in (key for key in _OF_AN_EPOCH if ours[key] != theirs[key]):
+        for key in (key for key in ours if key.startswith(_OF_AN_EPOCH) and ours[key] != theirs[key]):
             raise UserError(
                 f"{name} has {key} {ours[key]} and {first} {theirs[key]}; allowed with a budget: the same for all, so "
                 "that an epoch is as many steps"

@@ -70,8 +70,8 @@ def find_choices(split: Split, task: TaskConfig) -> Choices:
     which are in the order of the choices.
 
     Raises:
-        UserError: no column of choices, one that holds no texts, a single choice, another number of labels, or letters
-            beside numbers, which may count from 1.
+        UserError: no column of choices, one that holds no texts, a single choice, another number of labels, letters
+            beside numbers, or numbers from 1, of which those below the last would name other choices.
     """
     found = {str(answer) for answer in _answers(split, task.label, task.labels)}
     if not task.labels and found & set(ascii_uppercase) and any(answer.isdecimal() for answer in found):
@@ -82,6 +82,11 @@ def find_choices(split: Split, task: TaskConfig) -> Choices:
     number = mode(map(len, _texts(split, task.choices)))
     if number < 2:
         raise UserError(f"rows of {split.origin} have {number} choices in {task.choices}; allowed: 2 or more")
+    if not task.labels and str(number) in found and "0" not in found:
+        raise UserError(
+            f"answers in column {task.label!r} of {split.origin} count from 1; allowed: from 0, or task.labels="
+            f"[{','.join(map(str, range(1, number + 1)))}]"
+        )
     if task.labels and len(task.labels) != number:
         raise UserError(f"task.labels names {len(task.labels)} answers; allowed: one for each of {number} choices")
     answers: dict[int | str, int] = {}

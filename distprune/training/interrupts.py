@@ -26,13 +26,18 @@ class Interrupted(Exception):
     Args:
         step: optimizer steps that are done.
         saved: those of the newest checkpoint, fewer where the last could not be written; None: there is none.
-        requeue: whether the job is to be queued again.
+        requeue: whether the job was asked to be queued again.
+        began: steps that were done when this process went on with the run.
     """
 
-    def __init__(self, step: int, saved: int | None, requeue: bool):
+    def __init__(self, step: int, saved: int | None, requeue: bool, began: int = 0):
         where = "there" if saved == step else "the beginning" if saved is None else f"step {saved}"
-        super().__init__(f"stopped after step {step}, as asked; the same command goes on from {where}")
-        self.requeue = requeue
+        in_vain = step > began and (saved or 0) <= began
+        unless = "; the job is not queued again, as nothing of it could be saved" if requeue and in_vain else ""
+        super().__init__(f"stopped after step {step}, as asked; the same command goes on from {where}{unless}")
+        self.requeue = requeue and not in_vain
+        """Whether the job is to be queued again: not where that would do the same steps once more."""
+        self.trained = step > began
 
 
 class StopRequests:
@@ -111,8 +116,11 @@ def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
         signal.signal(each, handler)
 
 
-def requeue_job() -> str:
+def requeue_job(trained: bool) -> str:
     """Queue this SLURM job again, or leave word for slurm/train.sbatch to do so; return in words what was done.
+
+    Args:
+        trained: whether this start of it took a step; the script counts those that did not.
 
     Raises:
         UserError: where SLURM refuses.
@@ -121,7 +129,7 @@ def requeue_job() -> str:
     if job is None:
         return "there is no SLURM job to queue again"
     if REQUEUE in os.environ:
-        Path(os.environ[REQUEUE]).touch()
+        Path(os.environ[REQUEUE]).write_text("" if trained else "before it trained\n")
         return f"job {job} will be queued again"
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)

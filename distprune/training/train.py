@@ -72,6 +72,8 @@ class Trainer:
     losses: list[list[float]] = field(default_factory=list)
     skipped_steps: int = 0
     """Of ``step``, those that DeepSpeed left out because fp16's gradients were not finite."""
+    began_at: int = 0
+    """Of ``step``, those that were done when this process went on with the run."""
     seconds_before: float = 0.0
     """What the run took before this process went on with it."""
     clock: Clock = field(default_factory=Clock)
@@ -117,7 +119,7 @@ class Trainer:
             self._save()
             self.saver.finish()
         saved = turns.on_main(lambda: newest_step(self.saver.folder))
-        raise Interrupted(self.step, saved, requeue)
+        raise Interrupted(self.step, saved, requeue, self.began_at)
 
     def _stop_if_asked(self) -> None:
         """Stop where any rank was told to, between two steps. Collective: every rank calls it."""
@@ -263,7 +265,8 @@ class Trainer:
         """Go on from a checkpoint that the student was loaded from. Collective: every rank calls it."""
         restore(self.setup.student, self.setup.pruner, Pieces(checkpoint), manifest.state)
         state = manifest.state["trainer"]
-        self.step, self.best = manifest.step, Best(**state["best"])
+        self.step = self.began_at = manifest.step
+        self.best = Best(**state["best"])
         self.seconds_before, self.clock.seconds = state["seconds"], state.get("seconds_of", {})
         for name in _KEPT:
             setattr(self, name, state[name])

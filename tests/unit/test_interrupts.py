@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distprune.errors import UserError
-from distprune.training.interrupts import SIGNALS, EndedAtOnce, StopRequests, ending_at_once, requeue_job
+from distprune.training.interrupts import SIGNALS, EndedAtOnce, Interrupted, StopRequests, ending_at_once, requeue_job
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
@@ -34,18 +34,30 @@ def test_a_job_is_queued_again_by_the_script_outside_a_container(
 ) -> None:
     monkeypatch.delenv("DISTPRUNE_REQUEUE", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert requeue_job() == "there is no SLURM job to queue again"
+    assert requeue_job(trained=True) == "there is no SLURM job to queue again"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"there is no scontrol; allowed: slurm/train.sbatch"):
-        requeue_job()
+        requeue_job(trained=True)
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho no such job >&2\nexit 1\n")
     (tmp_path / "scontrol").chmod(0o755)
     with pytest.raises(UserError, match="SLURM does not queue job 7 again: no such job"):
-        requeue_job()
+        requeue_job(trained=True)
     monkeypatch.setenv("DISTPRUNE_REQUEUE", str(tmp_path / "requeue"))
-    assert requeue_job() == "job 7 will be queued again"
-    assert (tmp_path / "requeue").exists()
+    for trained in (False, True):
+        assert requeue_job(trained) == "job 7 will be queued again"
+        assert (tmp_path / "requeue").read_text() == ("" if trained else "before it trained\n")
+
+
+@pytest.mark.parametrize(
+    ("saved", "began", "again"),
+    [(100, 40, True), (60, 40, True), (40, 40, False), (None, 0, False), (100, 100, True)],
+)
+def test_a_job_that_could_save_nothing_is_not_queued_again(saved: int | None, began: int, again: bool) -> None:
+    """It would do the same steps again until somebody looks, as on a full disk."""
+    interrupted = Interrupted(100, saved, requeue=True, began=began)
+    assert interrupted.requeue == again
+    assert ("is not queued again" in str(interrupted)) != again
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_rows_that_cannot_be_used_are_refused_or_left_out(choices):
 
 
 def test_data_that_cannot_be_used(choices):
-    named = [one(answer=answer) for answer in ("1", "2")]
+    named = [one(answer=answer) for answer in ("0", "1", "2")]
     for rows, options, message in [
         (ROWS, {"choices": []}, "task.choices is empty"),
         (ROWS, {"choices": ["optoins"]}, r"'optoins' is unknown \(did you mean 'options'"),
@@ -146,8 +146,13 @@ def test_data_that_cannot_be_used(choices):
         ([one(choices=["a"])], {}, "rows of train.jsonl have 1 choices"),
         (ROWS, {"label": "options"}, "'options' of train.jsonl holds .*answers are whole numbers or texts"),
         (ROWS, {"labels": ["a", "b", "c"]}, "task.labels names 3 answers; allowed: one for each of 2 choices"),
-        (named, {}, "1 of 2 rows of train.jsonl have an answer in column 'answer' that is none of 0 to 1"),
+        (named, {}, "1 of 3 rows of train.jsonl have an answer in column 'answer' that is none of 0 to 1"),
         ([one(answer="B"), one(answer="1")], {}, "'answer' of train.jsonl are letters and numbers; allowed: one of"),
+        (
+            [one(answer=1), one(answer=2)],
+            {"bad_rows": "skip"},
+            r"'answer' of train.jsonl count from 1; allowed: from 0, or task.labels=\[1,2\]",
+        ),
         (ROWS, {"metrics": ["f1"]}, "metric of multiple_choice 'f1' is unknown; allowed: accuracy"),
         (ROWS, {"max_length": 4}, "task.max_length is 4; this tokenizer and 2 text columns allow 5"),
     ]:

@@ -165,6 +165,22 @@ def test_a_job_whose_ranks_could_not_start_is_queued_again(tmp_path: Path) -> No
     assert "started again after 2 failures, which is the limit" in starts[1].stderr
 
 
+@pytest.mark.parametrize(("said", "starts"), [("before it trained", 2), ("", 4)])
+def test_a_job_that_does_not_come_to_train_is_not_queued_again_for_ever(tmp_path: Path, said: str, starts: int) -> None:
+    """Its time may be too short for what comes before the first step, in every start."""
+    for name, does in (("srun", f'printf "{said}" >$DISTPRUNE_REQUEUE; exit 75'), ("scontrol", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    job = "export SLURM_SUBMIT_DIR=$PWD SLURM_JOB_NAME=a SLURM_JOB_ID=7 SLURM_JOB_NODELIST=b DISTPRUNE_MAX_RESTARTS=2; "
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = [
+        bash(f"{job}bash slurm/train.sbatch run.yaml", path, VENV=sys.prefix, DISTPRUNE_LOGS=str(tmp_path))
+        for _ in range(4)
+    ]
+    assert sum("requeue 7" in each.stdout for each in done) == starts
+    assert ("which is the limit" in done[-1].stderr) == (starts < 4)
+
+
 @pytest.mark.parametrize(
     ("srun", "status", "queued"),
     [

@@ -141,11 +141,20 @@ def test_values_come_through_the_command_line_as_they_are(file: Path) -> None:
             "allowed with budget 4: as many",
         ),
         ("baseline: dense", "budget: 10", "has 8 epochs with those of the models that it starts from"),
-        ("train.epochs: 4}", "train.epochs: 4, train.patience: 2}\nbudget: 8", "train.seed=1 has train.patience"),
+        (
+            "train.epochs: 4}",
+            "train.epochs: 4, train.patience: 2, train.select: best}\nbudget: 8",
+            "train.seed=1 has train.patience",
+        ),
         (
             "{recipe.name: dense}",
             "{recipe.name: dense, train.batch_size: 8}\nbudget: 8",
             "after/train.seed=1,pruning.sparsity=0.5 has train.batch_size 32 and dense/train.seed=1 8",
+        ),
+        (
+            "{recipe.name: dense}",
+            "{recipe.name: dense, task.max_length: 8}\nbudget: 8",
+            "after/train.seed=1,pruning.sparsity=0.5 has task.max_length 128 and dense/train.seed=1 8",
         ),
         ("{pruning.sparsity: [0.5, 0.9]}", f"{{task.train: [{'a' * 250}]}}", "a run cannot be called 'after/.*aaa"),
     ],
