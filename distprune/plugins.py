@@ -13,10 +13,10 @@ from distprune.errors import UserError, unknown
 T = TypeVar("T")
 
 
-def hashes_of_modules(*names: str) -> list[str]:
+def hashes_of_modules(*names: str) -> dict[str, str]:
     """Return the hashes of the files of those names that are ``module:Class`` and imported: nodes may have others."""
-    files = [getattr(sys.modules.get(name.partition(":")[0]), "__file__", None) for name in names if ":" in name]
-    return [sha256(Path(file).read_bytes()).hexdigest() for file in files if file is not None]
+    files = {name: getattr(sys.modules.get(name.partition(":")[0]), "__file__", None) for name in names if ":" in name}
+    return {name: sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items() if file is not None}
 
 
 def find_class(key: str, name: str, known: Mapping[str, type[T]], base: type[T]) -> type[T]:

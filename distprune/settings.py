@@ -83,11 +83,26 @@ def load_given(path: str | None, overrides: list[str]) -> tuple[Config, set[str]
                 f"{origin} gives every key, as a run or distprune config writes it, with recipe.name {name}, and "
                 f"recipe.name is {merged.recipe.name}; allowed with another recipe: the file that it was made from"
             )
+    return _resolved(merged), given
+
+
+def load_written(path: Path) -> Config:
+    """Return a configuration as a run has written it: with what its recipe derived then, by whatever rule.
+
+    Raises:
+        UserError: as `load`.
+    """
+    merged = deepcopy(_DEFAULTS)
+    _merge(merged, _read(path), str(path))
+    return _resolved(merged)
+
+
+def _resolved(merged: DictConfig) -> Config:
     try:
         values: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key} cannot be resolved: {str(error).splitlines()[0]}") from error
-    return Config(**{section: schema(**values[section]) for section, schema in SECTIONS.items()}), given
+    return Config(**{section: schema(**values[section]) for section, schema in SECTIONS.items()})
 
 
 def load_valid(path: str | None, overrides: list[str]) -> Config:

@@ -181,7 +181,7 @@ def started_with(run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: where it cannot be read.
     """
-    return asdict(settings.load(str(run_dir / CONFIG), []))
+    return asdict(settings.load_written(run_dir / CONFIG))
 
 
 def cut_metrics(run_dir: Path, step: int) -> None:

@@ -145,20 +145,23 @@ def _say_where_it_goes_on(run_dir: Path, config: Config, before: tuple[Path, Man
 
 def _knows_teacher(before: tuple[Path, Manifest] | None) -> bool:
     """Return whether a run goes on from a checkpoint with a hash of the teacher's files, and has measured it."""
-    return before is not None and before[1].state.get("teacher") is not None
+    return before is not None and "teacher.path" in before[1].state.get("models", {})
 
 
 def _check_fits(setup: Setup, manifest: Manifest) -> None:
-    """Refuse a checkpoint of other data or of another teacher, or from behind the end of the run."""
+    """Refuse a checkpoint of other data or models, or from behind the end of the run; say what it was made with."""
     if setup.data != manifest.state["data"]:
         raise UserError("the training or validation data are not those that the run began with; allowed: the same")
-    teacher = manifest.state.get("teacher")  # older ones do not tell
-    if None not in (teacher, setup.teacher_weights) and teacher != setup.teacher_weights:
-        raise UserError("the teacher's weights are not those that the run began with; allowed: the same")
+    models = manifest.state.get("models", {})  # older ones do not tell
+    for key in (key for key in setup.models if models.get(key, setup.models[key]) != setup.models[key]):
+        raise UserError(f"the files of {key} are not those that the run began with; allowed: the same")
     if manifest.step > setup.plan.total_steps:
         raise UserError(
             f"train.epochs makes a run of {setup.plan.total_steps} steps, and {manifest.step} are done; allowed: more"
         )
+    before = manifest.state.get("environment", setup.environment)
+    for name in (name for name, now in setup.environment.items() if before.get(name) != now):
+        print(f"changed since: {name} {before.get(name)} -> {setup.environment[name]}")
 
 
 def _make_ready(run_dir: Path, config: Config, unfinished: bool, manifest: Manifest | None) -> None:

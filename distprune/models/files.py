@@ -9,6 +9,7 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any, Protocol
 
+import xxhash
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -26,12 +27,13 @@ from transformers import (
 )
 
 from distprune import dist
-from distprune.checkpoints.files import is_checkpoint
+from distprune.checkpoints.files import checksum, is_checkpoint
 from distprune.checkpoints.pieces import Pieces
 from distprune.errors import UserError, written
 from distprune.paths import expanded
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_HASHED = ("*.safetensors", "*.bin", "*.json")
 SHRUNK = "shrunk.json"
 """What a shrunk model's directory holds: the sizes of its matrices."""
 _LEGACY = {"gamma": "weight", "beta": "bias"}
@@ -96,6 +98,14 @@ def resolve(path: str, revision: str | None) -> Path:
         raise UserError(
             f"model {path!r} is not a local directory, and the hub did not give it: {error}".splitlines()[0]
         ) from error
+
+
+def hash_of_weights(directory: Path) -> str:
+    """Return a hash of the files of a model's weights and configurations."""
+    weights = xxhash.xxh3_128()
+    for path in sorted({path for pattern in _HASHED for path in directory.glob(pattern)}):
+        weights.update(f"{path.name} {checksum(path)};".encode())
+    return weights.hexdigest()
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -1,9 +1,13 @@
-"""The local data of a sweep's runs: there before anything runs, and the same that a result was measured on."""
+"""The local data and models of a sweep's runs: those that a result was measured with."""
 
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
-from distprune.config import Config
+from distprune.config import Config, value_of
 from distprune.errors import UserError
+from distprune.models.files import hash_of_weights
+from distprune.paths import expanded
 from distprune.sweeps.spec import Run
 from distprune.tasks.files import hashes_of, local_files
 
@@ -28,3 +32,24 @@ def changed_data(before: Mapping[str, str], config: Config) -> str | None:
     """
     now = hashes_of(config.task)
     return next((what for what in sorted(before.keys() & now.keys()) if before[what] != now[what]), None)
+
+
+def changed_model(before: Mapping[str, str], run: Run, config: Config) -> str | None:
+    """Return the key of a local model whose files are not what they were, as far as both are known; None: none.
+
+    Args:
+        before: hashes of the models' files, by key.
+        run: whose models of other runs are left out.
+        config: says where the others are now.
+    """
+    for key in sorted(before.keys() - run.models.keys()):
+        directory = expanded(str(value_of(config, key)))
+        files = [path.stat().st_mtime_ns for path in directory.glob("*")]
+        if files and _hash(directory, max(files)) != before[key]:
+            return key
+    return None
+
+
+@cache
+def _hash(directory: Path, changed_at: int) -> str:
+    return hash_of_weights(directory)

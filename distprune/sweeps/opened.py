@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from distprune.checkpoints import run_directory
 from distprune.config import Config
@@ -11,7 +12,7 @@ from distprune.errors import UserError
 from distprune.paths import expanded
 from distprune.sweeps import results
 from distprune.sweeps.budget import check_budget
-from distprune.sweeps.data import changed_data, check_files
+from distprune.sweeps.data import changed_data, changed_model, check_files
 from distprune.sweeps.results import Row, Settings, difference, is_finished
 from distprune.sweeps.spec import Run, Sweep, read_sweep, runs_of, without_folders
 
@@ -40,7 +41,7 @@ class Opened:
         return self.output / "results.jsonl" if given is None else expanded(given)
 
     def check_directories(self, runs: Iterable[Run]) -> None:
-        """Refuse run directories of other runs than these, or of runs on other data.
+        """Refuse run directories of other runs than these, or of runs on other data or with other models.
 
         Raises:
             UserError: with the first of them.
@@ -53,11 +54,8 @@ class Opened:
                 )
             if not is_finished(run, self.output):
                 continue
-            if what := changed_data(results.summary_of(run, self.output).get("data", {}), self.configs[run.name]):
-                raise UserError(
-                    f"{directory} holds a run on another {what} than the one that is there now; allowed: another "
-                    "output, or without it"
-                )
+            if problem := self._has_changed(run, results.summary_of(run, self.output)):
+                raise UserError(f"{directory} holds a run {problem}; allowed: another output, or without it")
 
     def missing(self, names: Collection[str]) -> list[Run]:
         """Return the runs to carry out for those of these names.
@@ -102,16 +100,25 @@ class Opened:
 
     def _check_row(self, run: Run, row: Row) -> None:
         changed = self._difference(run, without_folders(row["settings"]))
-        what = changed_data(row.get("data", {}), self.configs[run.name])
+        other = self._has_changed(run, row)
         if changed:
             problem = f"was measured with other settings than the sweep has now, {changed}"
-        elif what:
-            problem = f"was measured on another {what} than the one that is there now"
+        elif other:
+            problem = f"was measured {other}"
         elif (row["method"], row["point"], row["models"]) != (run.method, run.point, run.models):
             problem = "is of another method, point or models than its name says"
         else:
             return
         raise UserError(f"{self.stored}: {run.name} {problem}; allowed: another results file, or without that line")
+
+    def _has_changed(self, run: Run, before: Mapping[str, Any]) -> str | None:
+        """Return in words which local data or model are others than in a summary or a line; None: none."""
+        config = self.configs[run.name]
+        if what := changed_data(before.get("data", {}), config):
+            return f"on another {what} than the one that is there now"
+        if key := changed_model(before.get("model_files", {}), run, config):
+            return f"with other files of {key} than those that are there now"
+        return None
 
     def _difference(self, run: Run, before: Settings) -> str | None:
         return difference(before, self.settings[run.name], self.configs[run.name].recipe.derived)

@@ -38,7 +38,7 @@ OF_SUMMARY = (
     "wall_time_s",
     "environment",
 )
-OF_LATER_VERSIONS = ("lower_is_better", "score_gradients", "stored_bytes", "packed_bytes", "layers")
+OF_LATER_VERSIONS = ("model_files", "lower_is_better", "score_gradients", "stored_bytes", "packed_bytes", "layers")
 """What older summaries and lines lack, and are read without."""
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("run", "method", "metric_name"), (str,)),
@@ -76,7 +76,8 @@ def _parsed(line: str) -> Row | None:
     except ValueError:
         return None
     whole = isinstance(row, dict) and row.keys() >= {"run", *OF_RUN, *OF_SUMMARY}
-    if not whole or not isinstance(row.get("data", {}), dict) or row != finite(row):
+    hashes = [row.get(key, {}) for key in ("data", "model_files")] if whole else []
+    if not whole or not all(isinstance(each, dict) for each in hashes) or row != finite(row):
         return None
     return row if all(isinstance(row[key], kinds) for key, kinds in _KINDS.items()) else None
 

@@ -108,10 +108,12 @@ class Run:
         """Return the same of a configuration that ``distprune train`` has written, with the models that it had.
 
         Raises:
-            UserError: with the name of the run, where no run can have it.
+            UserError: with the name of the run, where it is no configuration.
         """
-        stored = Run(self.method, self.point, path, (), {})
-        found = _settings(stored.load(path.parent))
+        try:
+            found = _settings(settings.load_written(path))
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
         return found | {key: str(found[key]).removesuffix("/final") for key in self.models if key in found}
 
 

@@ -24,17 +24,17 @@ from torch import Tensor
 
 from distprune import dist, turns
 from distprune.checkpoints import files
-from distprune.checkpoints.files import Damaged, Entry, check, checksum, write_tensors
+from distprune.checkpoints.files import Damaged, Entry, check, write_tensors
 from distprune.engines.evaluate import logits_of_rows
 from distprune.errors import UserError
 from distprune.paths import expanded
+from distprune.plugins import hashes_of_modules
 from distprune.tasks.base import Batch, Task
 from distprune.teachers.live import LiveTeacher, Taught
 
 FORMAT = "distprune-teacher-1"
 MANIFEST = "teacher.json"
 """Not the name that checkpoints have: what has it may be removed."""
-WEIGHTS = ("*.safetensors", "*.bin", "*.json")
 
 Fingerprints = dict[str, str]
 
@@ -57,25 +57,19 @@ class CacheManifest:
     format: str = FORMAT
 
 
-def hash_of_weights(directory: Path) -> str:
-    """Return a hash of the files of a model's weights."""
-    weights = xxhash.xxh3_128()
-    for path in sorted({path for pattern in WEIGHTS for path in directory.glob(pattern)}):
-        weights.update(f"{path.name} {checksum(path)};".encode())
-    return weights.hexdigest()
-
-
 def fingerprints(weights: str, task: Task, precision: str) -> Fingerprints:
     """Return what tells whether a cache is that of a teacher, its tokenizer and these data.
 
     Args:
-        weights: `hash_of_weights` of the teacher.
+        weights: `distprune.models.files.hash_of_weights` of the teacher.
         task: with the tokenised data.
         precision: that the teacher computes in.
     """
     vocabulary = json.dumps(sorted(task.tokenizer.get_vocab().items()))
+    name = f"{type(task).__module__}:{type(task).__qualname__}"
+    code = {} if name.startswith("distprune.") else hashes_of_modules(name)
     return {
-        "the task": f"{type(task).__module__}:{type(task).__qualname__}",
+        "the task": " ".join([name, *code.values()]),
         "the teacher": f"{weights} {precision}",
         "the tokenizer": xxhash.xxh3_128(vocabulary.encode()).hexdigest(),
     } | task.fingerprints

@@ -14,8 +14,9 @@ from distprune.config import Config
 from distprune.engines.batches import check_batch_size
 from distprune.engines.build import build_student
 from distprune.errors import UserError
-from distprune.models.files import load_tokenizer, open_source, resolve
+from distprune.models.files import hash_of_weights, load_tokenizer, open_source, resolve
 from distprune.models.weights import names_to_prune
+from distprune.monitor.records import environment
 from distprune.plugins import hashes_of_modules
 from distprune.pruning.pruner import Pruner
 from distprune.pruning.scores import build_score, try_out
@@ -24,7 +25,6 @@ from distprune.pruning.targets import targets_of
 from distprune.tasks import build_task
 from distprune.tasks.base import Task
 from distprune.tasks.files import hashes_of
-from distprune.teachers.cache import hash_of_weights
 from distprune.teachers.choose import Teacher, teacher_of
 from distprune.teachers.live import LiveTeacher
 from distprune.training.fit import check_model, check_teacher, check_zeros, prunes
@@ -49,8 +49,10 @@ class Setup:
     """Fingerprints of the tokenised examples (`Task.fingerprints`)."""
     files: dict[str, str]
     """Hashes of local data, by key and file name."""
-    teacher_weights: str | None
-    """Hash of the teacher's files."""
+    models: dict[str, str]
+    """Hashes of the models' files, by the keys that name them; ``model.path`` of a run that begins alone."""
+    environment: dict[str, str | None]
+    """What the run is made with, and the hashes of modules of other packages."""
 
 
 def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
@@ -85,17 +87,23 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     model = dist.agree(lambda: check_model(config, plan, task, directory))
     classes = hashes_of_modules(config.task.name, config.pruning.score)
     dist.agree_equal(classes, "the hashes of the modules of task.name and pruning.score")
+    models = {}
     if checkpoint is None:
         turns.on_main(lambda: check_zeros(config, model, directory))
-    teacher, weights = None, None
+        models["model.path"] = hash_of_model("model.path", directory)
+    teacher = None
     if config.distillation.teaches:
-        teacher, weights = _teacher(config, task, directory, micro_batch, is_new=checkpoint is None)
+        teacher, models["teacher.path"] = _teacher(config, task, directory, micro_batch, is_new=checkpoint is None)
     student, fresh = build_student(config, directory, task.auto_class, task.model_options(), micro_batch)
     if isinstance(teacher, LiveTeacher):
         put_out_features(config.distillation, student.module, teacher.engine.module)
     dist.agree(lambda: trained_shards(student))  # a layout that is not known is refused now, not at the export
     pruner = build_pruner(config, student, resumes=checkpoint is not None) if prunes(config, plan) else None
-    return Setup(world, task, student, teacher, pruner, plan, fresh, task.fingerprints, files, weights)
+    if pruner is not None and config.pruning.weights_of is not None:
+        directory = local_model(config.pruning.weights_of, None)
+        models["pruning.weights_of"] = hash_of_model("pruning.weights_of", directory)
+    made_with = turns.on_main(lambda: environment() | classes)
+    return Setup(world, task, student, teacher, pruner, plan, fresh, task.fingerprints, files, models, made_with)
 
 
 def make_deterministic() -> None:
@@ -177,6 +185,27 @@ def local_model(path: str, revision: str | None) -> Path:
     return dist.agree(find)
 
 
+def hash_of_model(key: str, directory: Path) -> str:
+    """Return the hash of a model's files. Collective: every rank calls it.
+
+    Args:
+        key: that names the model.
+        directory: of it on this node.
+
+    Raises:
+        UserError: on every rank, where nodes have other files.
+    """
+
+    def find() -> str | None:
+        with local_first():
+            return hash_of_weights(directory) if dist.detect().local_rank == 0 else None
+
+    first, *others = (each for each in dist.gather([dist.agree(find)]) if each is not None)
+    if set(others) - {first}:
+        raise UserError(f"the files of {key} are not the same on all nodes; allowed: the same")
+    return first
+
+
 def load_task(config: Config, directory: Path) -> Task:
     """Load and tokenise the data, once per node. Collective: every rank calls it."""
 
@@ -192,5 +221,5 @@ def _teacher(config: Config, task: Task, student: Path, micro_batch: int, is_new
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
     dist.agree(lambda: check_teacher(config, directory, task, student))
-    weights = turns.on_main(lambda: hash_of_weights(directory))
+    weights = hash_of_model("teacher.path", directory)
     return teacher_of(config, task, directory, weights, micro_batch, is_new), weights

@@ -6,7 +6,6 @@ from distprune import dist
 from distprune.config import Config, PruningConfig, RegrowthConfig
 from distprune.engines.options import stage_of
 from distprune.models.export import Counts, count_zeros
-from distprune.monitor.records import environment
 from distprune.pruning.targets import matrices_of
 from distprune.training.train import Trainer
 from distprune.zero.engine import held_bytes
@@ -32,6 +31,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
     return {
         "task": config.task.hub or config.task.train,
         "data": setup.files,
+        "model_files": setup.models,
         "base_model": config.model.path,
         "teacher": config.teacher.path if setup.teacher is not None else None,
         "metric_name": name,
@@ -55,7 +55,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         },
         "bytes_per_rank": sizes,
         "new_weights": setup.new_weights,
-        "environment": environment(),
+        "environment": setup.environment,
     }
 
 

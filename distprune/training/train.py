@@ -246,7 +246,8 @@ class Trainer:
             "config": asdict(self.config),
             "data": self.setup.data,
             "files": self.setup.files,
-            "teacher": self.setup.teacher_weights,
+            "models": self.setup.models,
+            "environment": self.setup.environment,
             "new_weights": self.setup.new_weights,
             "wandb_id": stored_id(self.run_dir),
             "trainer": self.state(),
@@ -272,6 +273,7 @@ class Trainer:
             setattr(self, name, state[name])
         self.setup.new_weights = manifest.state["new_weights"]
         self.setup.files = manifest.state.get("files", {})  # older ones do not tell
+        self.setup.models = manifest.state.get("models", {}) | self.setup.models
         self.saver.last_step = manifest.step
         if self.config.train.select == "best":
             self._forget_damaged_best()

@@ -123,7 +123,7 @@ def test_a_run_does_not_go_on_with_another_teacher_of_the_same_name(
     save_file({name: 2 * each for name, each in tensors.items()}, teacher / "model.safetensors", {"format": "pt"})
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     said = world(2).run(run, task, tmp_path / "run", *options, *EVERY_STEP)
-    assert said == ["the teacher's weights are not those that the run began with; allowed: the same"] * 2
+    assert said == ["the files of teacher.path are not those that the run began with; allowed: the same"] * 2
     (teacher / "model.safetensors").write_bytes(before)
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     moved = f"teacher.path={teacher.rename(tmp_path / 'moved')}"

@@ -7,6 +7,7 @@ import pytest
 
 from distprune import settings
 from distprune.errors import UserError
+from distprune.models.files import hash_of_weights
 from distprune.sweeps import results
 from distprune.sweeps.data import check_files
 from distprune.sweeps.opened import open_sweep
@@ -55,6 +56,42 @@ def test_a_finished_run_on_data_that_have_changed_is_refused(file: Path) -> None
     (file.parent / "train.jsonl").write_text("other")
     with pytest.raises(UserError, match=r"holds a run on another task.train train.jsonl than the one"):
         opened.check_directories([first])
+
+
+def test_results_of_a_model_of_the_same_name_whose_files_have_changed_are_refused(file: Path) -> None:
+    """But a sweep's own models: those are trained again where they are missing."""
+    stored, model = file.parent / "runs" / "results.jsonl", file.parent / "m"
+    model.mkdir()
+    (model / "model.safetensors").write_text("weights")
+    overrides = [f"model.path={model}"]
+    opened = open_sweep(str(file), overrides)
+    for run in opened.runs:
+        hashes = {"model.path": "of another file" if run.models else hash_of_weights(model)}
+        line = row(run, 0.5, opened.output) | {"settings": opened.settings[run.name], "model_files": hashes}
+        results.append(stored, line)
+    assert len(open_sweep(str(file), overrides).rows) == len(opened.runs)
+    (model / "model.safetensors").write_text("other weights")
+    with pytest.raises(UserError, match=r"dense/.* was measured with other files of model.path than those that are"):
+        open_sweep(str(file), overrides)
+    (model / "model.safetensors").unlink()
+    model.rmdir()
+    assert open_sweep(str(file), overrides).rows, "another machine, without the model"
+
+
+def test_a_run_directory_is_read_as_it_was_written_and_not_by_the_rules_of_today(file: Path) -> None:
+    """A run that was derived by another rule is no run of today's sweep."""
+    run = next(run for run in runs(file) if run.method == "after")
+    opened = open_sweep(str(file), [])
+    directory = opened.output / run.name
+    directory.mkdir(parents=True)
+    config = opened.configs[run.name]
+    (directory / "config.yaml").write_text(settings.to_yaml(config))
+    opened.check_directories([run])
+    config.pruning.end = "1 epochs"
+    assert "pruning.end" in config.recipe.derived
+    (directory / "config.yaml").write_text(settings.to_yaml(config))
+    with pytest.raises(UserError, match=r'holds a run with other settings, pruning.end "1 epochs" -> '):
+        open_sweep(str(file), []).check_directories([run])
 
 
 def test_a_run_has_one_line_also_where_two_sweeps_carry_it_out(file: Path) -> None:
