@@ -49,10 +49,11 @@ def gmp(config: Config, given: Collection[str]) -> Values:
     values = _replicated(config, given, replicas_for(sparsity), "2, and 1 for each halving of what survives")
     total = _decimal(config.train.epochs if "train.epochs" in given else values["train.epochs"].value)
     epochs = _decimal(config.recipe.epochs)
-    if total < 3 * epochs:
+    least = 2 if {"pruning.start", "pruning.end"} <= set(given) else 3
+    if total < least * epochs:
         raise UserError(
-            f"the recipe gmp has {total} epochs; allowed: at least three replicas of {epochs} epochs, of which the "
-            "first and the last do not prune"
+            f"the recipe gmp has {total} epochs; allowed: at least {least} replicas of {epochs} epochs, of which the "
+            "first and the last do not prune" + " where nothing else is given" * (least == 2)
         )
     return values | {
         "pruning.initial": Derived(first_step_for(sparsity), "a third of the halvings at once"),

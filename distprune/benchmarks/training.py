@@ -88,7 +88,8 @@ def measure(folder: Path, model: str, section: dict[str, Any], batch_size: int, 
     base = _config(folder, section, batch_size)
     taught = ["distillation.hardness=1", f"teacher.path={folder}/model"]
     prunes = ["pruning.sparsity=0.8", "pruning.initial=0.4", "pruning.start=2 steps"]
-    prunes += [f"pruning.every={PRUNE_EVERY} steps", f"pruning.end={steps + huggingface.WARM_UP - 1} steps"]
+    end = steps + huggingface.WARM_UP - 1
+    prunes += [f"pruning.every={min(PRUNE_EVERY, end - 2)} steps", f"pruning.end={end} steps"]
     ways: dict[str, Callable[[], float]] = {
         "dense": lambda: _ours([*base]),
         "pruned": lambda: _ours([*base, *prunes]),

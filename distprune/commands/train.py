@@ -152,7 +152,7 @@ def _check_fits(setup: Setup, manifest: Manifest) -> None:
     """Refuse a checkpoint of other data or models, or from behind the end of the run; say what it was made with."""
     if setup.data != manifest.state["data"]:
         raise UserError("the training or validation data are not those that the run began with; allowed: the same")
-    models = manifest.state.get("models", {})  # older ones do not tell
+    models = manifest.state.get("models", {})  # those of earlier commits do not tell, or by other hashes
     for key in (key for key in setup.models if models.get(key, setup.models[key]) != setup.models[key]):
         raise UserError(f"the files of {key} are not those that the run began with; allowed: the same")
     if manifest.step > setup.plan.total_steps:

@@ -33,9 +33,9 @@ from distprune.errors import UserError, written
 from distprune.paths import expanded
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-_HASHED = ("*.safetensors", "*.bin", "*.json")
 SHRUNK = "shrunk.json"
 """What a shrunk model's directory holds: the sizes of its matrices."""
+_HASHED = ("*.safetensors", "*.safetensors.index.json", "config.json", SHRUNK)
 _LEGACY = {"gamma": "weight", "beta": "bias"}
 _LEGACY_MODULES = {"embed_out": "lm_head"}
 
@@ -101,11 +101,23 @@ def resolve(path: str, revision: str | None) -> Path:
 
 
 def hash_of_weights(directory: Path) -> str:
-    """Return a hash of the files of a model's weights and configurations."""
+    """Return a hash of the files that a model's weights and shape are read from.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
     weights = xxhash.xxh3_128()
-    for path in sorted({path for pattern in _HASHED for path in directory.glob(pattern)}):
-        weights.update(f"{path.name} {checksum(path)};".encode())
+    for path in hashed_files(directory):
+        try:
+            weights.update(f"{path.name} {checksum(path)};".encode())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}; allowed: files that this user may read") from error
     return weights.hexdigest()
+
+
+def hashed_files(directory: Path) -> list[Path]:
+    """Return the files that `hash_of_weights` is of, in its order."""
+    return sorted({path for pattern in _HASHED for path in directory.glob(pattern) if path.is_file()})
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

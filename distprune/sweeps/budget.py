@@ -9,7 +9,7 @@ from distprune.errors import UserError
 from distprune.sweeps.spec import Run, lineage
 
 _OF_AN_EPOCH = ("task.", "train.batch_size", "model.tokenizer")
-"""How keys begin that say how many steps an epoch has: of a language model, the lengths of its blocks do too."""
+"""How keys begin that say how many steps an epoch has, as the blocks of a language model do, and what is measured."""
 
 
 def check_budget(budget: float, runs: Iterable[Run], configs: Mapping[str, Config]) -> None:
@@ -40,5 +40,5 @@ def check_budget(budget: float, runs: Iterable[Run], configs: Mapping[str, Confi
         for key in (key for key in ours if key.startswith(_OF_AN_EPOCH) and ours[key] != theirs[key]):
             raise UserError(
                 f"{name} has {key} {ours[key]} and {first} {theirs[key]}; allowed with a budget: the same for all, so "
-                "that an epoch is as many steps"
+                "that they train on as much and are measured alike"
             )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distprune.config import Config, value_of
 from distprune.errors import UserError
-from distprune.models.files import hash_of_weights
+from distprune.models.files import hash_of_weights, hashed_files
 from distprune.paths import expanded
 from distprune.sweeps.spec import Run
 from distprune.tasks.files import hashes_of, local_files
@@ -44,12 +44,13 @@ def changed_model(before: Mapping[str, str], run: Run, config: Config) -> str | 
     """
     for key in sorted(before.keys() - run.models.keys()):
         directory = expanded(str(value_of(config, key)))
-        files = [path.stat().st_mtime_ns for path in directory.glob("*")]
-        if files and _hash(directory, max(files)) != before[key]:
+        files = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in hashed_files(directory)]
+        if files and _hash(directory, tuple(files)) != before[key]:
             return key
     return None
 
 
 @cache
-def _hash(directory: Path, changed_at: int) -> str:
+def _hash(directory: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    """Return a model's hash, once for all runs that have it, as long as its files look the same."""
     return hash_of_weights(directory)

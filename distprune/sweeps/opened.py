@@ -100,10 +100,9 @@ class Opened:
 
     def _check_row(self, run: Run, row: Row) -> None:
         changed = self._difference(run, without_folders(row["settings"]))
-        other = self._has_changed(run, row)
         if changed:
             problem = f"was measured with other settings than the sweep has now, {changed}"
-        elif other:
+        elif other := self._has_changed(run, row):
             problem = f"was measured {other}"
         elif (row["method"], row["point"], row["models"]) != (run.method, run.point, run.models):
             problem = "is of another method, point or models than its name says"

@@ -38,6 +38,7 @@ class Interrupted(Exception):
         self.requeue = requeue and not in_vain
         """Whether the job is to be queued again: not where that would do the same steps once more."""
         self.trained = step > began
+        """Whether this process has taken a step."""
 
 
 class StopRequests:
@@ -120,7 +121,7 @@ def requeue_job(trained: bool) -> str:
     """Queue this SLURM job again, or leave word for slurm/train.sbatch to do so; return in words what was done.
 
     Args:
-        trained: whether this start of it took a step; the script counts those that did not.
+        trained: whether it was stopped in training, behind a step of its own; the script counts the others.
 
     Raises:
         UserError: where SLURM refuses.
@@ -129,7 +130,7 @@ def requeue_job(trained: bool) -> str:
     if job is None:
         return "there is no SLURM job to queue again"
     if REQUEUE in os.environ:
-        Path(os.environ[REQUEUE]).write_text("" if trained else "before it trained\n")
+        Path(os.environ[REQUEUE]).write_text("" if trained else "outside of training\n")
         return f"job {job} will be queued again"
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)

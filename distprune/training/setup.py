@@ -50,7 +50,7 @@ class Setup:
     files: dict[str, str]
     """Hashes of local data, by key and file name."""
     models: dict[str, str]
-    """Hashes of the models' files, by the keys that name them; ``model.path`` of a run that begins alone."""
+    """Hashes of the models' files, by the keys that name them; of ``model.path`` only where the run begins."""
     environment: dict[str, str | None]
     """What the run is made with, and the hashes of modules of other packages."""
 
@@ -91,6 +91,8 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
     if checkpoint is None:
         turns.on_main(lambda: check_zeros(config, model, directory))
         models["model.path"] = hash_of_model("model.path", directory)
+    if config.pruning.weights_of is not None and prunes(config, plan):
+        models["pruning.weights_of"] = hash_of_model("pruning.weights_of", local_model(config.pruning.weights_of, None))
     teacher = None
     if config.distillation.teaches:
         teacher, models["teacher.path"] = _teacher(config, task, directory, micro_batch, is_new=checkpoint is None)
@@ -99,9 +101,6 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Setup:
         put_out_features(config.distillation, student.module, teacher.engine.module)
     dist.agree(lambda: trained_shards(student))  # a layout that is not known is refused now, not at the export
     pruner = build_pruner(config, student, resumes=checkpoint is not None) if prunes(config, plan) else None
-    if pruner is not None and config.pruning.weights_of is not None:
-        directory = local_model(config.pruning.weights_of, None)
-        models["pruning.weights_of"] = hash_of_model("pruning.weights_of", directory)
     made_with = turns.on_main(lambda: environment() | classes)
     return Setup(world, task, student, teacher, pruner, plan, fresh, task.fingerprints, files, models, made_with)
 

@@ -1,5 +1,6 @@
 """Real processes that are told to stop, or killed: what they say, how they end, and that nothing is lost."""
 
+import errno
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from distprune.engines.batches import eval_batches
 from distprune.training.heartbeat import Heartbeat, is_fault
 from distprune.training.interrupts import Interrupted
 from tests.distributed.processes import BIN, SLOW_TASK, Started, srun_variables, steps
-from tests.distributed.runs import RATE, OnLastRank, run, run_command, run_patched, same_weights, told
+from tests.distributed.runs import DENSE, RATE, OnLastRank, cut_off, run, run_command, run_patched, same_weights, told
 from tests.world import Worlds
 
 # Long enough that a signal on a fast machine comes before the end.
@@ -169,6 +170,23 @@ def test_a_run_that_is_told_to_stop_saves_before_what_takes_long(
     assert told(tmp_path / "run") == told(tmp_path / "whole")
 
 
+def told_to_stop_on_a_full_disk(task: Path, output: Path, *overrides: str) -> tuple[str, bool]:
+    """Collective."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with patch("distprune.checkpoints.files.write_tensors", side_effect=full):
+        return told_to_stop(task, output, *overrides)
+
+
+def test_a_job_that_goes_on_and_can_save_nothing_more_is_not_queued_again(
+    world: Worlds, task: Path, tmp_path: Path
+) -> None:
+    options = ("checkpoint.steps=2", *DENSE)
+    cut_off(world, 2, task, tmp_path / "run", 5, *options)
+    said = world(2).run(told_to_stop_on_a_full_disk, task, tmp_path / "run", *options)
+    why = "the same command goes on from step 4; the job is not queued again, as nothing of it could be saved"
+    assert said == [(f"stopped after step 10, as asked; {why}", False)] * 2
+
+
 class InEvaluation:
     """Stands in for `eval_batches`: before its second batch the last rank gets SLURM's signal, once."""
 
@@ -261,7 +279,7 @@ def test_a_run_that_is_told_to_stop_before_its_first_step_ends_and_no_rank_count
     assert "distprune: ended outside of training, as asked; the same command goes on" in ranks[0].said
     assert "Traceback" not in ranks[0].said + ranks[1].said
     assert (tmp_path / "ended").read_text() == "75\n"
-    assert (tmp_path / "requeue").exists()
+    assert (tmp_path / "requeue").read_text() == "outside of training\n"
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -60,15 +62,19 @@ def test_a_run_that_goes_on_says_what_it_was_made_with_before(world: Worlds, tas
     assert list(summary["model_files"]) == ["model.path"], "as the checkpoint has it"
 
 
-def test_a_cache_is_of_the_code_of_a_task_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def its_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Write a module, and forget it in the end."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "its_task.py").write_text("class Task:\n    pass\n")
-    import its_task  # type: ignore[import-not-found]
+    with patch.dict(sys.modules):
+        yield tmp_path / "its_task.py"
 
-    task = its_task.Task()
+
+def test_a_cache_is_made_anew_where_the_module_of_ones_own_task_has_changed(its_task: Path) -> None:
+    task = import_module("its_task").Task()
     task.tokenizer, task.fingerprints = SimpleNamespace(get_vocab=dict), {}
     before = fingerprints("weights", task, "fp32")
     assert fingerprints("weights", task, "fp32") == before
-    (tmp_path / "its_task.py").write_text("class Task:\n    changed = True\n")
+    its_task.write_text("class Task:\n    changed = True\n")
     assert fingerprints("weights", task, "fp32") != before
-    del sys.modules["its_task"]

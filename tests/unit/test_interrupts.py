@@ -46,7 +46,7 @@ def test_a_job_is_queued_again_by_the_script_outside_a_container(
     monkeypatch.setenv("DISTPRUNE_REQUEUE", str(tmp_path / "requeue"))
     for trained in (False, True):
         assert requeue_job(trained) == "job 7 will be queued again"
-        assert (tmp_path / "requeue").read_text() == ("" if trained else "before it trained\n")
+        assert (tmp_path / "requeue").read_text() == ("" if trained else "outside of training\n")
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,11 @@ def test_sparse_transfer_keeps_the_zeros() -> None:
     [
         (["recipe=gpm"], r"recipe.name 'gpm' is unknown \(did you mean 'gmp'\?\)"),
         (["recipe=gmp"], "pruning.sparsity is 0.0; allowed where recipe.name is gmp: more than 0"),
-        (["recipe=gmp", "pruning.sparsity=0.9", "recipe.replicas=2"], "at least three replicas"),
+        (["recipe=gmp", "pruning.sparsity=0.9", "recipe.replicas=2"], "at least 3 replicas"),
+        (
+            ["recipe=gmp", "pruning.sparsity=0.9", "recipe.replicas=1", "pruning.start=0.5", "pruning.end=1.5"],
+            "at least 2 replicas",
+        ),
         (["recipe=gmp", "pruning.sparsity=0.9", "recipe.epochs=0"], "recipe.epochs is 0.0; allowed: more than 0"),
         (["recipe=gmp", "pruning.sparsity=0.9", "recipe.epochs=.nan"], "recipe.epochs is nan; allowed: more than 0"),
         (["recipe=gmp", "pruning.sparsity=0.9", "train.epochs=.inf"], "train.epochs is inf; allowed: more than 0"),

@@ -165,7 +165,7 @@ def test_a_job_whose_ranks_could_not_start_is_queued_again(tmp_path: Path) -> No
     assert "started again after 2 failures, which is the limit" in starts[1].stderr
 
 
-@pytest.mark.parametrize(("said", "starts"), [("before it trained", 2), ("", 4)])
+@pytest.mark.parametrize(("said", "starts"), [("outside of training", 2), ("", 4)])
 def test_a_job_that_does_not_come_to_train_is_not_queued_again_for_ever(tmp_path: Path, said: str, starts: int) -> None:
     """Its time may be too short for what comes before the first step, in every start."""
     for name, does in (("srun", f'printf "{said}" >$DISTPRUNE_REQUEUE; exit 75'), ("scontrol", 'echo "$@"')):

@@ -1,6 +1,7 @@
 """Local data of a sweep's runs, and results that are shared."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,11 +71,13 @@ def test_results_of_a_model_of_the_same_name_whose_files_have_changed_are_refuse
         line = row(run, 0.5, opened.output) | {"settings": opened.settings[run.name], "model_files": hashes}
         results.append(stored, line)
     assert len(open_sweep(str(file), overrides).rows) == len(opened.runs)
+    (model / "pytorch_model.bin").write_text("is not read")
+    (model / "gone").symlink_to(model / "nowhere")
+    assert len(open_sweep(str(file), overrides).rows) == len(opened.runs)
     (model / "model.safetensors").write_text("other weights")
     with pytest.raises(UserError, match=r"dense/.* was measured with other files of model.path than those that are"):
         open_sweep(str(file), overrides)
-    (model / "model.safetensors").unlink()
-    model.rmdir()
+    shutil.rmtree(model)
     assert open_sweep(str(file), overrides).rows, "another machine, without the model"
 
 

@@ -194,6 +194,7 @@ def test_runs_that_are_impossible_are_refused_by_key(overrides: list[str], key: 
         "gradient_clipping",
         "managed_gradient_accumulation",
         "gradient_allreduce_op",
+        "gradient_predivide_factor",
         "wandb",
         "tensorboard",
         "csv_monitor",
