@@ -182,9 +182,10 @@ def test_a_job_that_goes_on_and_can_save_nothing_more_is_not_queued_again(
 ) -> None:
     options = ("checkpoint.steps=2", *DENSE)
     cut_off(world, 2, task, tmp_path / "run", 5, *options)
+    began = int(checkpoints(tmp_path / "run")[-1].removeprefix("step-"))
     said = world(2).run(told_to_stop_on_a_full_disk, task, tmp_path / "run", *options)
-    why = "the same command goes on from step 4; the job is not queued again, as nothing of it could be saved"
-    assert said == [(f"stopped after step 10, as asked; {why}", False)] * 2
+    why = f"the same command goes on from step {began}; the job is not queued again, as nothing of it could be saved"
+    assert said == [(f"stopped after step {began + 6}, as asked; {why}", False)] * 2
 
 
 class InEvaluation:
