@@ -34,11 +34,6 @@ def sparsity_ladder(config: PruningConfig, steps_per_epoch: int, total_steps: in
         raise UserError(f"pruning.start is {config.start!r}; allowed: up to pruning.end, {config.end!r}")
     if every <= 0:
         raise UserError(f"pruning.every is {config.every!r}; allowed: more than 0")
-    if start < end < start + every:
-        raise UserError(
-            f"pruning.every is {config.every!r}; allowed: at most the time from pruning.start, {config.start!r}, to "
-            f"pruning.end, {config.end!r} (a number counts epochs, '500 steps' steps)"
-        )
     if whole(end) >= total_steps:
         raise UserError(
             f"pruning.end is {config.end!r}, step {whole(end)} of {total_steps}; "
