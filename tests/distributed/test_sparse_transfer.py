@@ -40,7 +40,7 @@ deepspeed: {{student: {{zero_optimization: {{stage: 2}}}}}}
 
 @pytest.mark.slow
 def test_the_zeros_of_an_upstream_model_stay_in_sparse_transfer(world: Worlds, upstream: Path) -> None:
-    prune = ["task.name=masked_lm", "recipe.name=gmp", "recipe.epochs=1", "pruning.sparsity=0.7"]
+    prune = ["task.name=masked_lm", "recipe.name=gmp", "recipe.epochs=1", "train.epochs=3", "pruning.sparsity=0.7"]
     pruned = world(2).run(run, upstream, upstream / "pruned", *prune)[0]
     assert pruned["sparsity_masked"] == pytest.approx(0.7, abs=1e-3)
     transfer = [f"model.path={upstream}/pruned/final", "recipe.name=sparse_transfer"]
