@@ -1,52 +1,13 @@
 """The sections of a configuration but DeepSpeed's options."""
 
 import re
-from collections.abc import Callable
 from math import inf
 from operator import le, lt
 from typing import Any
 
 from distprune.checks.check import Check
+from distprune.checks.times import compare, evaluates, first_cycle, prunes_often, time, within_run
 from distprune.config import COMPONENTS, Config, value_of
-from distprune.durations import Duration, parse
-
-
-def _time(config: Config, key: str) -> Duration:
-    return parse(str(value_of(config, key)), key)
-
-
-def _compare(config: Config, key: str, relation: Callable[[Any, Any], bool], other: str) -> bool:
-    """Return whether two times stand in a relation; steps and epochs do not compare without the data."""
-    first, second = _time(config, key), _time(config, other)
-    return first.in_epochs != second.in_epochs or relation(first.amount, second.amount)
-
-
-def _within_run(config: Config, key: str) -> bool:
-    """Return whether a time is null, or more than 0 and not after the end of the run."""
-    if value_of(config, key) is None:
-        return True
-    return _time(config, key).amount > 0 and _compare(config, key, le, "train.epochs")
-
-
-def _evaluates(config: Config) -> bool:
-    """Return whether a run is evaluated on its way; one of less than an epoch need not be."""
-    every = _time(config, "train.eval_every")
-    return every.amount > 0 and (every.amount <= 1 or _compare(config, "train.eval_every", le, "train.epochs"))
-
-
-def _prunes_often(config: Config) -> bool:
-    """Return whether the time between prunings fits into that from the first to the last."""
-    every, start, end = (_time(config, f"pruning.{key}") for key in ("every", "start", "end"))
-    comparable = every.in_epochs == start.in_epochs == end.in_epochs
-    return every.amount > 0 and (
-        not comparable or start.amount >= end.amount or every.amount <= end.amount - start.amount
-    )
-
-
-def _first_cycle(config: Config) -> str:
-    """Return the key that holds the length of the learning rate's first cycle."""
-    keys = ("lr.rewind_first", "lr.rewind_every", "train.epochs")
-    return next(key for key in keys if value_of(config, key) is not None)
 
 
 def _dense(config: Config) -> bool:
@@ -206,7 +167,7 @@ TRAIN = (
     Check(
         "train.eval_every",
         "more than 0 and at most train.epochs; a number counts epochs, '500 steps' steps",
-        _evaluates,
+        evaluates,
     ),
     _at_least_one("train.log_every"),
     SEED,
@@ -246,12 +207,12 @@ LR = (
     Check(
         "lr.rewind_every",
         "more than 0 and at most train.epochs, or null",
-        lambda c: _within_run(c, "lr.rewind_every"),
+        lambda c: within_run(c, "lr.rewind_every"),
     ),
     Check(
         "lr.rewind_first",
         "more than 0 and at most train.epochs, or null",
-        lambda c: _within_run(c, "lr.rewind_first"),
+        lambda c: within_run(c, "lr.rewind_first"),
     ),
     Check(
         "lr.rewind_first",
@@ -261,7 +222,7 @@ LR = (
     Check(
         "lr.warmup",
         "less than the first cycle (lr.rewind_first, else lr.rewind_every, else train.epochs)",
-        lambda c: _compare(c, "lr.warmup", lt, _first_cycle(c)),
+        lambda c: compare(c, "lr.warmup", lt, first_cycle(c)),
     ),
 )
 
@@ -276,17 +237,17 @@ PRUNING = (
     Check(
         "pruning.start",
         "at most pruning.end",
-        lambda c: _dense(c) or _compare(c, "pruning.start", le, "pruning.end"),
+        lambda c: _dense(c) or compare(c, "pruning.start", le, "pruning.end"),
     ),
     Check(
         "pruning.end",
         "before the end of the run (train.epochs), to train with the last mask",
-        lambda c: _dense(c) or _compare(c, "pruning.end", lt, "train.epochs"),
+        lambda c: _dense(c) or compare(c, "pruning.end", lt, "train.epochs"),
     ),
     Check(
         "pruning.every",
         "more than 0 and at most the time from pruning.start to pruning.end; a number counts epochs, '500 steps' steps",
-        lambda c: _dense(c) or _prunes_often(c),
+        lambda c: _dense(c) or prunes_often(c),
     ),
     Check(
         "pruning.components",
@@ -324,7 +285,7 @@ REGROWTH = (
     Check(
         "regrowth.every",
         "more than 0",
-        lambda c: c.regrowth.part == 0 or _time(c, "regrowth.every").amount > 0,
+        lambda c: c.regrowth.part == 0 or time(c, "regrowth.every").amount > 0,
     ),
     Check(
         "pruning.structure",

@@ -36,6 +36,7 @@ _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 SHRUNK = "shrunk.json"
 """What a shrunk model's directory holds: the sizes of its matrices."""
 _HASHED = ("*.safetensors", "*.safetensors.index.json", "config.json", SHRUNK)
+"""What a model's weights and shape are read from, and nothing that other tools may leave beside it."""
 _LEGACY = {"gamma": "weight", "beta": "bias"}
 _LEGACY_MODULES = {"embed_out": "lm_head"}
 

@@ -56,7 +56,7 @@ class InverseFisher:
         for diagonal, gradient in zip(self._diagonal, filled, strict=True):
             diagonal.addcmul_(gradient, gradient, value=1 / self.samples)
         for inverse, gradient in zip(self.inverses, (yield from self._in_blocks(filled)), strict=True):
-            # The inverse is symmetric, and on a CPU torch multiplies from the left in a third of the time.
+            # The inverse is symmetric, and on a CPU torch multiplies faster from the left.
             product = torch.bmm(gradient.unsqueeze(1), inverse).squeeze(1)
             scale = self.samples + (gradient * product).sum(1, keepdim=True)
             inverse.addcmul_(product.unsqueeze(2), (product / scale).unsqueeze(1), value=-1)
