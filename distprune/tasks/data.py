@@ -20,7 +20,7 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from distprune.config import Config, TaskConfig
 from distprune.errors import UserError, unknown
 from distprune.paths import expanded
-from distprune.tasks.files import begins_as_rows, defect_of, doubled_column
+from distprune.tasks.files import begins_as_rows, defect_of, doubled_column, hash_of
 from distprune.tasks.rows import screen, settle_length
 
 HOLDOUT_SEED = 0
@@ -242,11 +242,16 @@ def _read_file(task: TaskConfig, name: str) -> Split:
             raise UserError(f"the data file {name} has two columns {column!r}; allowed: a name for each")
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=_MORE_FIELDS)
-            rows = READERS[suffix](glob.escape(str(path.absolute())), **options)
+            rows = READERS[suffix](glob.escape(str(path.absolute())), cache_dir=_cache_of(path), **options)
     except UNREADABLE as error:
         defect = defect_of(path, suffix) or f"cannot be read, or is empty: {_reason(error)}"
         raise UserError(f"the data file {name} {defect}") from error
     return Split(_number(rows, name), name)
+
+
+def _cache_of(path: Path) -> str:
+    """Return where the datasets library keeps the rows of a file: it knows a file by its path and time alone."""
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "distprune" / hash_of(path))
 
 
 def _csv_options(task: TaskConfig) -> dict[str, Any]:

@@ -27,11 +27,12 @@ def local_files(task: TaskConfig) -> list[tuple[str, Path]]:
 
 def hashes_of(task: TaskConfig) -> dict[str, str]:
     """Return the hashes of the local data that are there, by key and file name."""
-    return {
-        f"{key} {file.name}": _hash(file, file.stat().st_mtime_ns, file.stat().st_size)
-        for key, file in local_files(task)
-        if file.is_file()
-    }
+    return {f"{key} {file.name}": hash_of(file) for key, file in local_files(task) if file.is_file()}
+
+
+def hash_of(file: Path) -> str:
+    """Return the hash of a file, which a process reads once as long as nothing is done to it."""
+    return _hash(file, file.stat().st_ctime_ns)
 
 
 def defect_of(path: Path, suffix: str) -> str | None:
@@ -89,5 +90,5 @@ def _defect_of_json(path: Path) -> str | None:
 
 
 @cache
-def _hash(file: Path, changed_at: int, size: int) -> str:
+def _hash(file: Path, changed_at: int) -> str:
     return checksum(file)

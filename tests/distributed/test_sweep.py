@@ -14,6 +14,8 @@ from tests.distributed.processes import BIN, Started, start
 from tests.distributed.runs import run_command
 from tests.world import Worlds
 
+MADE = "the teacher's outputs for 96 training rows are computed once"
+
 
 def write_sweep(task: Path, folder: Path, more: str = "") -> Path:
     """Write a sweep of a dense method and one that starts from its models, on the small task."""
@@ -84,3 +86,27 @@ def test_a_sweep_stops_goes_on_past_runs_that_fail_and_then_needs_its_lines_alon
     ((status, said),) = world(1).run(run_command, "sweep", path)
     assert (status, "4 runs, 4 with a result, 0 to run" in said) == (0, True), said
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_runs_share_a_teachers_outputs(task: Path, tmp_path: Path) -> None:
+    path = tmp_path / "taught.yaml"
+    path.write_text(f"""
+config: {task / "run.yaml"}
+output: {tmp_path / "runs"}
+results: {tmp_path / "results.jsonl"}
+ranks: 1
+baseline: dense
+set: {{train.log_every: 1}}
+methods:
+  dense: {{set: {{pruning.sparsity: 0}}}}
+  taught:
+    set: {{distillation.hardness: 0.5, teacher.cache: auto}}
+    grid: {{pruning.sparsity: [0.5, 0.75]}}
+    models: {{teacher.path: dense}}
+""")
+    done = start([str(BIN / "distprune"), "sweep", str(path)], XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = [(tmp_path / "runs" / "taught" / f"pruning.sparsity={target}.log").read_text() for target in (0.5, 0.75)]
+    assert [MADE in log for log in logs] == [True, False], logs
+    assert len(list((tmp_path / "cache" / "distprune" / "teachers").iterdir())) == 1

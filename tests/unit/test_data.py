@@ -81,9 +81,12 @@ def test_a_path_with_glob_characters_is_a_path(build, tmp_path):
     assert len(build(labelled(0, 1), train="data[1]/some*.jsonl").train) == len(TRAIN)
 
 
-def test_a_changed_file_is_read_again(build):
-    build(labelled(0, 1))
-    assert build(labelled(0, 1, 1)).train["label"][:] == [0, 1, 1]
+def test_a_changed_file_is_read_again_whatever_its_time(build, tmp_path):
+    file = tmp_path / "more.jsonl"
+    for labels in [0, 1], [1, 0], [0, 1]:
+        write(file, labelled(*labels))
+        os.utime(file, (1e9, 1e9))
+        assert build(train="more.jsonl").train["label"][:] == labels
 
 
 def test_pairs_share_the_length_and_differ_in_token_type(build):
