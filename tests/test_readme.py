@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from distprune import settings
 from tests.distributed.processes import REPOSITORY, environment
 from tests.distributed.runs import run_command
-from tests.readme import SLURM, commands, make_workplace
+from tests.readme import README, SLURM, commands, make_workplace
 from tests.world import Worlds
 
 CI = (REPOSITORY / ".ci" / "run").read_text()
@@ -29,6 +30,14 @@ def run_in(folder: Path, *words: str) -> tuple[int, str]:
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         return run_command(*words)
+
+
+def test_the_other_recipe_fits_into_the_file(tmp_path: Path) -> None:
+    mine, other = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(mine)
+    (tmp_path / "other.yaml").write_text("base: mine.yaml\n" + other)
+    config = settings.load_valid(str(tmp_path / "other.yaml"), ["teacher.path=null"])
+    assert (config.train.epochs, config.pruning.initial, config.pruning.end) == (3, 0.9, "0 steps")
 
 
 @pytest.mark.slow
