@@ -81,7 +81,10 @@ def imported(name: str) -> ModuleType:
 def _note_end(status: int) -> None:
     """Leave word that the command ended by itself, for slurm/train.sbatch: srun's status tells of ranks it killed."""
     if "DISTPRUNE_ENDED" in os.environ:
-        Path(os.environ["DISTPRUNE_ENDED"]).write_text(f"{status}\n")
+        try:
+            Path(os.environ["DISTPRUNE_ENDED"]).write_text(f"{status}\n")
+        except OSError as error:  # the command's own end is what counts
+            print(f"distprune: {error}", file=sys.stderr)
 
 
 def entry() -> NoReturn:

@@ -4,8 +4,10 @@ A file may build on others: ``base: [task.yaml, recipe.yaml]``, or a single one,
 itself that are merged before it, in that order.
 """
 
+import re
 from collections.abc import Iterable
 from copy import deepcopy
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -133,7 +135,16 @@ def validate(config: Config, checks: Iterable[Check] = CHECKS) -> None:
 
 def to_yaml(config: Config) -> str:
     """Return the whole configuration as YAML that :func:`load` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config))))
+
+
+def _escaped(value: Any) -> Any:
+    """Return values in which omegaconf finds no interpolation: what is resolved may hold a dollar and a brace."""
+    if isinstance(value, dict):
+        return {key: _escaped(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _file_layers(path: Path, parents: tuple[Path, ...]) -> list[tuple[str, Layer]]:

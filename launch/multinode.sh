@@ -37,14 +37,24 @@ for argument in "$@"; do
     [[ $argument != *[\|\&\;\<\>\(\)\$\`\\\'\"]* ]] \
         || die "$argument has characters of the shell that pdsh starts; allowed with -H: such values within CONFIG"
 done
-[[ $PWD != *[[:space:]]* ]] || die "this folder, $PWD, has a space, which DeepSpeed's line to pdsh does not quote; allowed with -H: one without"
+[[ $PWD != *[[:space:]\|\&\;\<\>\(\)\$\`\\\'\"]* ]] \
+    || die "this folder, $PWD, has a space or a character of the shell, which DeepSpeed's line to pdsh does not quote; allowed with -H: one without"
 command -v pdsh >/dev/null || die "pdsh is missing; install it with: apt-get install -y pdsh"
-# pdsh hands over little of the environment; the deepspeed CLI reads the rest from a file of this name in $HOME or here.
+# pdsh hands over little of the environment; the deepspeed CLI reads the rest from a file of this name in $HOME or here,
+# and writes it into command lines, which all users of the machines can read: no keys.
 settings=$(mktemp -d)
 trap 'rm -rf "$settings"' EXIT
-env | grep -E '^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|DISTPRUNE_|WANDB_|HF_|NCCL_|FI_|CUDA_HOME|TORCH_|PYTORCH_|XDG_CACHE_HOME|.*_proxy)' \
-    >"$settings/.deepspeed_env"
+wanted='^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|CUDA_HOME|XDG_CACHE_HOME|(DISTPRUNE|WANDB|HF|NCCL|FI|TORCH|PYTORCH)_[A-Za-z0-9_]*|[A-Za-z]+_proxy)='
+secret='^([^=]*(KEY|TOKEN|SECRET|PASSWORD)=|[A-Za-z]+_proxy=[^=]*@)'
+while IFS= read -r -d '' setting; do
+    if ! [[ $setting =~ $wanted ]]; then continue; fi
+    if [[ $setting =~ $secret ]]; then
+        echo "distprune: ${setting%%=*} is not handed to the other machines, where all could read it;" \
+            "a key that wandb login or hf auth login leaves in the home folder is found there" >&2
+    elif [[ $setting != *$'\n'* ]]; then
+        echo "$setting"
+    fi
+done < <(env -0) >"$settings/.deepspeed_env"
 if [ -n "$accelerator" ]; then echo "DS_ACCELERATOR=$accelerator" >>"$settings/.deepspeed_env"; fi
-# --quiet, or it logs these settings, in which there are keys.
 DS_ENV_FILE=$settings/.deepspeed_env deepspeed --quiet --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}" \
     --no_local_rank --module distprune train "$@"

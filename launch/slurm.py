@@ -191,7 +191,7 @@ def grid_work(given: argparse.Namespace) -> Work:
     """
     config = Path(given.config).absolute()
     output = Path(settings.load(given.config, given.overrides).train.output).expanduser().absolute()
-    name = re.sub(r"[^\w.-]", "_", config.stem)
+    name = re.sub(r"^\W", "_", re.sub(r"[^\w.-]", "_", config.stem))
     grid = Sweep(str(config), {name: Method(grid=grid_of(given.sweep))}, output=str(output))
     overrides = [text for text in given.overrides if not text.startswith("train.output=")]  # the sweep's output
     work = sweep_work(expand(grid, job_folder(output) / f"{output.name}.yaml", overrides), overrides)
@@ -242,13 +242,18 @@ def grid_of(axes: list[str]) -> dict[str, list[Any]]:
     return grid
 
 
+def log_folder(folder: Path) -> str:
+    """Return a folder as sbatch is to read it, for which %j is the job."""
+    return str(folder).replace("%", "%%")
+
+
 def script(given: argparse.Namespace, work: Work) -> str:
     """Return the job's script."""
     ranks, folder = given.gpus_per_node or given.ranks_per_node or work.ranks, work.folder
     is_array, job = work.table is not None, shlex.quote(str(folder / "job.sbatch"))
     options = {
         "job-name": work.output.name,
-        "output": folder / ("%x-%A-%a.log" if is_array else "%x-%j.log"),
+        "output": f"{log_folder(folder)}/{'%x-%A-%a' if is_array else '%x-%j'}.log",
         "open-mode": "append",
         "requeue": None,
         "signal": f"USR1@{given.warn}",
@@ -288,7 +293,7 @@ def write(work: Work, text: str) -> None:
     for number, config in enumerate(work.configs):
         (folder / f"run-{number}.yaml").write_text(settings.to_yaml(config))
     if work.table is not None:
-        texts = {"name": f"{work.output.name}-table", "log": folder / "table-%j.log"}
+        texts = {"name": f"{work.output.name}-table", "log": f"{log_folder(folder)}/table-%j.log"}
         texts |= {"repository": REPOSITORY, "here": Path.cwd()}
         table = TABLE.format(**{key: shlex.quote(str(text)) for key, text in texts.items()}, table=work.table)
         (folder / "table.sbatch").write_text(table)

@@ -163,7 +163,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Return a checkpoint's manifest.
 
     Raises:
-        Damaged: where it is missing, cut off or changed.
+        Damaged: where it is missing, cut off or changed, or names a file elsewhere.
         UserError: where it is of a format that this version does not know.
     """
     path = checkpoint / MANIFEST
@@ -177,6 +177,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     if content["format"] != FORMAT:
         raise UserError(f"{path} is of the format {content['format']!r}; allowed: {FORMAT}")
     files = [Entry(**entry) for entry in content.pop("files")]
+    if foreign := [entry.name for entry in files if Path(entry.name).name != entry.name]:
+        raise Damaged(f"{path} names a file {foreign[0]!r} that does not lie beside it")
     return Manifest(files=files, **content)
 
 

@@ -154,7 +154,7 @@ TASK = (
 SEED = Check("train.seed", "at least 0 and less than 2^63", lambda c: 0 <= c.train.seed < 1 << 63)
 
 TRAIN = (
-    Check("train.output", "a directory", lambda c: c.train.output != ""),
+    Check("train.output", "a directory, of one line", lambda c: c.train.output.splitlines() == [c.train.output]),
     _positive("train.epochs"),
     _at_least_one("train.batch_size"),
     _at_least_one("train.accumulation"),

@@ -3,11 +3,12 @@
 import fcntl
 import os
 import platform
+import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from http.client import HTTPException
 from importlib.metadata import version
 from math import prod
@@ -154,7 +155,7 @@ def _network() -> Finding:
 
 def _shared(folder: Path) -> Finding:
     """Collective: every rank calls it."""
-    name = dist.gather([f".distprune-doctor-{os.getpid()}"])[0]
+    name = dist.gather([f".distprune-doctor-{secrets.token_hex(8)}"])[0]
     path = folder / name
 
     def write() -> None:
@@ -199,15 +200,11 @@ def _needed_gib(config: Config) -> float:
 
 def _locks(folder: Path) -> Finding:
     """Two runs in one directory are kept apart by a lock, where the file system has any."""
-    path = folder / f".distprune-doctor-lock-{dist.detect().rank}"
     try:
-        with path.open("w") as file:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return Finding(False, f"{folder} has none: {error}", "make sure yourself that no two runs share a train.output")
-    finally:
-        with suppress(OSError):
-            path.unlink()
     return Finding(True, f"{folder} has them")
 
 

@@ -101,7 +101,7 @@ def _load(directory: Path, auto_class: Any) -> PreTrainedModel:
         UserError: they have others, or it cannot be built.
     """
     try:
-        model, report = auto_class.from_pretrained(directory, output_loading_info=True)
+        model, report = auto_class.from_pretrained(directory, trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # transformers raises many kinds, some over several lines
         reason = " ".join(str(error).split())
         raise UserError(f"{directory} cannot be loaded by {auto_class.__name__}: {reason}") from error

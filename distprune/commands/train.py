@@ -15,7 +15,7 @@ from distprune.checkpoints.files import FOLDER, Manifest, clear_behind
 from distprune.checkpoints.resume import newest_whole
 from distprune.config import Config
 from distprune.engines.options import bf16_is_slow, dtype_of
-from distprune.errors import UserError
+from distprune.errors import UserError, written
 from distprune.models.card import model_card
 from distprune.monitor import Monitor
 from distprune.monitor.plots import plot_layers, plot_run
@@ -123,10 +123,11 @@ def _train(config: Config, run_dir: Path) -> dict[str, Any]:
 
 def _enter(run_dir: Path) -> bool:
     """Return whether there is a run to go on with, which is locked then."""
-    unfinished = run_directory.is_unfinished(run_dir)
-    if unfinished:
-        run_directory.lock(run_dir)
-    return unfinished
+    with written(run_dir):
+        unfinished = run_directory.is_unfinished(run_dir)
+        if unfinished:
+            run_directory.lock(run_dir)
+        return unfinished
 
 
 def _say_where_it_goes_on(run_dir: Path, config: Config, before: tuple[Path, Manifest] | None) -> None:

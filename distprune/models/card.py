@@ -112,6 +112,13 @@ def _on_hub(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
+def chosen_by(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``pruning.json`` says of how the weights were chosen: sections, local paths as in the card."""
+    of = config["pruning"]["weights_of"]
+    pruning = config["pruning"] | {"weights_of": None if of is None else _short(of)}
+    return {"pruning": pruning, "regrowth": config["regrowth"], "distillation": config["distillation"]}
+
+
 def _short(name: str) -> str:
     """Return a hub id as it is, and the last two parts of a path."""
     return name if _on_hub(name) else "/".join(Path(name).resolve().parts[-2:])

@@ -73,8 +73,13 @@ def open_source(directory: Path, shrunk_allowed: bool = False) -> Source:
     return Pieces(directory) if is_checkpoint(directory) else ModelFiles(directory, shrunk_allowed)
 
 
-def resolve(path: str, revision: str | None) -> Path:
+def resolve(path: str, revision: str | None, download: bool = True) -> Path:
     """Return the directory of a model: itself, or the hub's snapshot in the local cache.
+
+    Args:
+        path: a directory or a hub id.
+        revision: of a hub id.
+        download: whether the hub is asked for what is not in the cache.
 
     Raises:
         UserError: where it is neither a directory nor a hub id that can be reached, or a checkpoint, or a directory of
@@ -94,7 +99,7 @@ def resolve(path: str, revision: str | None) -> Path:
     if local.exists() or path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1:
         raise UserError(f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id")
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES, local_files_only=not download))
     except Exception as error:
         raise UserError(
             f"model {path!r} is not a local directory, and the hub did not give it: {error}".splitlines()[0]
@@ -128,7 +133,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         UserError: where there is none.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(expanded(path))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(expanded(path), trust_remote_code=False)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise UserError(
@@ -305,7 +310,7 @@ def read_config(directory: Path, options: dict[str, Any] | None = None) -> Pretr
         UserError: where config.json is no configuration that transformers knows.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory, **(options or {}))
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False, **(options or {}))
     except Exception as error:  # transformers raises many kinds, some over several lines
         reason = " ".join(str(error).split())
         raise UserError(f"{directory / 'config.json'} is not a model's configuration: {reason}") from error

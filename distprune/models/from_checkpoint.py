@@ -13,6 +13,7 @@ from distprune.checkpoints import files
 from distprune.checkpoints.files import Damaged, Manifest, save
 from distprune.checkpoints.pieces import Pieces
 from distprune.errors import UserError, written
+from distprune.models.card import chosen_by
 from distprune.models.export import plan_files, write_index
 from distprune.models.files import begin_directory, gone_if_it_fails
 from distprune.models.packed import PREFIX, save_packed
@@ -101,5 +102,5 @@ def _record(manifest: Manifest) -> dict[str, object] | None:
         "masked_weights": sum(masked_of.values()),
         "prunable_weights": sum(weights.values()),
         "layers": {name: {"masked": masked, "weights": weights[name]} for name, masked in masked_of.items()},
-        **{section: manifest.state["config"][section] for section in ("pruning", "regrowth", "distillation")},
+        **chosen_by(manifest.state["config"]),
     }

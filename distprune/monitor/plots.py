@@ -88,7 +88,7 @@ def _draw_metric(axes: Axes, metrics: Metrics, dense: float | None) -> None:
     name = main_metric(metrics)
     if name is not None:
         steps, values = series(metrics, name, "validation")
-        label = name.replace("_", " ")
+        label = as_it_is(name.replace("_", " "))
         axes.plot(steps, values, color=BLUE, marker="o", linewidth=2, label=f"{label} {values[-1]:.3f}")
         axes.set_ylabel(f"{label} on validation", color=BLUE)
     if dense is not None:
@@ -189,7 +189,7 @@ def _draw_heat_map(axes: Axes, kinds: Mapping[str, Mapping[int, float]]) -> None
             color = "white" if value > middle else "black"
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=color, size=8)
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-    axes.set_yticks(range(len(kinds)), list(kinds))
+    axes.set_yticks(range(len(kinds)), [as_it_is(kind) for kind in kinds])
     axes.set_xlabel("layer")
     axes.set_title("sparsity of each matrix in %", weight="bold")
     axes.spines[:].set_visible(False)

@@ -35,7 +35,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             record["step"] + 0, record["split"] + ""
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         while records and records[-1]["step"] > record["step"]:
             records.pop()

@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from ctypes import POINTER, c_int32, c_int64, c_void_p
@@ -54,14 +55,14 @@ def _compiled() -> Path:
         OSError: no compiler, or nowhere to write.
         subprocess.SubprocessError: the compiler failed.
     """
-    target = _folder() / f"native-{_identity()}.so"
+    folder = _folder()
+    target = folder / f"{_identity()}.so"
     if not target.exists():
         compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
         if compiler is None:
             raise FileNotFoundError("no C compiler")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            fresh = Path(folder) / target.name
+        with tempfile.TemporaryDirectory(dir=folder) as new:
+            fresh = Path(new) / target.name
             command = [*compiler.split(), *_OPTIONS, "-o", str(fresh), str(_SOURCE)]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             fresh.replace(target)  # at once: other ranks may be doing the same
@@ -69,7 +70,18 @@ def _compiled() -> Path:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distprune"
+    """Return the folder of this user's libraries, which nobody else may write to, also in a cache that many share.
+
+    Raises:
+        OSError: it cannot be made, or somebody else may.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "distprune" / f"native-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} can be written by others")
+    return folder
 
 
 def _identity() -> str:

@@ -33,7 +33,7 @@ def curves(runs: Sequence[RunRecord]) -> Figure:
     panels = figure.subplots(3, 2, sharex=True)
     names = dict.fromkeys(name for run in runs if (name := main_metric(run.metrics)) is not None)
     titles = (
-        f"{', '.join(names) or 'metric'} on validation",
+        as_it_is(f"{', '.join(names) or 'metric'} on validation"),
         "losses",
         "sparsity",
         "threshold of the score",
@@ -83,7 +83,7 @@ def weights(run: RunRecord) -> Figure:
     if not run.summary:
         raise UserError("the run has not ended")
     names = list(run.summary.get("layers", {}))
-    before = _matrices(resolve(run.config["model.path"], run.config["model.revision"]), names)
+    before = _matrices(resolve(run.config["model.path"], run.config["model.revision"], download=False), names)
     after = _matrices(run.directory / "final", names)
     edge = _edge(before)
     figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -15,6 +16,8 @@ from distprune.errors import UserError, written
 from distprune.monitor.jsonl import finite
 from distprune.monitor.records import read_metrics
 from distprune.sweeps.spec import Run
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Settings = dict[str, Any]
@@ -138,7 +141,10 @@ def append(path: Path, row: Row) -> None:
     with written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # sweeps that share the work, each with an output of its own
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)  # sweeps that share the work, each with an output of its own
+            except OSError as error:  # some network file systems know no locks
+                logger.warning("%s cannot be locked (%s): make sure that one sweep at a time writes it", path, error)
             if row["run"] in read_rows(path):
                 return
             there = path.read_bytes()

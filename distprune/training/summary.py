@@ -1,10 +1,12 @@
 """What a finished run reports of itself: counts read back from the written files, metrics, sizes, versions."""
 
+from dataclasses import asdict
 from typing import Any
 
 from distprune import dist
 from distprune.config import Config, PruningConfig, RegrowthConfig
 from distprune.engines.options import stage_of
+from distprune.models.card import chosen_by
 from distprune.models.export import Counts, count_zeros
 from distprune.pruning.targets import matrices_of
 from distprune.training.train import Trainer
@@ -66,9 +68,7 @@ def pruning_record(trainer: Trainer, summary: dict[str, Any]) -> dict[str, Any]:
     return {
         **{key: summary[key] for key in keys},
         "layers": summary["layers"],
-        "pruning": vars(config.pruning),
-        "regrowth": vars(config.regrowth),
-        "distillation": vars(config.distillation),
+        **chosen_by(asdict(config)),
     }
 
 

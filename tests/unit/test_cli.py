@@ -142,6 +142,12 @@ def test_only_rank_0_prints_but_every_rank_fails(workplace, monkeypatch, capsys,
     assert "gone.yaml" in capsys.readouterr().err
 
 
+def test_where_the_end_cannot_be_noted_it_is_as_it_is(workplace, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("DISTPRUNE_ENDED", "/dev/full")
+    assert main(["config"]) == 0
+    assert "No space left" in capsys.readouterr().err
+
+
 def test_debug_shows_where_a_mistake_was_found(workplace, monkeypatch) -> None:
     monkeypatch.setenv("DISTPRUNE_DEBUG", "1")
     with pytest.raises(UserError, match=r"gone\.yaml"):

@@ -1,6 +1,7 @@
 """The machine code: compiled once, kept in the user's cache, and done without where it is not to be had."""
 
 import ctypes
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder, not there yet, of a user who has compiled nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
-    return tmp_path / "cache" / "distprune"
+    return tmp_path / "cache" / "distprune" / f"native-{os.getuid()}"
 
 
 @needs_a_compiler

@@ -133,6 +133,30 @@ def test_other_machines_find_out_their_devices_unless_told(tmp_path: Path, given
     refused = bash(elsewhere, VENV=str(tmp_path))
     assert re.search(r"this folder, .*/two words, has a space.*; allowed with -H: one without", refused.stderr)
     assert (refused.returncode, refused.stdout) == (2, "")
+    (tmp_path / "two words").rename(tmp_path / "R&D")
+    assert bash(elsewhere.replace("two words", "R&D"), VENV=str(tmp_path)).returncode == 2
+
+
+def test_other_machines_are_told_no_keys_in_command_lines(tmp_path: Path) -> None:
+    for name, text in {"pdsh": "", "deepspeed": 'cat "$DS_ENV_FILE"', "python": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "bin").symlink_to(tmp_path)
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    keys = {"WANDB_API_KEY": "a", "HF_TOKEN": "b", "https_proxy": "http://me:word@proxy:1"}
+    others = {
+        "HF_TOKEN_PATH": "/a",
+        "http_proxy": "http://proxy:1",
+        "WANDB_MODE": "offline",
+        "TOKENIZERS_PARALLELISM": "1",
+    }
+    script = "f() { unset https_proxy; no_proxy=x; }; export -f f; launch/multinode.sh -H $HOSTS run.yaml"
+    done = bash(script, VENV=str(tmp_path), HOSTS=f"{tmp_path}/hosts", WANDB_NOTES="two\nlines", **keys, **others)
+    told = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert told.items() >= others.items()
+    assert not told.keys() & {*keys, "no_proxy", "WANDB_NOTES"}
+    for name in keys:
+        assert f"{name} is not handed to the other machines" in done.stderr
 
 
 @pytest.mark.parametrize("cores", [None, "8"])

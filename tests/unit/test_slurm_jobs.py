@@ -68,13 +68,15 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(slurm: Slurm, tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "a.jsonl", "b.jsonl", "bin"}
 
 
-def test_a_folder_may_have_a_space(slurm: Slurm, tmp_path: Path) -> None:
-    done = slurm("run.yaml", "train.output=my runs/a grid", "--sweep", "train.seed=1,2")
+def test_a_folder_may_have_a_space_and_a_percent_sign(slurm: Slurm, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").rename(tmp_path / ".run.yaml")
+    done = slurm(".run.yaml", "train.output=my runs at 95%/a grid", "--sweep", "train.seed=1,2")
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "my runs" / "a grid.job"
+    assert read_sweep(tmp_path / "my runs at 95%" / "a grid.job" / "a grid.yaml").methods.keys() == {"_run"}
+    folder = tmp_path / "my runs at 95%" / "a grid.job"
     for name, log in (("job", "%x-%A-%a"), ("table", "table-%j")):
         text = (folder / f"{name}.sbatch").read_text()
-        assert f"#SBATCH --output='{folder}/{log}.log'\n" in text
+        assert f"#SBATCH --output='{str(folder).replace('%', '%%')}/{log}.log'\n" in text, "%j is the job's, %% a %"
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 

@@ -1,6 +1,8 @@
 """A sweep's results and run directories, without a run."""
 
+import errno
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,19 @@ def test_a_line_that_a_full_disk_cuts_off_is_taken_back(file: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert stored.read_bytes() == before
+
+
+def test_a_file_system_without_locks_keeps_results_too(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(results.fcntl, "flock", missing)
+    stored, (first, *_) = file.parent / "results.jsonl", runs(file)
+    results.append(stored, row(first, 0.5, file.parent))
+    assert len(stored.read_text().splitlines()) == 1
+    assert "results.jsonl cannot be locked" in caplog.text
 
 
 def test_a_table_names_what_has_failed(

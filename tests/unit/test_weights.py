@@ -178,15 +178,15 @@ def test_a_home_directory_is_found(model_dir: Path, monkeypatch: pytest.MonkeyPa
 def test_a_hub_id_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
-    def snapshot(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.update(repo=repo, revision=revision, allow_patterns=allow_patterns)
+    def snapshot(repo: str, **how: object) -> str:
+        asked.update(repo=repo, **how)
         return "snapshot"
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "snapshot_download", snapshot)
     for name in ("google-bert/bert-base-uncased", "gpt2"):
         assert resolve(name, "v2") == Path("snapshot")
-        assert (asked["repo"], asked["revision"]) == (name, "v2")
+        assert (asked["repo"], asked["revision"], asked["local_files_only"]) == (name, "v2", False)
     assert "*.safetensors" in asked["allow_patterns"]
     assert "*.bin" not in asked["allow_patterns"]
 
