@@ -5,8 +5,8 @@ process's module; its parameters may be partitioned.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from distprune.benchmarks.timing import seconds, wait
@@ -123,14 +122,13 @@ def matrix_flops(model: nn.Module, forward: Forward) -> dict[str, int]:
         rows = inputs[0].numel() // inputs[0].shape[-1]
         found[name] = found.get(name, 0) + 2 * weights * rows
 
-    handles = []
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            # Not module.weight: ZeRO-3 would gather it.
-            matrix = dict(module.named_parameters(recurse=False))["weight"]
-            hook = partial(count, names[id(matrix)], full_shape(matrix).numel())
-            handles.append(module.register_forward_hook(hook))
-    with _until_here(handles):
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                # Not module.weight: ZeRO-3 would gather it.
+                matrix = dict(module.named_parameters(recurse=False))["weight"]
+                hook = partial(count, names[id(matrix)], full_shape(matrix).numel())
+                hooks.enter_context(module.register_forward_hook(hook))
         forward()
     return found
 
@@ -162,10 +160,11 @@ def latency_shares(
         spent[place] = spent.get(place, 0.0) + time.perf_counter() - started[module]
 
     timed = outermost(model, places)
-    handles = [module.register_forward_pre_hook(start, prepend=True) for module in timed]
-    handles += [module.register_forward_hook(partial(end, place)) for module, place in timed.items()]
     shares: list[dict[Place, float]] = []
-    with _until_here(handles):
+    with ExitStack() as hooks:
+        for module, place in timed.items():
+            hooks.enter_context(module.register_forward_pre_hook(start, prepend=True))
+            hooks.enter_context(module.register_forward_hook(partial(end, place)))
         forward()
         for _ in range(repeat):
             spent.clear()
@@ -194,16 +193,6 @@ def outermost(model: nn.Module, places: dict[str, Place]) -> dict[nn.Module, Pla
 
     look(model)
     return found
-
-
-@contextmanager
-def _until_here(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks in the end."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def pays(part: Part) -> bool:

@@ -9,10 +9,8 @@ from datasets import Dataset
 from distprune import dist, turns
 from distprune.engines.batches import eval_batches, in_order
 from distprune.errors import UserError
+from distprune.monitor.records import RESERVED
 from distprune.tasks.base import Batch, Task
-
-RESERVED = {"epoch", "loss", "lr", "sparsity", "split", "step"}
-"""What a run's records and its progress have beside the metrics."""
 
 
 def evaluate(

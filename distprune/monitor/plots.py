@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from distprune.errors import UserError, written
+from distprune.monitor.records import RESERVED
 
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # of Okabe and Ito: colour-blind safe
 COLORS = (BLUE, RED, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-NOT_METRICS = {"step", "epoch", "split", "loss", "task_loss", "distillation_loss", "sparsity", "threshold"}
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -78,7 +78,7 @@ def series(metrics: Metrics, name: str, split: str | None = None) -> tuple[list[
 def main_metric(metrics: Metrics) -> str | None:
     """Return the name of the first metric of the validation records that is ever finite."""
     names = dict.fromkeys(name for record in metrics if record["split"] == "validation" for name in record)
-    found = (name for name in names if name not in NOT_METRICS and "/" not in name)
+    found = (name for name in names if name not in RESERVED and "/" not in name)
     return next((name for name in found if series(metrics, name, "validation")[0]), None)
 
 

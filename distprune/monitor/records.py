@@ -18,6 +18,9 @@ from distprune import __version__, dist
 from distprune.errors import UserError, written
 from distprune.monitor.jsonl import finite
 
+RESERVED = frozenset({"epoch", "loss", "lr", "sparsity", "split", "step"})
+"""What a run's records and its progress have beside the metrics."""
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the records of a metrics.jsonl.

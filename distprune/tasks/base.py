@@ -63,9 +63,9 @@ class Task(ABC):
         self.tokenizer = tokenizer
         self.more_validation, self.notes = {}, []
 
-    @abstractmethod
     def model_options(self) -> dict[str, Any]:
         """Return what the task sets in the model's config."""
+        return {}
 
     @abstractmethod
     def collate(self, rows: list[Example], draw: int = 0) -> Batch:
@@ -150,9 +150,12 @@ class Task(ABC):
         """Return a sentence where metrics of the evaluation data are those of a model that has learnt nothing."""
         return None
 
-    @abstractmethod
-    def check_labels(self, model_config: PretrainedConfig, who: str) -> None:
-        """Check that a trained model predicts what the task asks for; ``who`` names it in the message."""
+    def check_labels(self, model_config: PretrainedConfig, who: str) -> None:  # noqa: B027
+        """Check that a trained model predicts what the task asks for, as far as its configuration says.
+
+        Raises:
+            UserError: it does not; ``who`` names it.
+        """
 
     def check_order(self, model_config: PretrainedConfig, who: str) -> None:  # noqa: B027
         """Check that a model that is still to be trained has not the task's labels in another order.
@@ -169,9 +172,9 @@ class Task(ABC):
         """
 
     @classmethod
-    @abstractmethod
     def count_train(cls, config: Config) -> int | None:
         """Return the number of training rows without tokenising them; None where that cannot be known."""
+        return None
 
     def scored_by(self) -> Any:
         """Return what the metrics depend on beside predictions and rows, for JSON."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, Value
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from distprune.config import Config, TaskConfig
 from distprune.errors import UserError, unknown
@@ -139,10 +139,6 @@ class ChoiceTask(Task):
         """
         return self.choices.of(split, task, self.notes)
 
-    def model_options(self) -> dict[str, Any]:
-        """Return nothing: such a model takes any number of choices."""
-        return {}
-
     def collate(self, rows: list[Example], draw: int = 0) -> Batch:
         """Return the padded tokens of all choices, shape [B, C, T], and ``labels``, int64, shape [B]."""
         names = [name for name in TOKENS if name in rows[0]]
@@ -160,9 +156,6 @@ class ChoiceTask(Task):
 
     def remark(self, metrics: dict[str, float]) -> str | None:  # noqa: D102
         return constant_remark(metrics, self.validation["label"][:])
-
-    def check_labels(self, model_config: PretrainedConfig, who: str) -> None:
-        """Check nothing: a model's configuration does not say which choices it was trained on."""
 
     @classmethod
     def count_train(cls, config: Config) -> int | None:

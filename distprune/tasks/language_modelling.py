@@ -69,10 +69,6 @@ class LanguageModelling(Task):
                 name: self._blocks(split.rows, task.text[0], split.origin) for name, split in splits.more.items()
             }
 
-    def model_options(self) -> dict[str, Any]:
-        """Return nothing: the tokens are the labels."""
-        return {}
-
     @abstractmethod
     def collate(self, rows: list[Example], draw: int = 0) -> Batch:
         """Return ``input_ids`` and ``labels``, int64, shape [B, T]: what each place's logits predict, or -100."""
@@ -114,9 +110,6 @@ class LanguageModelling(Task):
         measured = {"nll": nll, "perplexity": nll.exp(), "accuracy": hits / tokens}
         return {name: float(measured[name]) for name in self.metric_names}
 
-    def check_labels(self, model_config: PretrainedConfig, who: str) -> None:
-        """Check nothing: that a model has all tokens is seen from its vocabulary."""
-
     def check_outputs(self, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
         """Check that the teacher puts out as many logits: models may have more than the tokenizer has tokens.
 
@@ -128,11 +121,6 @@ class LanguageModelling(Task):
                 f"the teacher's vocab_size is {teacher.vocab_size} and the student's {student.vocab_size}; "
                 "they must be equal"
             )
-
-    @classmethod
-    def count_train(cls, config: Config) -> int | None:
-        """Return None: how many blocks there are depends on the tokens."""
-        return None
 
     def _blocks(self, rows: Dataset, column: str, origin: str) -> Dataset:
         """Return blocks of tokens as ``input_ids``, their ``length``, and their number as ``_row``.

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,22 +33,6 @@ def constant_remark(metrics: dict[str, float], labels: Sequence[int]) -> str | N
     return f"accuracy {metrics['accuracy']:.4f}: no better than the most frequent label alone, {share:.4f}"
 
 
-def _accuracy(labels: Any, predicted: Any) -> float:
-    return float(accuracy_score(labels, predicted))
-
-
-def _f1(labels: Any, predicted: Any) -> float:
-    return float(f1_score(labels, predicted, zero_division=0.0))
-
-
-def _macro_f1(labels: Any, predicted: Any) -> float:
-    return float(f1_score(labels, predicted, average="macro", zero_division=0.0))
-
-
-def _matthews(labels: Any, predicted: Any) -> float:
-    return float(matthews_corrcoef(labels, predicted))
-
-
 def _correlation(statistic: Callable[[Any, Any], Any]) -> Measure:
     """Return the correlation that is 0 where it is not defined: one side constant or not finite."""
 
@@ -61,10 +46,10 @@ def _correlation(statistic: Callable[[Any, Any], Any]) -> Measure:
 
 
 _CLASSIFICATION: dict[str, Measure] = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "macro_f1": _macro_f1,
-    "matthews": _matthews,
+    "accuracy": accuracy_score,
+    "f1": partial(f1_score, zero_division=0.0),
+    "macro_f1": partial(f1_score, average="macro", zero_division=0.0),
+    "matthews": matthews_corrcoef,
 }
 _REGRESSION: dict[str, Measure] = {"pearson": _correlation(pearsonr), "spearman": _correlation(spearmanr)}
 
@@ -118,4 +103,4 @@ def measure(names: list[str], logits: torch.Tensor, labels: torch.Tensor, regres
     """
     predicted = (logits.squeeze(-1) if regression else logits.argmax(-1)).numpy()
     suited = _REGRESSION if regression else _CLASSIFICATION
-    return {name: suited[name](labels.numpy(), predicted) for name in names}
+    return {name: float(suited[name](labels.numpy(), predicted)) for name in names}

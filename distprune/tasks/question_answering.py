@@ -127,11 +127,6 @@ class QuestionAnswering(Task):
         """Return the metrics, the longest answer, and all contexts and answers."""
         return [self.metric_names, self._longest_answer, self._questions]
 
-    @classmethod
-    def count_train(cls, config: Config) -> int | None:
-        """Return None: how many windows there are depends on the tokens."""
-        return None
-
     def _evaluated(self, rows: Dataset, task: TaskConfig) -> Dataset:
         """Return the windows with the numbers of their questions, which are kept, in ``question``."""
         context = task.text[1]

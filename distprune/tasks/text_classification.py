@@ -14,7 +14,7 @@ from distprune.tasks.base import Batch, Example, Task
 from distprune.tasks.data import Split, check_text, count_train, load_splits, prepared, quiet
 from distprune.tasks.labels import encode_numbers, find_classes
 from distprune.tasks.metrics import check_metrics, constant_remark, measure
-from distprune.tasks.tokens import tokenize
+from distprune.tasks.tokens import are_cut, check_max_length, mapped
 
 _UNNAMED = re.compile(r"LABEL_\d+")
 
@@ -34,6 +34,7 @@ class TextClassification(Task):
         super().__init__(config, tokenizer)
         task = config.task
         self._pairs = len(task.text) == 2
+        check_max_length(tokenizer, len(task.text), task.max_length)
         with quiet():
             splits = load_splits(task, [*task.text, task.label], self.notes)
             for split in (splits.train, splits.validation, *splits.more.values()):
@@ -46,7 +47,9 @@ class TextClassification(Task):
                 config,
                 self.notes,
                 self._label,
-                lambda rows: tokenize(rows, tokenizer, task.text, task.max_length),
+                lambda rows: mapped(
+                    rows, _encode_and_count, task.text, tokenizer, text=task.text, max_length=task.max_length
+                ),
             )
 
     def model_options(self) -> dict[str, Any]:
@@ -138,3 +141,13 @@ class TextClassification(Task):
         """Return the text columns and the numbers that the model predicts, as ``label``."""
         encode = self.classes.encode if self.classes else encode_numbers
         return encode(split, task.label, task, self.notes).select_columns([*task.text, "label", "_row"])
+
+
+def _encode_and_count(
+    rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, text: list[str], max_length: int
+) -> dict[str, list[Any]]:
+    # The cache knows this function by its name only: when its output changes, so must the name.
+    columns = [rows[name] for name in text]
+    tokens = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
+    lengths = [len(ids) for ids in tokens["input_ids"]]
+    return {**tokens, "length": lengths, "cut": are_cut(tokenizer, columns, lengths, max_length)}

@@ -10,27 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from distprune.errors import UserError
 
 
-def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, text: list[str], max_length: int) -> Dataset:
-    """Replace text columns by tokens, cut to ``max_length``; cached on disk by what goes in.
-
-    Args:
-        rows: with the text columns.
-        tokenizer: the student's.
-        text: one column, or two for pairs.
-        max_length: tokens kept of an example, special tokens included.
-
-    Returns:
-        The other columns, ``input_ids``, ``token_type_ids`` where the tokenizer gives them, ``length``, and ``cut``:
-        whether some of the text was cut off.
-
-    Raises:
-        UserError: ``max_length`` is more than the tokenizer allows, or leaves no place for the text; a cache that
-            cannot be written.
-    """
-    check_max_length(tokenizer, len(text), max_length)
-    return mapped(rows, _encode_and_count, text, tokenizer=tokenizer, text=text, max_length=max_length)
-
-
 def check_max_length(tokenizer: PreTrainedTokenizerBase, texts: int, max_length: int) -> None:
     """Check that a tokenizer can cut to a length.
 
@@ -45,20 +24,26 @@ def check_max_length(tokenizer: PreTrainedTokenizerBase, texts: int, max_length:
         )
 
 
-def mapped(rows: Dataset, function: Callable[..., Any], removed: Sequence[str], **options: Any) -> Dataset:
+def mapped(
+    rows: Dataset,
+    function: Callable[..., Any],
+    removed: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    **options: Any,
+) -> Dataset:
     """Return what a function makes of batches of rows; cached on disk by what goes in, and by the function's name only.
 
     Args:
         rows: columns.
-        function: of a batch of rows, as lists by column, and ``options``.
+        function: of a batch of rows, as lists by column, ``tokenizer`` and ``options``.
         removed: columns that are left out of what comes back.
+        tokenizer: the student's.
         options: of the function.
 
     Raises:
         UserError: a cache that cannot be written.
     """
-    if "tokenizer" in options:
-        options["tokenizer"] = _without_origin(options["tokenizer"])
+    options["tokenizer"] = _without_origin(tokenizer)
     try:
         return rows.map(function, batched=True, remove_columns=list(removed), fn_kwargs=options)
     except OSError as error:
@@ -77,16 +62,6 @@ def _without_origin(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     twin.name_or_path, twin.init_kwargs = "", {}
     vars(twin).pop("vocab_file", None)
     return twin
-
-
-def _encode_and_count(
-    rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, text: list[str], max_length: int
-) -> dict[str, list[Any]]:
-    # The cache knows this function by its name only: when its output changes, so must the name.
-    columns = [rows[name] for name in text]
-    tokens = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
-    lengths = [len(ids) for ids in tokens["input_ids"]]
-    return {**tokens, "length": lengths, "cut": are_cut(tokenizer, columns, lengths, max_length)}
 
 
 def are_cut(

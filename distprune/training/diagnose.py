@@ -1,5 +1,6 @@
 """Where a NaN came from, and weights that nothing comes to."""
 
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import torch
@@ -95,11 +96,11 @@ def _nonfinite_outputs(engine: Any, task: Task, batch: Batch) -> list[str]:
 
         return hook
 
-    hooks = [module.register_forward_hook(hook_for(name)) for name, module in engine.module.named_modules() if name]
-    with torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in engine.module.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(hook_for(name)))
         task.forward(engine, batch)
-    for hook in hooks:
-        hook.remove()
     return found
 
 
