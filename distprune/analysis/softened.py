@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import torch
 
 from distprune import dist
 from distprune.analysis.temperature import Softness, softness
@@ -23,8 +24,11 @@ def soften(engine: Any, task: Task, temperatures: list[float], rows: int, batch_
     """
     drawn = np.sort(np.random.default_rng(seed).permutation(len(task.train))[:rows])
     data = task.train.select(drawn)
-    sums = {each: Softness(each) for each in temperatures}
+    sums, count = torch.zeros(len(temperatures), 3, dtype=torch.float64), 0
     for _, logits in logits_of_rows(engine, task, data, batch_size):
-        for each in temperatures:
-            sums[each] += softness(logits[None], each)
-    return [Softness(each, *dist.all_sum(sums[each].sums())).mean() for each in temperatures]
+        found = torch.stack([softness(logits[None], each) for each in temperatures])
+        sums += found.sum(1)
+        count += found.shape[1]
+    total, *every = dist.all_sum([float(count), *sums.flatten().tolist()])
+    means = (torch.tensor(every, dtype=torch.float64) / total).view(-1, 3).tolist()
+    return [Softness(each, *values) for each, values in zip(temperatures, means, strict=True)]

@@ -1,11 +1,10 @@
 """How much a teacher says beyond its most likely class, over the temperature (the paper's third guideline).
 
-Pure functions of logits, in sums that add up over batches and ranks.
+Pure functions of logits.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,46 +14,30 @@ ENOUGH = 0.75
 """Part of the most that a distribution's entropy can be at which the softened teacher counts as soft."""
 
 
-@dataclass(frozen=True)
-class Softness:
-    """Sums over distributions at one temperature; `+` adds those of other examples.
+class Softness(NamedTuple):
+    """Means over distributions at one temperature.
 
     Attributes:
         temperature: T.
-        count: how many distributions.
         entropy: each one's entropy over its largest possible value, log C.
         top: probability of the most likely class.
         gradient: Euclidean norm of the distillation gradient for a student that knows nothing, T (1/C - p_T).
     """
 
     temperature: float
-    count: float = 0.0
-    entropy: float = 0.0
-    top: float = 0.0
-    gradient: float = 0.0
-
-    def __add__(self, other: "Softness") -> "Softness":
-        assert self.temperature == other.temperature
-        ours, theirs = self.sums(), other.sums()
-        return Softness(self.temperature, *(a + b for a, b in zip(ours, theirs, strict=True)))
-
-    def sums(self) -> list[float]:
-        """Return all but the temperature."""
-        return [self.count, self.entropy, self.top, self.gradient]
-
-    def mean(self) -> Self:
-        """Return the means over the distributions, with a count of 1."""
-        return type(self)(self.temperature, *(each / self.count for each in self.sums()))
+    entropy: float
+    top: float
+    gradient: float
 
 
-def softness(logits: Tensor, temperature: float) -> Softness:
-    """Return the sums over some distributions.
+def softness(logits: Tensor, temperature: float) -> Tensor:
+    """Return what `Softness` has of each distribution, without the temperature: float64, shape [N, 3].
 
     The gradient is that of ``T^2 * KL(teacher || student)`` by the student's logits where those are all equal: what
     the teacher has to say at first. With T it grows to that of matching the logits themselves.
 
     Args:
-        logits: of the teacher, shape [..., C], C > 1.
+        logits: of the teacher, shape [..., C], C > 1; N distributions.
         temperature: T > 0.
     """
     classes = logits.shape[-1]
@@ -62,8 +45,7 @@ def softness(logits: Tensor, temperature: float) -> Softness:
     probabilities = logarithms.exp()
     entropy = -(probabilities * logarithms).nan_to_num().sum(-1) / math.log(classes)
     gradient = temperature * (probabilities - 1 / classes).norm(dim=-1)
-    top = probabilities.max(dim=-1).values
-    return Softness(temperature, float(len(top)), float(entropy.sum()), float(top.sum()), float(gradient.sum()))
+    return torch.stack([entropy, probabilities.max(dim=-1).values, gradient], dim=-1)
 
 
 def recommended(means: list[Softness]) -> float | None:

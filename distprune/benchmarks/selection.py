@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distprune import dist
 from distprune.benchmarks.timing import fastest, peak_bytes, seconds
-from distprune.pruning.exchange import Exchange, Request, T, over_ranks, summed
+from distprune.pruning.exchange import Exchange, Request, T, over_ranks, summed_by_name
 from distprune.pruning.masks import KEPT, apply_mask, count_pruned
 from distprune.pruning.scores import Magnitude
 from distprune.pruning.slices import Slice
@@ -104,14 +104,11 @@ class Weights:
         """Prune as a run does; return how much of each matrix is masked. Collective: every rank calls it."""
         choosing = self.structure.choose(self.slices, Magnitude(), sparsity, masked)
         choice = over_ranks(self._counted(choosing), self.device)
-        place = {name: number for number, name in enumerate(self.sizes)}
-        counts = torch.zeros(len(place), dtype=torch.int64)
         for each in self.slices:
             assert choice.mark(each) == 0, "no weight is NaN"
             apply_mask(each.weights(), each.mask)
-            counts[place[each.name]] += count_pruned(each.mask)
-        counts = over_ranks(self._counted(summed(counts)), self.device)
-        return dict(zip(self.sizes, counts.tolist(), strict=True))
+        mine = ((each.name, count_pruned(each.mask)) for each in self.slices)
+        return over_ranks(self._counted(summed_by_name(self.sizes, mine)), self.device)
 
     def _counted(self, exchange: Exchange[T]) -> Exchange[T]:
         """Count the requests of an exchange, and their bytes."""

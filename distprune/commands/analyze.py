@@ -17,8 +17,7 @@ from distprune.engines.evaluate import evaluate
 from distprune.errors import UserError
 from distprune.monitor.plots import check_suffix, save_png
 from distprune.monitor.records import check_places, save_json
-from distprune.training.fit import check_teacher
-from distprune.training.setup import load_task, local_model
+from distprune.training.setup import load_task, local_model, teacher_directory
 
 
 def run(subject: str, config_path: str, overrides: list[str], png: str, json_path: str | None, **options: Any) -> None:
@@ -52,8 +51,7 @@ def _teacher(
         )
     student = local_model(config.model.path, config.model.revision)
     task = load_task(config, student)
-    directory = local_model(path, config.teacher.revision)
-    dist.agree(lambda: check_teacher(config, directory, task, student))
+    directory = teacher_directory(config, task, student)
     size = config.train.eval_batch_size
     if dist.is_main():
         print(f"the teacher is run on {min(rows, len(task.train)):,} training rows", flush=True)
@@ -64,7 +62,7 @@ def _teacher(
     def show() -> None:
         Console().print(_softness_table(means, best))
         if json_path is not None:
-            save_json(json_path, {"recommended": best, "results": [vars(each) for each in means]})
+            save_json(json_path, {"recommended": best, "results": [each._asdict() for each in means]})
         title = f"the teacher {path} on {min(rows, len(task.train)):,} training rows"
         save_png(draw_softness(means, best, title), png)
         if best is None:

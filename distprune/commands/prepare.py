@@ -8,9 +8,9 @@ from distprune import settings
 from distprune.config import Config
 from distprune.pruning import native
 from distprune.pruning.targets import targets_of
-from distprune.training.fit import check_model, check_teacher, check_zeros
+from distprune.training.fit import check_model, check_zeros
 from distprune.training.plan import make_plan
-from distprune.training.setup import load_task, local_model, weights_of
+from distprune.training.setup import load_task, local_model, teacher_directory, weights_of
 
 
 def run(config_path: str, overrides: list[str]) -> None:
@@ -26,9 +26,7 @@ def run(config_path: str, overrides: list[str]) -> None:
     student = check_model(config, make_plan(config, len(task.train)), task, directory)
     check_zeros(config, student, directory)
     if config.distillation.teaches and config.teacher.path is not None:
-        teacher = local_model(config.teacher.path, config.teacher.revision)
-        check_teacher(config, teacher, task, directory)
-        print(f"teacher  {config.teacher.path}: {teacher}")
+        print(f"teacher  {config.teacher.path}: {teacher_directory(config, task, directory)}")
     if config.pruning.weights_of is not None:
         scored = local_model(config.pruning.weights_of, None)
         _check_scored(config, scored, student)

@@ -18,7 +18,7 @@ from distprune.engines.options import bf16_is_slow, dtype_of
 from distprune.errors import UserError, written
 from distprune.models.card import model_card
 from distprune.monitor import Monitor
-from distprune.monitor.plots import plot_layers, plot_run
+from distprune.monitor.plots import layers_figure, plot_run
 from distprune.monitor.records import read_metrics, write_json
 from distprune.monitor.wandb import store_id
 from distprune.paths import expanded
@@ -185,7 +185,7 @@ def _write_reports(trainer: Trainer, summary: dict[str, Any]) -> None:
     (run_dir / "final" / "README.md").write_text(model_card(summary, task.auto_class.__name__, task.hub_task))
     if layers := summary["layers"]:
         sparsities = {name: layer["masked"] / layer["weights"] for name, layer in layers.items()}
-        plot_layers(sparsities, run_dir / "layers.png")
+        layers_figure(sparsities).savefig(run_dir / "layers.png")
     plot_run(read_metrics(run_dir / "metrics.jsonl"), run_dir / "plot.png", summary["dense_metric"], run_dir.name)
     write_json(run_dir / "summary.json", summary)  # with it the run is finished; until then it may need what follows
     shutil.rmtree(run_dir / "best", ignore_errors=True)

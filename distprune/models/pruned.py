@@ -22,7 +22,7 @@ from distprune.config import PruningConfig
 from distprune.errors import UserError, written
 from distprune.models.files import Source, auto_class_of, begin_directory, gone_if_it_fails
 from distprune.models.weights import names_to_prune, skeleton
-from distprune.pruning.exchange import over_ranks, summed
+from distprune.pruning.exchange import over_ranks, summed, summed_by_name
 from distprune.pruning.masks import KEPT, PRUNED, count_pruned
 from distprune.pruning.scores import Score
 from distprune.pruning.slices import Slice
@@ -99,16 +99,16 @@ def prune_files(source: Path, target: Path, pruning: PruningConfig, score: Score
         device = dist.detect().device
         over_ranks(score.prepare(slices, sizes), device)
         sparsity = Fraction(str(pruning.sparsity))
-        mine = {each.name: count_pruned(each.mask) for each in slices}
-        before = over_ranks(summed(torch.tensor([mine.get(name, 0) for name in sizes])), device).tolist()
-        choosing = structure.choose(slices, score, sparsity, dict(zip(sizes, before, strict=True)))
+        mine = ((each.name, count_pruned(each.mask)) for each in slices)
+        before = over_ranks(summed_by_name(sizes, mine), device)
+        choosing = structure.choose(slices, score, sparsity, before)
         choice = over_ranks(choosing, device)
         others = shutil.ignore_patterns(*_OF_THE_DENSE_MODEL)
         turns.write_on_main(lambda: shutil.copytree(source, directory, ignore=others, dirs_exist_ok=True), target)
         masked = dist.agree(lambda: _write(files, slices, choice, directory))
         (total,) = over_ranks(summed(torch.tensor([masked])), device).tolist()
         wanted = structure.masked_at(sparsity)
-        assert total == wanted or (sum(before) and total > wanted), f"{total} weights were masked, and not {wanted}"
+        assert total == wanted or (any(before.values()) and total > wanted), f"{total} were masked, and not {wanted}"
     return Pruned(directory, total, sum(sizes.values()), choice.threshold)
 
 

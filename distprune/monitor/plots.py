@@ -134,11 +134,6 @@ def _mark_epochs(axes: Axes, metrics: Metrics) -> None:
         top.spines["top"].set_visible(False)
 
 
-def plot_layers(sparsity_by_name: Mapping[str, float], path: Path) -> None:
-    """Draw `layers_figure` as a PNG."""
-    layers_figure(sparsity_by_name).savefig(path, format="png")
-
-
 def layers_figure(sparsity_by_name: Mapping[str, float]) -> Figure:
     """Return a picture of the sparsity of each matrix: a heat map of layers and kinds, and bars for the rest.
 

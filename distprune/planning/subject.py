@@ -15,7 +15,6 @@ from distprune.config import Config
 from distprune.engines.batches import check_batch_size
 from distprune.engines.build import checkpoint_activations, decay_groups
 from distprune.errors import UserError
-from distprune.models.weights import skeleton
 from distprune.planning.activations import Activations, count, most_at_once
 from distprune.planning.hours import measure
 from distprune.planning.memory import Need
@@ -168,9 +167,7 @@ def _teacher(config: Config, task: Task, student: Path) -> PreTrainedModel | Non
     if not config.distillation.teaches:
         return None
     assert config.teacher.path is not None
-    directory = local_model(config.teacher.path, config.teacher.revision)
-    check_teacher(config, directory, task, student)
-    teacher, _ = skeleton(directory, task.auto_class, task.model_options())
+    teacher = check_teacher(config, local_model(config.teacher.path, config.teacher.revision), task, student)
     put_out_features(config.distillation, teacher)
     return teacher.requires_grad_(False)
 

@@ -6,7 +6,7 @@ every rank makes the same requests. `over_ranks` answers them by collectives; a 
 exchanges in one process.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -53,6 +53,20 @@ def over_ranks(exchange: Exchange[T], device: torch.device) -> T:
 def summed(values: Tensor) -> Exchange[Tensor]:
     """Return the sums of int64 numbers over all ranks."""
     return (yield Request(values))
+
+
+def summed_by_name(names: Iterable[str], numbers: Iterable[tuple[str, int]]) -> Exchange[dict[str, int]]:
+    """Return the sums over all ranks of numbers of each name.
+
+    Args:
+        names: all that there are, the same on every rank.
+        numbers: of this rank, some of them to one name and some to none.
+    """
+    totals = dict.fromkeys(names, 0)
+    for name, number in numbers:
+        totals[name] += number
+    sums = yield from summed(torch.tensor(list(totals.values()), dtype=torch.int64))
+    return dict(zip(totals, sums.tolist(), strict=True))
 
 
 def together(exchanges: Sequence[Exchange[T]]) -> Exchange[list[T]]:

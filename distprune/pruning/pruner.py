@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distprune.errors import UserError
-from distprune.pruning.exchange import over_ranks, summed
+from distprune.pruning.exchange import over_ranks, summed_by_name
 from distprune.pruning.masks import KEPT, PRUNED, apply_mask, count_pruned, is_masked
 from distprune.pruning.regrowth import regrow
 from distprune.pruning.scores import Score
@@ -283,11 +283,8 @@ class Pruner:
 
     def _per_parameter(self, numbers: list[int]) -> dict[str, int]:
         """Return the sums, over all ranks, of a number of each slice. Collective: every rank calls it."""
-        place = {name: index for index, name in enumerate(self.parameters.names)}
-        sums = torch.zeros(len(place), dtype=torch.int64)
-        for shard, number in zip(self.shards, numbers, strict=True):
-            sums[place[shard.name]] += number
-        return dict(zip(place, over_ranks(summed(sums), self._device).tolist(), strict=True))
+        of_shards = zip((shard.name for shard in self.shards), numbers, strict=True)
+        return over_ranks(summed_by_name(self.parameters.names, of_shards), self._device)
 
     @property
     def _device(self) -> torch.device:

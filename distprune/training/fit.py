@@ -119,8 +119,11 @@ def prunes(config: Config, plan: Plan) -> bool:
     return bool(plan.ladder) or config.pruning.start_sparse
 
 
-def check_teacher(config: Config, directory: Path, task: Task, student: Path) -> None:
+def check_teacher(config: Config, directory: Path, task: Task, student: Path) -> PreTrainedModel:
     """Refuse a teacher of other tokens or labels, that lacks a weight, is too small, or whose layers do not fit.
+
+    Returns:
+        The teacher on the meta device.
 
     Args:
         config: of the run; says what of the layers is distilled.
@@ -138,6 +141,7 @@ def check_teacher(config: Config, directory: Path, task: Task, student: Path) ->
     model, source = skeleton(directory, task.auto_class, task.model_options())
     missing_weights(model, source, new_allowed=False)
     check_limits(model, task)
+    return model
 
 
 def check_limits(model: PreTrainedModel, task: Task) -> None:

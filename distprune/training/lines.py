@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distprune.monitor.resources import memory_mib
+import psutil
+import torch
+
+from distprune import dist
 from distprune.training.objective import Losses
 from distprune.training.setup import Setup
 
@@ -28,7 +31,7 @@ def of_training(setup: Setup, step: int, losses: Sequence[Sequence[float]], exam
         "threshold": setup.pruner.threshold if setup.pruner else 0.0,
         "grad_norm": None if norm is None else float(norm),
         "examples_per_s": examples_per_s,
-        "memory_mib": memory_mib(),
+        "memory_mib": _memory_mib(),
     }
 
 
@@ -50,3 +53,10 @@ def of_teacher(setup: Setup, step: int, metrics: Mapping[str, float]) -> dict[st
 
 def _stands(setup: Setup, step: int, split: str) -> dict[str, Any]:
     return {"step": step, "epoch": step / setup.plan.steps_per_epoch, "split": split}
+
+
+def _memory_mib() -> float:
+    """Return this rank's memory in MiB: the peak on its GPU, or what the process holds now on a CPU."""
+    if dist.on_gpu():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return float(psutil.Process().memory_info().rss) / 2**20

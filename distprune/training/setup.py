@@ -215,10 +215,25 @@ def load_task(config: Config, directory: Path) -> Task:
     return dist.agree(build)
 
 
-def _teacher(config: Config, task: Task, student: Path, micro_batch: int, is_new: bool) -> tuple[Teacher, str]:
-    """Return the teacher, and the hash of its files. Collective: every rank calls it."""
+def teacher_directory(config: Config, task: Task, student: Path) -> Path:
+    """Return the directory of a teacher that fits task and student. Collective: every rank calls it.
+
+    Args:
+        config: of the run, with a teacher.
+        task: gives tokens and labels.
+        student: its model directory.
+
+    Raises:
+        UserError: on every rank, where there is no model, or it does not fit.
+    """
     assert config.teacher.path is not None
     directory = local_model(config.teacher.path, config.teacher.revision)
     dist.agree(lambda: check_teacher(config, directory, task, student))
+    return directory
+
+
+def _teacher(config: Config, task: Task, student: Path, micro_batch: int, is_new: bool) -> tuple[Teacher, str]:
+    """Return the teacher, and the hash of its files. Collective: every rank calls it."""
+    directory = teacher_directory(config, task, student)
     weights = hash_of_model("teacher.path", directory)
     return teacher_of(config, task, directory, weights, micro_batch, is_new), weights

@@ -14,7 +14,7 @@ from distprune.config import Config
 from distprune.errors import UserError
 from distprune.models.card import model_card
 from distprune.monitor import Monitor
-from distprune.monitor.plots import main_metric, plot_layers, plot_run, save_png
+from distprune.monitor.plots import layers_figure, main_metric, plot_run, save_png
 from distprune.monitor.records import cpu_name, environment, read_metrics, write_json
 from distprune.quickstart import Row, comparison_table
 
@@ -116,7 +116,7 @@ def bert(layers: int) -> dict[str, float]:
 
 
 def layer_image(path: Path, sparsity_by_name: dict[str, float]) -> Any:
-    plot_layers(sparsity_by_name, path)
+    layers_figure(sparsity_by_name).savefig(path)
     return matplotlib.image.imread(path)
 
 

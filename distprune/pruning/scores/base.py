@@ -25,7 +25,7 @@ class Score(ABC):
     """A score of each weight."""
 
     needs_gradient = False
-    """Whether it reads gradients: the step's, as it is before it is masked, or others that were taken for it."""
+    """Whether it reads the step's gradient, as it is before it is masked."""
     accumulates = False
     """Whether it has a state that every optimizer step adds to."""
     comes_back = False

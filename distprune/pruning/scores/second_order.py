@@ -21,7 +21,6 @@ class OptimalBrainSurgeon(PositiveScore):
     weight are the diagonal, which makes up for nothing.
     """
 
-    needs_gradient = True
     learns = True
 
     def __init__(
