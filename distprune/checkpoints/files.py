@@ -15,7 +15,6 @@ are safetensors, the rest is JSON.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,28 +22,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from distprune.disk import Damaged, Entry, flush_folder, write_text
 from distprune.errors import UserError
 
 FOLDER = "checkpoints"
 FORMAT = "distprune-checkpoint-1"
 MANIFEST, LATEST = "manifest.json", "latest"
 _NAME, _SAVING, _REMOVING, _DAMAGED = "step-", "saving-", "removing-", "damaged-"
-_CHUNK = 4 << 20
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file of a checkpoint: its name, its size in bytes, and its 128 bits of XXH3."""
-
-    name: str
-    bytes: int
-    checksum: str
 
 
 @dataclass
@@ -64,57 +50,6 @@ class Manifest:
     files: list[Entry]
     metric: float | None = None
     format: str = field(default=FORMAT)
-
-
-class Damaged(Exception):
-    """A checkpoint that is not what was written; the message names the file."""
-
-
-def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, to be read by whom the folder lets in.
-
-    Raises:
-        OSError, SafetensorError: where they cannot be written.
-    """
-    save_file(dict(tensors), path, metadata)
-    open_to_readers(path)
-
-
-def open_to_readers(path: Path) -> None:
-    """Let a file be read by whom its folder lets in: safetensors writes it for its owner alone."""
-    with suppress(OSError):  # some file systems know no such rights
-        path.chmod(path.parent.stat().st_mode & 0o664)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
-    """Write tensors, wait until the disk has them, and check them by reading them back.
-
-    Raises:
-        OSError, SafetensorError: where they cannot be written, or are read back as something else.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(tensors, path)
-    entry = entry_of(path)
-    with safe_open(path, framework="pt") as reader:
-        for name, tensor in tensors.items():
-            if not torch.equal(reader.get_tensor(name).view(torch.uint8), tensor.contiguous().view(torch.uint8)):
-                raise OSError(f"{path} does not hold the {name} that was written")
-    return entry
-
-
-def entry_of(path: Path) -> Entry:
-    """Wait until the disk has a file, and return its entry."""
-    _flush_file(path)
-    return Entry(path.name, path.stat().st_size, checksum(path))
-
-
-def checksum(path: Path) -> str:
-    """Return the XXH3 of a file, 128 bits in hexadecimal."""
-    digest, buffer = xxhash.xxh3_128(), bytearray(_CHUNK)
-    with path.open("rb", buffering=0) as file:
-        while read := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:read])
-    return digest.hexdigest()
 
 
 def saving_path(folder: Path, step: int) -> Path:
@@ -139,7 +74,7 @@ def complete(folder: Path, manifest: Manifest) -> Path:
             raise OSError(f"{path} is not there in its {entry.bytes} bytes: do all nodes share this folder?")
     content = asdict(manifest)
     text = json.dumps(content | {"checksum": _of_text(content)}, indent=1)
-    _write_flushed(saving / MANIFEST, text)
+    write_text(saving / MANIFEST, text)
     flush_folder(saving)
     final = folder / _name(manifest.step)
     saving.rename(final)
@@ -180,24 +115,6 @@ def read_manifest(checkpoint: Path) -> Manifest:
     if foreign := [entry.name for entry in files if Path(entry.name).name != entry.name]:
         raise Damaged(f"{path} names a file {foreign[0]!r} that does not lie beside it")
     return Manifest(files=files, **content)
-
-
-def check(checkpoint: Path, entries: list[Entry]) -> None:
-    """Compare files with what the manifest says of them.
-
-    Raises:
-        Damaged: where one is missing, or has another size or checksum.
-    """
-    for entry in entries:
-        path = checkpoint / entry.name
-        try:
-            size = path.stat().st_size
-            if size != entry.bytes:
-                raise Damaged(f"{path} has {size} bytes, and had {entry.bytes}")
-            if checksum(path) != entry.checksum:
-                raise Damaged(f"{path} has another checksum than it had")
-        except OSError as error:
-            raise Damaged(f"{path} cannot be read: {error}") from error
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -267,34 +184,3 @@ def remove(folder: Path) -> None:
 
 def _of_text(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush(directory: Path) -> None:
-    """Have the disk hold the files of a directory, and their names."""
-    for path in directory.iterdir():
-        if path.is_file():
-            _flush_file(path)
-    flush_folder(directory)
-
-
-def _flush_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def flush_folder(path: Path) -> None:
-    """Have the disk know a folder's names, where its file system can be asked to."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distprune.checkpoints.files import Damaged, read_manifest
+from distprune.checkpoints.files import read_manifest
+from distprune.disk import Damaged
 from distprune.errors import UserError
 from distprune.pruning.masks import KEPT, PRUNED
 

@@ -4,9 +4,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from distprune import dist, turns
+from distprune import disk, dist, turns
 from distprune.checkpoints import files
-from distprune.checkpoints.files import Damaged, Manifest
+from distprune.checkpoints.files import Manifest
+from distprune.disk import Damaged
 from distprune.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def _problem(checkpoint: Path, manifest: Manifest) -> str | None:
     world = dist.detect()
     found = []
     try:
-        files.check(checkpoint, manifest.files[world.rank :: world.size])
+        disk.check(checkpoint, manifest.files[world.rank :: world.size])
     except Damaged as error:
         found.append(str(error))
     every: list[Any] = dist.gather(found)

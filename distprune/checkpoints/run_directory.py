@@ -11,8 +11,8 @@ from typing import Any
 
 from distprune import dist, settings, turns
 from distprune.config import Config, dotted
+from distprune.disk import write_text
 from distprune.errors import UserError
-from distprune.monitor.records import write_text
 
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
 

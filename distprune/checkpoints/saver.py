@@ -17,10 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from distprune import dist
+from distprune import disk, dist
 from distprune.checkpoints import files
-from distprune.checkpoints.files import Entry, Manifest
+from distprune.checkpoints.files import Manifest
 from distprune.checkpoints.pieces import packed
+from distprune.disk import Entry
 from distprune.pruning.pruner import came_back
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class _Writing(Thread):
             self.copied.set()
             stored = {key: packed(key, values) for key, values in copies.items()}
             del copies
-            self.entry = files.write_tensors(self._path, stored)
+            self.entry = disk.write_tensors(self._path, stored)
         except Exception as error:  # whatever it is, the training goes on
             self.error = f"{self._path} cannot be written: {error}"
         finally:
@@ -159,7 +160,7 @@ class Saver:
         before = {entry.name for entry in manifest.files}
         self._describe(saving)
         others = [path for path in sorted(saving.iterdir()) if path.name not in before]
-        manifest.files += [files.entry_of(path) for path in others]
+        manifest.files += [disk.entry_of(path) for path in others]
         files.complete(self.folder, manifest)
         old = files.to_remove(self.folder, self.keep)
         # A thread, because a large file takes its time to go.

@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from distprune.checkpoints import run_directory
+from distprune.disk import write_text
 from distprune.errors import UserError, written
-from distprune.monitor.records import csv_text, write_text
+from distprune.monitor.records import csv_text
 from distprune.sweeps import results
 from distprune.sweeps.execute import Outcome, carry_out, check_room
 from distprune.sweeps.means import Difference, Mean, differences_of, means_of, record, without_result

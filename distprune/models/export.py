@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from distprune import turns
-from distprune.checkpoints.files import save
+from distprune.disk import save
 from distprune.zero.engine import FullParameters, stored_buffers
 from distprune.zero.shards import full_shape
 

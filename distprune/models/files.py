@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from distprune import dist
-from distprune.checkpoints.files import checksum, is_checkpoint
+from distprune.checkpoints.files import is_checkpoint
 from distprune.checkpoints.pieces import Pieces
+from distprune.disk import hash_of
 from distprune.errors import UserError, written
 from distprune.paths import expanded
 
@@ -115,7 +116,7 @@ def hash_of_weights(directory: Path) -> str:
     weights = xxhash.xxh3_128()
     for path in hashed_files(directory):
         try:
-            weights.update(f"{path.name} {checksum(path)};".encode())
+            weights.update(f"{path.name} {hash_of(path)};".encode())
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error}; allowed: files that this user may read") from error
     return weights.hexdigest()

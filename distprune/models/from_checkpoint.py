@@ -8,10 +8,11 @@ import torch
 from huggingface_hub import StateDictSplit
 from torch import Tensor
 
-from distprune import dist, turns
+from distprune import disk, dist, turns
 from distprune.checkpoints import files
-from distprune.checkpoints.files import Damaged, Manifest, save
+from distprune.checkpoints.files import Manifest
 from distprune.checkpoints.pieces import Pieces
+from distprune.disk import Damaged, save
 from distprune.errors import UserError, written
 from distprune.models.card import chosen_by
 from distprune.models.export import plan_files, write_index
@@ -69,7 +70,7 @@ def _checked(checkpoint: Path, rank: int, world: int) -> Manifest:
     """Return the manifest, with this rank's part of the files checked."""
     try:
         manifest = files.read_manifest(checkpoint)
-        files.check(checkpoint, manifest.files[rank::world])
+        disk.check(checkpoint, manifest.files[rank::world])
     except Damaged as error:
         raise UserError(f"checkpoint {checkpoint} is damaged: {error}") from error
     return manifest

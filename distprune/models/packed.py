@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distprune.checkpoints.files import save
+from distprune.disk import save
 from distprune.errors import UserError, written
 from distprune.models.card import mark_card
 from distprune.models.files import new_directory, opened

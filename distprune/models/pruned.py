@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distprune import dist, turns
-from distprune.checkpoints.files import is_checkpoint, save
+from distprune.checkpoints.files import is_checkpoint
 from distprune.config import PruningConfig
+from distprune.disk import save
 from distprune.errors import UserError, written
 from distprune.models.files import Source, auto_class_of, begin_directory, gone_if_it_fails
 from distprune.models.weights import names_to_prune, skeleton

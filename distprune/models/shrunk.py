@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distprune.checkpoints.files import open_to_readers
+from distprune.disk import open_to_readers
 from distprune.errors import UserError
 from distprune.models.files import SHRUNK, auto_class_of, read_config
 from distprune.paths import expanded

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from distprune import __version__, dist
+from distprune.disk import write_text
 from distprune.errors import UserError, written
 from distprune.monitor.jsonl import finite
 
@@ -95,16 +96,6 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
 def write_json(path: Path, data: object) -> None:
     """Write a file by `write_text`; NaN and infinities become null."""
     write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is, at any moment, either as before or complete."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def check_places(*paths: str | None) -> None:

@@ -1,8 +1,6 @@
 """The local data and models of a sweep's runs: those that a result was measured with."""
 
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
 
 from distprune.config import Config, value_of
 from distprune.errors import UserError
@@ -44,13 +42,6 @@ def changed_model(before: Mapping[str, str], run: Run, config: Config) -> str | 
     """
     for key in sorted(before.keys() - run.models.keys()):
         directory = expanded(str(value_of(config, key)))
-        files = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in hashed_files(directory)]
-        if files and _hash(directory, tuple(files)) != before[key]:
+        if hashed_files(directory) and hash_of_weights(directory) != before[key]:
             return key
     return None
-
-
-@cache
-def _hash(directory: Path, files: tuple[tuple[str, int, int], ...]) -> str:
-    """Return a model's hash, once for all runs that have it, as long as its files look the same."""
-    return hash_of_weights(directory)

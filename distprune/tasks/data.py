@@ -18,9 +18,10 @@ from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from distprune.config import Config, TaskConfig
+from distprune.disk import hash_of
 from distprune.errors import UserError, unknown
 from distprune.paths import expanded
-from distprune.tasks.files import begins_as_rows, defect_of, doubled_column, hash_of
+from distprune.tasks.files import begins_as_rows, defect_of, doubled_column
 from distprune.tasks.rows import screen, settle_length
 
 HOLDOUT_SEED = 0

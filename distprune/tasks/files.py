@@ -6,13 +6,12 @@ import json
 import zlib
 from codecs import BOM_UTF8
 from contextlib import suppress
-from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, cast
 
-from distprune.checkpoints.files import checksum
 from distprune.config import TaskConfig
+from distprune.disk import hash_of
 from distprune.paths import expanded
 
 
@@ -28,11 +27,6 @@ def local_files(task: TaskConfig) -> list[tuple[str, Path]]:
 def hashes_of(task: TaskConfig) -> dict[str, str]:
     """Return the hashes of the local data that are there, by key and file name."""
     return {f"{key} {file.name}": hash_of(file) for key, file in local_files(task) if file.is_file()}
-
-
-def hash_of(file: Path) -> str:
-    """Return the hash of a file, which a process reads once as long as nothing is done to it."""
-    return _hash(file, file.stat().st_ctime_ns)
 
 
 def defect_of(path: Path, suffix: str) -> str | None:
@@ -87,8 +81,3 @@ def _defect_of_json(path: Path) -> str | None:
                 return f"cannot be read: line {number} is no JSON ({error})"
         return None if has_rows else "is empty"
     return None
-
-
-@cache
-def _hash(file: Path, changed_at: int) -> str:
-    return checksum(file)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from distprune import dist, turns
 from distprune.checkpoints import files
-from distprune.checkpoints.files import Damaged, Entry, check, write_tensors
+from distprune.disk import Damaged, Entry, check, write_tensors
 from distprune.engines.evaluate import logits_of_rows
 from distprune.errors import UserError
 from distprune.paths import expanded

@@ -3,20 +3,12 @@
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distprune.checkpoints.files import (
-    Damaged,
-    Entry,
-    check,
-    entry_of,
-    flush,
-    flush_folder,
-    newest_first,
-    read_manifest,
-)
+from distprune.checkpoints.files import newest_first, read_manifest
+from distprune.disk import Damaged, Entry, check
 from distprune.errors import UserError
 
 
@@ -66,29 +58,3 @@ def remove_former(best: Path, checkpoints: Path) -> None:
     for directory in best.parent.iterdir():
         if directory.name not in wanted:
             shutil.rmtree(directory, ignore_errors=True)
-
-
-def replace(partial: Path, directory: Path) -> None:
-    """Give a complete directory its name, once the disk has it; what had the name before goes."""
-    flush(partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
-    flush_folder(directory.parent)
-
-
-def entries_of(directory: Path) -> list[dict[str, Any]]:
-    """Return the `Entry` of each file of a directory."""
-    return [asdict(entry_of(path)) for path in sorted(directory.iterdir())]
-
-
-def copy_directory(source: Path, directory: Path) -> None:
-    """Copy a directory; what was there goes once the copy is complete."""
-    partial = partial_of(directory)
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    replace(partial, directory)
-
-
-def partial_of(directory: Path) -> Path:
-    """Return the name that a directory has until it is complete."""
-    return directory.with_name(directory.name + ".partial")

@@ -21,6 +21,7 @@ from distprune.checkpoints.pieces import Pieces
 from distprune.checkpoints.saver import Saver
 from distprune.checkpoints.state import owned_tensors, restore, state_of
 from distprune.config import Config
+from distprune.disk import copy_directory, entries_of
 from distprune.engines.batches import train_batches
 from distprune.engines.build import set_learning_rate
 from distprune.engines.evaluate import evaluate
@@ -31,7 +32,7 @@ from distprune.monitor.wandb import stored_id
 from distprune.pruning.pruner import Pruner
 from distprune.tasks.base import Batch
 from distprune.training import lines
-from distprune.training.best import Best, copy_directory, entries_of, remove_former
+from distprune.training.best import Best, remove_former
 from distprune.training.clock import Clock
 from distprune.training.curvature import estimate
 from distprune.training.diagnose import name_unused, refuse_nonfinite
@@ -219,7 +220,7 @@ class Trainer:
             former.evaluations_since += 1
             self.best = former
             return
-        self.best.files = turns.on_main(lambda: entries_of(directory))
+        self.best.files = turns.on_main(lambda: [asdict(entry) for entry in entries_of(directory)])
         self.saver.finish()  # a checkpoint that is being written may need the former
         turns.write_on_main(lambda: remove_former(directory, checkpoints), directory)
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from distprune import turns
+from distprune.disk import partial_of, replace
 from distprune.models.export import export
 from distprune.models.files import gone_if_it_fails
-from distprune.training.best import partial_of, replace
 from distprune.training.diagnose import refuse_nonfinite_weights
 from distprune.training.setup import Setup
 

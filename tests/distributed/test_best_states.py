@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 import pytest
 
-from distprune.checkpoints.files import read_manifest, write_tensors
+from distprune.checkpoints.files import read_manifest
+from distprune.disk import write_tensors
 from tests.distributed.runs import DENSE, EVERY_STEP, RATE, CutOff, FullDisk, cut_off, heard, run, run_patched
 from tests.world import Worlds
 
@@ -32,7 +33,7 @@ def run_with_a_slow_disk(task: Path, output: Path, step: int, *overrides: str) -
         time.sleep(0.2)
         return write_tensors(*arguments)
 
-    with patch("distprune.checkpoints.files.write_tensors", slow), patch(RATE, CutOff(step)):
+    with patch("distprune.disk.write_tensors", slow), patch(RATE, CutOff(step)):
         return run_patched("distprune.training.train.evaluate", Rising(), task, output, *overrides)
 
 

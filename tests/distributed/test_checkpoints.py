@@ -183,7 +183,7 @@ class FullDisk:
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(world: Worlds, task: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    target = "distprune.checkpoints.files.save"
+    target = "distprune.disk.save"
     (summary, said), _ = world(2).run(heard, run_patched, target, FullDisk(16), task, output, "checkpoint.keep=9")
     assert summary["steps"] == 24
     assert "No space left on device; the run goes on without this checkpoint" in said

@@ -173,7 +173,7 @@ def test_a_run_that_is_told_to_stop_saves_before_what_takes_long(
 def told_to_stop_on_a_full_disk(task: Path, output: Path, *overrides: str) -> tuple[str, bool]:
     """Collective."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with patch("distprune.checkpoints.files.write_tensors", side_effect=full):
+    with patch("distprune.disk.write_tensors", side_effect=full):
         return told_to_stop(task, output, *overrides)
 
 

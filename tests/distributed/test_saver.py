@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distprune import dist
+from distprune import disk, dist
 from distprune.checkpoints import files
-from distprune.checkpoints.files import read_manifest, write_tensors
+from distprune.checkpoints.files import read_manifest
 from distprune.checkpoints.saver import Saver, _Writing
+from distprune.disk import Entry, write_tensors
 from tests.world import Worlds
 
 
@@ -31,7 +32,7 @@ def test_what_a_disk_made_something_else_of_is_not_a_file(tmp_path: Path) -> Non
     def spoil(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
 
-    with patch.object(files, "save", spoil), pytest.raises(OSError, match="does not hold the a that was written"):
+    with patch.object(disk, "save", spoil), pytest.raises(OSError, match="does not hold the a that was written"):
         write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(3)})
 
 
@@ -41,7 +42,7 @@ def test_a_checkpoint_without_a_file_of_a_rank_does_not_count(tmp_path: Path, le
     saving.mkdir()
     if left is not None:
         (saving / "rank-00001.safetensors").write_text(left)
-    entry = files.Entry("rank-00001.safetensors", 9, "")
+    entry = Entry("rank-00001.safetensors", 9, "")
     with pytest.raises(OSError, match=r"rank-00001\.safetensors is not there in its 9 bytes: do all nodes share"):
         files.complete(tmp_path, files.Manifest(7, {}, [entry]))
     assert not files.newest_first(tmp_path)
@@ -78,7 +79,7 @@ def save_beside_a_slow_disk(folder: Path) -> list[tuple[bool, bool]]:
     """Take steps of 50 ms while rank 1's disk takes 400 ms; return after each whether there is a checkpoint."""
     saver = Saver(folder, 2, lambda path: None)
     seen = []
-    with patch.object(files, "write_tensors", slowly(write_tensors, 0.4, rank=1)):
+    with patch.object(disk, "write_tensors", slowly(write_tensors, 0.4, rank=1)):
         saver.save(1, {f"w[{dist.detect().rank}:1].master": torch.ones(1)}, {}, None)
         for _ in range(30):
             time.sleep(0.05)

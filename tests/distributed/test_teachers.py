@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DistilBertConfig, DistilBertForSequenceClassification
 
 from distprune import dist, settings
-from distprune.checkpoints.files import write_tensors
+from distprune.disk import write_tensors
 from distprune.tasks.base import Task
 from distprune.teachers import cache, choose
 from distprune.teachers.live import LiveTeacher
@@ -190,7 +190,7 @@ class FullDisk:
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(world: Worlds, task: Path, tmp_path: Path) -> None:
-    target, options = "distprune.checkpoints.files.save", cached(task, tmp_path / "cache")
+    target, options = "distprune.disk.save", cached(task, tmp_path / "cache")
     for said in world(2).run(run_patched, target, FullDisk(), task, tmp_path / "run", *options):
         assert "cannot be written: No space left on device; allowed: teacher.cache=null runs the teacher" in said
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from distprune.checkpoints.files import save
+from distprune.disk import save
 from distprune.models.export import count_zeros
 
 

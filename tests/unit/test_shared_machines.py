@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from distprune.checkpoints import files
-from distprune.checkpoints.files import Damaged, Entry, Manifest, read_manifest
+from distprune.checkpoints.files import Manifest, read_manifest
 from distprune.commands.train import _enter
 from distprune.config import Config
+from distprune.disk import Damaged, Entry
 from distprune.errors import UserError
 from distprune.models.card import chosen_by
 from distprune.models.files import load_tokenizer, read_config
