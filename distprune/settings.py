@@ -135,15 +135,15 @@ def validate(config: Config, checks: Iterable[Check] = CHECKS) -> None:
 
 def to_yaml(config: Config) -> str:
     """Return the whole configuration as YAML that :func:`load` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(config))))
 
 
-def _escaped(value: Any) -> Any:
+def escaped(value: Any) -> Any:
     """Return values in which omegaconf finds no interpolation: what is resolved may hold a dollar and a brace."""
     if isinstance(value, dict):
-        return {key: _escaped(each) for key, each in value.items()}
+        return {key: escaped(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_escaped(each) for each in value]
+        return [escaped(each) for each in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train on several machines without SLURM, from one of them: a rank per GPU (or per slot), one folder on all machines.
 #   launch/multinode.sh -H HOSTFILE CONFIG [key=value ...]
-#       the deepspeed CLI over pdsh and ssh; a line of HOSTFILE is: NAME slots=RANKS
+#       the deepspeed CLI over pdsh and ssh; a line of HOSTFILE is: NAME slots=RANKS. Keys of wandb and the hub are taken
+#       from where wandb login and hf auth login leave them, and not from this environment.
 #   launch/multinode.sh -t HEAD:PORT -n NODES -r NODE -p RANKS CONFIG [key=value ...]
 #       torchrun, to be started on each machine by yourself: NODE counts from 0, and machine 0 is HEAD
 set -euo pipefail
@@ -45,16 +46,23 @@ command -v pdsh >/dev/null || die "pdsh is missing; install it with: apt-get ins
 settings=$(mktemp -d)
 trap 'rm -rf "$settings"' EXIT
 wanted='^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|CUDA_HOME|XDG_CACHE_HOME|(DISTPRUNE|WANDB|HF|NCCL|FI|TORCH|PYTORCH)_[A-Za-z0-9_]*|[A-Za-z]+_proxy)='
-secret='^([^=]*(KEY|TOKEN|SECRET|PASSWORD)=|[A-Za-z]+_proxy=[^=]*@)'
+is_secret() {
+    case ${1%%=*} in
+        TOKENIZERS_PARALLELISM | HF_HUB_DISABLE_IMPLICIT_TOKEN | *_PATH | *_FILE) return 1 ;;
+        *API_KEY* | *TOKEN* | *SECRET* | *PASSWORD*) return 0 ;;
+    esac
+    [[ ${1#*=} == *://*@* ]]
+}
 while IFS= read -r -d '' setting; do
     if ! [[ $setting =~ $wanted ]]; then continue; fi
-    if [[ $setting =~ $secret ]]; then
-        echo "distprune: ${setting%%=*} is not handed to the other machines, where all could read it;" \
-            "a key that wandb login or hf auth login leaves in the home folder is found there" >&2
+    if is_secret "$setting"; then
+        echo "distprune: ${setting%%=*} is not handed to the other machines, where all users could read it; it has to be" \
+            "known there: by wandb login or hf auth login, or from a start-up file of the shell" >&2
     elif [[ $setting != *$'\n'* ]]; then
         echo "$setting"
     fi
 done < <(env -0) >"$settings/.deepspeed_env"
 if [ -n "$accelerator" ]; then echo "DS_ACCELERATOR=$accelerator" >>"$settings/.deepspeed_env"; fi
+unset "${!MLFLOW_@}" # DeepSpeed hands these over by itself
 DS_ENV_FILE=$settings/.deepspeed_env deepspeed --quiet --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}" \
     --no_local_rank --module distprune train "$@"

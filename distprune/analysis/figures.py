@@ -51,7 +51,7 @@ def draw_components(parts: list[Part], dense: float, metric: str) -> Figure:
 def _finish(axes: Axes, title: str, label: str, dense: float | None = None) -> None:
     if dense is not None:
         axes.axhline(dense, color=GREY, linestyle="--", label="dense")
-    axes.set(title=title, ylabel=label.replace("_", " "))
+    axes.set(title=title, ylabel=as_it_is(label.replace("_", " ")))
     axes.margins(y=0.2)  # room for the legend
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=3, loc="upper center", fontsize="small")

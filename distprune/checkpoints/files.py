@@ -112,7 +112,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     if content["format"] != FORMAT:
         raise UserError(f"{path} is of the format {content['format']!r}; allowed: {FORMAT}")
     files = [Entry(**entry) for entry in content.pop("files")]
-    if foreign := [entry.name for entry in files if Path(entry.name).name != entry.name]:
+    if foreign := [entry.name for entry in files if Path(entry.name).name != entry.name or entry.name in ("", "..")]:
         raise Damaged(f"{path} names a file {foreign[0]!r} that does not lie beside it")
     return Manifest(files=files, **content)
 

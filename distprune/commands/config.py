@@ -1,7 +1,7 @@
 """``distprune config``: print every key with its value and meaning."""
 
+from dataclasses import asdict
 from textwrap import indent
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -27,8 +27,7 @@ def annotate(config: Config) -> str:
     """Return the configuration as YAML with each key's meaning as a comment above it."""
     meanings = describe()
     lines = ["# Times are '2 epochs', '0.1 epochs' or '500 steps'; a number alone counts epochs.", ""]
-    sections: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    for section, keys in sections.items():
+    for section, keys in settings.escaped(asdict(config)).items():
         lines.append(f"{section}:  # {getattr(config, section).__doc__.splitlines()[0]}")
         for name, value in keys.items():
             key = f"{section}.{name}"

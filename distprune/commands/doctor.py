@@ -209,9 +209,9 @@ def _locks(folder: Path) -> Finding:
 
 
 def _compiler() -> Finding:
-    if native.library() is None:
+    if why := native.why_none():
         advice = "install gcc, or run distprune prepare where there is one and the home directory is the same"
-        return Finding(False, "no C compiler, and nothing compiled before", advice)
+        return Finding(False, f"nothing compiled before, and {why}", advice)
     return Finding(True, "the passes over the weights are compiled")
 
 

@@ -32,8 +32,8 @@ def run(config_path: str, overrides: list[str]) -> None:
         _check_scored(config, scored, student)
         print(f"scored   {config.pruning.weights_of}: {scored}")
     print(f"data     {len(task.train):,} training and {len(task.validation):,} validation examples, tokenised")
-    compiled = "compiled" if native.library() else "no C compiler: pruning will take NumPy, in more than twice the time"
-    print(f"code     {compiled}")
+    why = native.why_none()
+    print(f"code     {'compiled' if why is None else f'{why}: pruning will take NumPy, in more than twice the time'}")
     print("A job on nodes without a network: set HF_HUB_OFFLINE=1, and the same HF_HOME where it is not the default.")
 
 

@@ -96,7 +96,8 @@ def load_shrunk(directory: Path | str, auto_class: Any = None) -> PreTrainedMode
     directory = expanded(directory)
     if not (directory / SHRUNK).exists():
         raise UserError(f"{str(directory)!r} holds no {SHRUNK}; allowed: a directory of distprune export --shrink")
-    model: PreTrainedModel = (auto_class or auto_class_of(directory)).from_config(read_config(directory))
+    kind = auto_class or auto_class_of(directory)
+    model: PreTrainedModel = kind.from_config(read_config(directory), trust_remote_code=False)
     take_sizes(model, directory)
     missing, unexpected = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
     model.tie_weights()

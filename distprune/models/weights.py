@@ -157,7 +157,7 @@ def skeleton(
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             # In fp32: the type of the config's own would be that of computed buffers, and another after a resume.
-            model = auto_class.from_config(config, dtype=torch.float32)
+            model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model.tie_weights()  # accelerate's empty parameters are each their own
         model.config.use_cache = False  # of keys and values, which only generation reads
     except Exception as error:  # transformers raises many kinds, some over several lines

@@ -192,7 +192,7 @@ def _draw_heat_map(axes: Axes, kinds: Mapping[str, Mapping[int, float]]) -> None
 
 
 def _draw_bars(axes: Axes, sparsity_by_name: Mapping[str, float]) -> None:
-    bars = axes.barh(list(sparsity_by_name), list(sparsity_by_name.values()), color=BLUE)
+    bars = axes.barh([as_it_is(name) for name in sparsity_by_name], list(sparsity_by_name.values()), color=BLUE)
     axes.bar_label(bars, fmt="{:.0%}", padding=3)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))

@@ -28,17 +28,30 @@ _ARGUMENTS = {
 }
 
 
+_NOT_TO_BE_HAD = (OSError, RuntimeError, subprocess.SubprocessError)
+"""RuntimeError: a user without a home."""
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled functions of native.c; None where they are not to be had."""
+    """Return the compiled functions of native.c; None where they are not to be had, which `why_none` explains."""
     try:
         loaded = ctypes.CDLL(str(_compiled()))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: a user without a home
+    except _NOT_TO_BE_HAD:
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, c_int64 if name in ("split", "prune_below") else None
     return loaded
+
+
+def why_none() -> str | None:
+    """Return why there are no compiled functions; None where there are."""
+    try:
+        _compiled()
+    except _NOT_TO_BE_HAD as error:
+        return str(error)
+    return None if library() else "the compiled file cannot be loaded"
 
 
 def address(tensor: Tensor) -> int:
@@ -70,17 +83,19 @@ def _compiled() -> Path:
 
 
 def _folder() -> Path:
-    """Return the folder of this user's libraries, which nobody else may write to, also in a cache that many share.
+    """Return the folder of this user's libraries, which nobody else may write to or put another one in place of.
 
     Raises:
         OSError: it cannot be made, or somebody else may.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "distprune" / f"native-{os.getuid()}"
+    folder, user = cache / f"distprune-native-{os.getuid()}", os.getuid()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{folder} can be written by others")
+    own, above = folder.lstat(), cache.stat()
+    if not stat.S_ISDIR(own.st_mode) or own.st_uid != user or own.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others may write to {folder}")
+    if above.st_uid not in (user, 0) or (above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX):
+        raise PermissionError(f"others may put another folder in place of {folder}")
     return folder
 
 

@@ -32,7 +32,7 @@ def test_prepare_leaves_nothing_to_fetch_or_compile(world: Worlds, task: Path, t
     lines = [line.partition(" ") for line in done.stdout.splitlines()]
     assert [name for name, *_ in lines[:4]] == ["model", "teacher", "data", "code"]
     assert "96 training and 61 validation examples" in done.stdout
-    assert list((tmp_path / "cache" / "distprune").glob("native-*/*.so"))
+    assert list((tmp_path / "cache").glob("distprune-native-*/*.so"))
     other = write_model(tmp_path / "other", intermediate_size=12)
     turned = write_model(tmp_path / "turned", id2label={0: "yes", 1: "no"}, label2id={"yes": 0, "no": 1})
     headless = write_model(tmp_path / "headless")

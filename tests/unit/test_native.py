@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder, not there yet, of a user who has compiled nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
-    return tmp_path / "cache" / "distprune" / f"native-{os.getuid()}"
+    return tmp_path / "cache" / f"distprune-native-{os.getuid()}"
 
 
 @needs_a_compiler

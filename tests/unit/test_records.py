@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from distprune.analysis.components import Part, Place
+from distprune.analysis.figures import draw_components
 from distprune.config import Config
 from distprune.errors import UserError
 from distprune.models.card import model_card
@@ -49,6 +51,11 @@ def test_steps_done_again_after_a_resume_count_once(tmp_path: Path) -> None:
     assert read_metrics(path) == [train(10), *after]
 
 
+def test_a_line_that_nests_too_deep_is_none(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("[" * 200_000 + "\n" + '{"step": 1, "split": "train"}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "split": "train"}]
+
+
 def test_a_picture_without_a_suffix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'.*curves' has no suffix, .*; allowed: e\.g\. .*curves\.png"):
         save_png(Figure(), tmp_path / "curves")
@@ -64,8 +71,12 @@ def drawn(path: Path, metrics: list[dict[str, Any]], dense: float | None = 0.9, 
     return path.read_bytes()
 
 
-def test_dollars_in_a_runs_name_are_no_formula(tmp_path: Path) -> None:
-    assert drawn(tmp_path / "a.png", [train(5), validation(10)], title=r"include=\w$,\w$")
+def test_dollars_in_names_are_no_formula(tmp_path: Path) -> None:
+    odd = r"include=\w$,\w$"
+    assert drawn(tmp_path / "a.png", [train(5), {**validation(10), odd: 0.5}], title=odd)
+    layers_figure({odd: 0.5}).savefig(tmp_path / "layers.png")
+    part = Part(Place(odd), [], 1, 4, 2.0, 1.0, 1.0, 1.0, {0.5: 0.5})
+    draw_components([part], 0.9, odd).savefig(tmp_path / "components.png")
 
 
 def test_plot_has_its_size_and_shows_what_it_should(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from distprune.__main__ import main
 from distprune.commands import report
 from distprune.config import Config
 from distprune.errors import UserError
+from distprune.models import files
 from distprune.reports.figures import curves, weights
 from distprune.reports.page import _further, page
 from distprune.reports.runs import differences, read_runs, times
@@ -180,6 +181,15 @@ def test_names_are_shown_as_they_are_and_what_is_not_known_yet_is_not(runs: list
     assert times(under_way)["evaluations, checkpoints, export"] is None
     layers = {MATRIX: {"masked": 7, "weights": 10}}
     assert replace(first, metrics=[], summary={"layers": layers}).layers == {MATRIX: 0.7}
+
+
+def test_no_model_is_downloaded_for_it(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(files, "snapshot_download", lambda name, **how: asked.update(how) or runs[0])
+    first, *_ = read_runs(runs[:1])
+    with pytest.raises(UserError):
+        weights(replace(first, config=first.config | {"model.path": "someone/model"}))
+    assert asked["local_files_only"]
 
 
 def test_further_metrics_are_rows_of_the_results(runs: list[str]) -> None:

@@ -143,11 +143,13 @@ def test_other_machines_are_told_no_keys_in_command_lines(tmp_path: Path) -> Non
         (tmp_path / name).chmod(0o755)
     (tmp_path / "bin").symlink_to(tmp_path)
     (tmp_path / "hosts").write_text("a slots=1\n")
-    keys = {"WANDB_API_KEY": "a", "HF_TOKEN": "b", "https_proxy": "http://me:word@proxy:1"}
+    keys = {"WANDB_API_KEY": "a", "HF_TOKEN": "b", "HF_TOKEN_2": "c", "https_proxy": "http://me:wo=rd@proxy:1"}
+    keys |= {"HF_ENDPOINT": "https://me:word@mirror"}
     others = {
         "HF_TOKEN_PATH": "/a",
         "http_proxy": "http://proxy:1",
         "WANDB_MODE": "offline",
+        "NCCL_IB_PKEY": "1",
         "TOKENIZERS_PARALLELISM": "1",
     }
     script = "f() { unset https_proxy; no_proxy=x; }; export -f f; launch/multinode.sh -H $HOSTS run.yaml"
@@ -210,6 +212,7 @@ def test_a_job_that_does_not_come_to_train_is_not_queued_again_for_ever(tmp_path
     [
         ("echo 2 >$DISTPRUNE_ENDED; exit 2", 2, False),  # a mistake of the user's
         ("echo 75 >$DISTPRUNE_ENDED; exit 143", 75, False),  # scancel
+        (": >$DISTPRUNE_ENDED; exit 2", 2, False),  # where the disk is full
         ("echo 75 >$DISTPRUNE_ENDED; touch $DISTPRUNE_REQUEUE; exit 75", 75, True),  # ahead of its time limit
         ("exit 137", 137, True),  # ranks that died without a word
         ("", 0, False),
@@ -223,14 +226,17 @@ def test_a_job_is_queued_again_where_that_helps(tmp_path: Path, srun: str, statu
     for name, does in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "a-10007.ranks").mkdir()
+    logs = tmp_path / "95%"  # of which SLURM would make something else
+    (logs / "a-10007.ranks").mkdir(parents=True)
     for left in ("ended", "requeue"):
-        (tmp_path / "a-10007.ranks" / left).write_text("0\n")  # of the start before
+        (logs / "a-10007.ranks" / left).write_text("0\n")  # of the start before
     job = "export SLURM_SUBMIT_DIR=$PWD SLURM_JOB_NAME=a SLURM_JOB_ID=10007 SLURM_JOB_NODELIST=b; "
     job += "unset MASTER_ADDR MASTER_PORT; export DISTPRUNE_RESTART_WAIT=0; "
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    done = bash(f"{job}bash slurm/train.sbatch run.yaml", path, VENV=sys.prefix, DISTPRUNE_LOGS=str(tmp_path))
-    assert "meet at node3:20007 --kill-on-bad-exit=1 " in done.stdout, done.stderr
+    done = bash(f"{job}bash slurm/train.sbatch run.yaml", path, VENV=sys.prefix, DISTPRUNE_LOGS=str(logs))
+    assert f"meet at node3:20007 --kill-on-bad-exit=1 --output={tmp_path}/95%%/a-10007.ranks/" in done.stdout, (
+        done.stderr
+    )
     assert ("requeue 10007\n" in done.stdout) == queued
     assert done.returncode == status
 

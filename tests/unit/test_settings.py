@@ -8,6 +8,7 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from distprune import settings
+from distprune.commands.config import annotate
 from distprune.config import Config, describe
 from distprune.errors import UserError
 
@@ -162,6 +163,7 @@ def test_what_is_resolved_is_not_resolved_again(write, text: str) -> None:
     config.train.output, config.task.labels = text, [text]
     path = write(settings.to_yaml(config))
     assert settings.load(path, []) == config == settings.load_written(Path(path))
+    assert settings.load(write(annotate(config)), []) == config
 
 
 def test_missing_file_and_directory_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForMaskedLM
 
 from distprune.checkpoints import files
 from distprune.checkpoints.files import Manifest, read_manifest
@@ -13,6 +14,7 @@ from distprune.disk import Damaged, Entry
 from distprune.errors import UserError
 from distprune.models.card import chosen_by
 from distprune.models.files import load_tokenizer, read_config
+from distprune.models.weights import skeleton
 from distprune.pruning import native
 
 
@@ -25,15 +27,22 @@ def test_machine_code_is_not_loaded_from_where_others_may_write(
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o770)
     assert native.library.__wrapped__() is None
+    folder.chmod(0o700)
+    for turned in (0o777, 0o1777):
+        tmp_path.chmod(turned)
+        assert (native.why_none() is None) == bool(turned & 0o1000), "only of a sticky folder others turn nothing"
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to("elsewhere")
+    assert f"others may write to {folder}" in str(native.why_none())
 
 
-@pytest.mark.parametrize("name", ["../.profile", "/etc/passwd", "sub/rank-00000.safetensors"])
+@pytest.mark.parametrize("name", ["../.profile", "/etc/passwd", "sub/rank-00000.safetensors", "..", ""])
 def test_a_manifest_that_names_a_file_elsewhere_is_damaged(tmp_path: Path, name: str) -> None:
     saving = files.saving_path(tmp_path, 7)
     saving.mkdir()
     (saving / "sub").mkdir()
     target = saving / name
-    if target.is_relative_to(tmp_path):
+    if not target.exists():
         target.write_text("some")
     entry = Entry(name, target.stat().st_size, "")
     checkpoint = files.complete(tmp_path, Manifest(7, {}, [entry]))
@@ -50,6 +59,10 @@ def test_code_in_a_models_directory_is_not_offered_to_be_run(tmp_path: Path, mon
     for call in (lambda: read_config(tmp_path), lambda: load_tokenizer(str(tmp_path))):
         with pytest.raises(UserError, match="custom code"):
             call()
+    of_another_task = {"model_type": "vit", "auto_map": {"AutoModelForMaskedLM": "code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(of_another_task))
+    with pytest.raises(UserError, match="custom code"):
+        skeleton(tmp_path, AutoModelForMaskedLM, {})
 
 
 def test_a_directory_that_cannot_be_entered_is_one_sentence(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ STAGE_1_FP32 = [
         (["regrowth.part=0.5", "pruning.weights_of=m"], "pruning.weights_of"),
         (["regrowth.part=0.5", "pruning.sparsity=0"], "pruning.sparsity"),
         (["train.output=''"], "train.output"),
+        (['train.output="two\\nlines"'], "train.output"),
         (["train.epochs=0"], "train.epochs"),
         (["train.epochs=.inf"], "train.epochs"),
         (["train.batch_size=0"], "train.batch_size"),
