@@ -75,7 +75,7 @@ def test_dollars_in_names_are_no_formula(tmp_path: Path) -> None:
     odd = r"include=\w$,\w$"
     assert drawn(tmp_path / "a.png", [train(5), {**validation(10), odd: 0.5}], title=odd)
     layers_figure({odd: 0.5}).savefig(tmp_path / "layers.png")
-    part = Part(Place(odd), [], 1, 4, 2.0, 1.0, 1.0, 1.0, {0.5: 0.5})
+    part = Part(Place("attention"), [], 1, 4, 2.0, 1.0, 1.0, 1.0, {0.5: 0.5})
     draw_components([part], 0.9, odd).savefig(tmp_path / "components.png")
 
 
