@@ -61,7 +61,14 @@ def main(directory: Path) -> int:
     prunable = gradual["prunable_weights"]
     rows = [
         Row("dense", dense["final_metric"], 0, prunable, dense["encoder_zeros"]),
-        Row("one-shot", oneshot["accuracy"], cut["masked"], cut["prunable"], oneshot["encoder_zeros"], "no training"),
+        Row(
+            "one-shot",
+            oneshot["accuracy"],
+            cut["masked_weights"],
+            cut["prunable_weights"],
+            oneshot["encoder_zeros"],
+            "no training",
+        ),
         Row(
             "gradual",
             gradual["final_metric"],

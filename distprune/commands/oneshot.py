@@ -39,10 +39,12 @@ def run(model_dir: str, out: str, config_path: str | None, overrides: list[str])
     else:
         source = local_model(model_dir, config.model.revision)
         made = prune_files(source, target, pruning, score, config.model.freeze)
-    counts = {"masked": made.masked, "prunable": made.prunable, "threshold": made.threshold}
+    counts = {"masked_weights": made.masked, "prunable_weights": made.prunable, "threshold": made.threshold}
+    chosen = {key: getattr(pruning, key) for key in _RECORDED}
 
     def finish() -> None:
-        record = {"method": "one-shot", **{key: getattr(pruning, key) for key in _RECORDED}, **counts}
+        sparsity = made.masked / made.prunable
+        record = {"method": "one-shot", "sparsity_masked": sparsity, **counts, "pruning": chosen}
         write_json(made.directory / "pruning.json", record)
         made.directory.rename(target)
 

@@ -76,7 +76,9 @@ def test_what_is_said_of_the_dense_model_is_left_behind(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "pruning.json"} <= names
     assert not {"README.md", "pytorch_model.bin"} & names
-    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["sparsity"] == 0.5
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert record["pruning"]["sparsity"] == 0.5
+    assert record["sparsity_masked"] == record["masked_weights"] / record["prunable_weights"]
 
 
 def test_regexes_find_the_names_that_a_run_finds(tmp_path: Path) -> None:

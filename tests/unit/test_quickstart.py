@@ -34,7 +34,7 @@ def test_the_table_and_the_exit_status(
         content = {"final_metric": accuracy, "metric_name": "accuracy", **counts}
         (tmp_path / run / "summary.json").write_text(json.dumps(content))
     (tmp_path / "oneshot").mkdir()
-    (tmp_path / "oneshot" / "pruning.json").write_text(json.dumps({"masked": 900, "prunable": 1000}))
+    (tmp_path / "oneshot" / "pruning.json").write_text(json.dumps({"masked_weights": 900, "prunable_weights": 1000}))
     (tmp_path / "oneshot.json").write_text(json.dumps({"accuracy": 0.5, "encoder_zeros": 902}))
     assert quickstart.main(tmp_path) == status
     printed = capsys.readouterr()
