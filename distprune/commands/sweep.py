@@ -134,17 +134,8 @@ def _say(text: str, end: str = "\n") -> None:
 def _report(opened: Opened, failed: Sequence[str] = ()) -> None:
     """Write table and plot beside the results, and print the table."""
     opened.read()  # also what others have added
-    runs, rows, sweep, stored = opened.runs, opened.rows, opened.sweep, opened.stored
-    known = {each.name: rows[each.name] for each in runs if each.name in rows}
-    means = means_of(known, sweep.baseline, sweep.chance)
-    if not means:
-        raise UserError(f"{stored} has no result of this sweep yet; allowed: --table once it has")
-    table = markdown(means, sweep.baseline)
-    differences = differences_of(runs, known, sweep.compare, sweep.chance)
-    if differences:
-        table += "\n" + markdown_of_differences(differences)
-    if without := dict.fromkeys([*without_result(runs, known), *failed]):
-        table += f"\nWithout a result, and in none of the means: {', '.join(without)}\n"
+    sweep, stored = opened.sweep, opened.stored
+    table, means, differences = table_of(opened, failed)
     with written(stored.with_suffix(".md")):
         write_text(stored.with_suffix(".md"), table)
         _write_records(stored, "means", means)
@@ -152,6 +143,30 @@ def _report(opened: Opened, failed: Sequence[str] = ()) -> None:
             _write_records(stored, "differences", differences)
         draw(means, sweep.baseline, opened.path.stem).savefig(stored.with_suffix(".png"))
     _say(f"{table}table and plot: {stored.with_suffix('')}.md, .means.csv, .means.jsonl and .png")
+
+
+def table_of(opened: Opened, failed: Sequence[str] = ()) -> tuple[str, list[Mean], list[Difference]]:
+    """Return the table of a sweep's results, for a reader, and the means and differences in it.
+
+    Args:
+        opened: with its results.
+        failed: names of runs that have failed, which the table says.
+
+    Raises:
+        UserError: there is no result yet.
+    """
+    runs, rows, sweep = opened.runs, opened.rows, opened.sweep
+    known = {each.name: rows[each.name] for each in runs if each.name in rows}
+    means = means_of(known, sweep.baseline, sweep.chance)
+    if not means:
+        raise UserError(f"{opened.stored} has no result of this sweep yet; allowed: --table once it has")
+    table = markdown(means, sweep.baseline)
+    differences = differences_of(runs, known, sweep.compare, sweep.chance)
+    if differences:
+        table += "\n" + markdown_of_differences(differences)
+    if without := dict.fromkeys([*without_result(runs, known), *failed]):
+        table += f"\nWithout a result, and in none of the means: {', '.join(without)}\n"
+    return table, means, differences
 
 
 def _write_records(stored: Path, what: str, of: Sequence[Mean | Difference]) -> None:

@@ -183,6 +183,18 @@ def test_names_are_shown_as_they_are_and_what_is_not_known_yet_is_not(runs: list
     assert replace(first, metrics=[], summary={"layers": layers}).layers == {MATRIX: 0.7}
 
 
+def test_the_curves_are_those_of_the_records(runs: list[str]) -> None:
+    first, *_ = read_runs(runs)
+    metric, losses, *others = curves([first]).axes
+    steps = [10, 20, 30, 40]
+    assert metric.lines[0].get_xydata().tolist() == [[20, 0.7], [40, 0.9]]
+    parts = {1: "loss", 2: "task_loss"}
+    assert [line.get_xydata().tolist() for line in losses.lines] == [[[at, top / at] for at in steps] for top in parts]
+    drawn = {axes.get_title(): axes.lines[0].get_xydata().tolist() for axes in others}
+    constant = {"sparsity": 0.5, "threshold of the score": 0.1, "learning rate": 1e-4, "examples/s": 16.0}
+    assert drawn == {title: [[at, value] for at in steps] for title, value in constant.items()}
+
+
 def test_no_model_is_downloaded_for_it(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(files, "snapshot_download", lambda name, **how: asked.update(how) or runs[0])
