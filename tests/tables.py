@@ -54,16 +54,12 @@ def opened(name: str, given: dict[str, Any]) -> Opened:
     return open_sweep(str(REPOSITORY / given["sweep_path"]), given["overrides"], str(FOLDER / name))
 
 
-def tables() -> dict[Path, str]:
-    """Return the tables by their files."""
-    return {
-        FOLDER / "tables" / Path(name).with_suffix(".md"): table_of(opened(name, given))[0]
-        for name, (given, *_) in commands().items()
-    }
+def table_file(name: str) -> Path:
+    """Return where the table of a file of rows is."""
+    return FOLDER / "tables" / Path(name).with_suffix(".md")
 
 
 if __name__ == "__main__":
-    (FOLDER / "tables").mkdir(exist_ok=True)
-    for path, text in tables().items():
-        path.write_text(text)
-        print(path.relative_to(REPOSITORY))
+    for name, (given, *_) in commands().items():
+        table_file(name).write_text(table_of(opened(name, given))[0])
+        print(table_file(name).relative_to(REPOSITORY))
