@@ -29,7 +29,7 @@ from transformers import (
 from distprune import dist
 from distprune.checkpoints.files import is_checkpoint
 from distprune.checkpoints.pieces import Pieces
-from distprune.disk import hash_of
+from distprune.disk import hash_of, partial_of
 from distprune.errors import UserError, written
 from distprune.paths import expanded
 
@@ -163,7 +163,7 @@ def begin_directory(source: Path, target: Path) -> Path:
     """
     if target.exists():
         raise UserError(f"{str(target)!r} exists; allowed: a new directory")
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_of(target)
     if source.resolve() in target.resolve().parents:
         raise UserError(f"{str(target)!r} is within {str(source)!r}, of which it is made; allowed: outside of it")
     if partial.exists():

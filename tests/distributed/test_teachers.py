@@ -296,3 +296,17 @@ def test_a_teacher_that_comes_later_is_measured(world: Worlds, task: Path, tmp_p
     (measured,) = records(tmp_path / "run", "teacher")
     assert "the teacher: accuracy " in said
     assert (measured["step"], measured["accuracy"]) == (4, summary["dense_metric"])
+
+
+@pytest.mark.slow
+def test_teacher_and_student_hold_fewer_bytes_on_more_ranks(world: Worlds, task: Path, tmp_path: Path) -> None:
+    held: dict[int, dict[str, Any]] = {}
+    for size in (1, 2, 4):
+        summary = world(size).run(run, task, tmp_path / f"run{size}", *TAUGHT, *stage(3, 3))[0]
+        held[size] = summary["bytes_per_rank"]
+    for part, kind in (("student", "weights"), ("student", "master"), ("student", "moments"), ("teacher", "weights")):
+        one = held[1][part][0][kind]
+        for size in (2, 4):
+            per_rank = [rank[kind] for rank in held[size][part]]
+            assert one <= sum(per_rank) < 1.1 * one, f"{kind} of the {part} at world {size}: {per_rank}"
+            assert max(per_rank) < 1.1 * one / size

@@ -21,6 +21,14 @@ def bash(script: str, path: str | None = None, **variables: str) -> subprocess.C
     )
 
 
+def programs(directory: Path, **texts: str) -> None:
+    """Write programs of these names, - for _, that the shell runs."""
+    for name, text in texts.items():
+        path = directory / name.replace("_", "-")
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
+
 def tools(directory: Path, names: list[str]) -> str:
     """Return a PATH that holds these programs alone."""
     directory.mkdir()
@@ -95,13 +103,12 @@ def test_gpus_are_counted(tmp_path: Path, listed: str, variables: dict[str, str]
 
 def on_three_gpus(tmp_path: Path, variables: str) -> subprocess.CompletedProcess[str]:
     """Start two ranks where nvidia-smi tells of three GPUs and the deepspeed CLI prints its arguments."""
-    for name, text in {
-        "nvidia-smi": 'printf "GPU 0: a\\nGPU 1: b\\nGPU 2: c\\n"',
-        "deepspeed": 'echo "threads $OMP_NUM_THREADS" "$@" "[$CUDA_VISIBLE_DEVICES]"',
-        "nproc": "echo 16",
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    programs(
+        tmp_path,
+        nvidia_smi='printf "GPU 0: a\\nGPU 1: b\\nGPU 2: c\\n"',
+        deepspeed='echo "threads $OMP_NUM_THREADS" "$@" "[$CUDA_VISIBLE_DEVICES]"',
+        nproc="echo 16",
+    )
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
@@ -112,10 +119,7 @@ def on_three_gpus(tmp_path: Path, variables: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize("given", [None, "cpu", "cuda"])
 def test_other_machines_find_out_their_devices_unless_told(tmp_path: Path, given: str | None) -> None:
     """A machine without a GPU, as this one, may start ranks on others that have some."""
-    programs = {"pdsh": "", "nvidia-smi": "exit 9", "deepspeed": 'cat "$DS_ENV_FILE"', "python": ""}
-    for name, text in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    programs(tmp_path, pdsh="", nvidia_smi="exit 9", deepspeed='cat "$DS_ENV_FILE"', python="")
     (tmp_path / "bin").symlink_to(tmp_path)
     (tmp_path / "hosts").write_text("a slots=1\n")
     told = "" if given is None else f"export DS_ACCELERATOR={given}; "
@@ -138,9 +142,7 @@ def test_other_machines_find_out_their_devices_unless_told(tmp_path: Path, given
 
 
 def test_other_machines_are_told_no_keys_in_command_lines(tmp_path: Path) -> None:
-    for name, text in {"pdsh": "", "deepspeed": 'cat "$DS_ENV_FILE"', "python": ""}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    programs(tmp_path, pdsh="", deepspeed='cat "$DS_ENV_FILE"', python="")
     (tmp_path / "bin").symlink_to(tmp_path)
     (tmp_path / "hosts").write_text("a slots=1\n")
     keys = {"WANDB_API_KEY": "a", "HF_TOKEN": "b", "HF_TOKEN_2": "c", "https_proxy": "http://me:wo=rd@proxy:1"}
@@ -163,8 +165,7 @@ def test_other_machines_are_told_no_keys_in_command_lines(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("cores", [None, "8"])
 def test_srun_is_asked_for_cores_only_where_the_job_was(tmp_path: Path, cores: str | None) -> None:
-    (tmp_path / "srun").write_text('#!/bin/sh\necho "cores [$SRUN_CPUS_PER_TASK], threads $OMP_NUM_THREADS" >&2\n')
-    (tmp_path / "srun").chmod(0o755)
+    programs(tmp_path, srun='echo "cores [$SRUN_CPUS_PER_TASK], threads $OMP_NUM_THREADS" >&2')
     job = "export SLURM_SUBMIT_DIR=$PWD SLURM_JOB_NAME=a SLURM_JOB_ID=1 SLURM_JOB_NODELIST=b; unset OMP_NUM_THREADS; "
     asked = "" if cores is None else f"export SLURM_CPUS_PER_TASK={cores}; "
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
@@ -174,9 +175,7 @@ def test_srun_is_asked_for_cores_only_where_the_job_was(tmp_path: Path, cores: s
 
 def test_a_job_whose_ranks_could_not_start_is_queued_again(tmp_path: Path) -> None:
     """Of a node that is down there is no rank's log."""
-    for name, does in (("srun", "exit 1"), ("scontrol", 'echo "$@"')):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
-        (tmp_path / name).chmod(0o755)
+    programs(tmp_path, srun="exit 1", scontrol='echo "$@"')
     job = "export SLURM_SUBMIT_DIR=$PWD SLURM_JOB_NAME=a SLURM_JOB_ID=7 SLURM_JOB_NODELIST=b DISTPRUNE_RESTART_WAIT=0; "
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = bash(f"{job}bash slurm/train.sbatch run.yaml", path, VENV=sys.prefix, DISTPRUNE_LOGS=str(tmp_path))
@@ -194,9 +193,7 @@ def test_a_job_whose_ranks_could_not_start_is_queued_again(tmp_path: Path) -> No
 @pytest.mark.parametrize(("said", "starts"), [("outside of training", 2), ("", 4)])
 def test_a_job_that_does_not_come_to_train_is_not_queued_again_for_ever(tmp_path: Path, said: str, starts: int) -> None:
     """Its time may be too short for what comes before the first step, in every start."""
-    for name, does in (("srun", f'printf "{said}" >$DISTPRUNE_REQUEUE; exit 75'), ("scontrol", 'echo "$@"')):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
-        (tmp_path / name).chmod(0o755)
+    programs(tmp_path, srun=f'printf "{said}" >$DISTPRUNE_REQUEUE; exit 75', scontrol='echo "$@"')
     job = "export SLURM_SUBMIT_DIR=$PWD SLURM_JOB_NAME=a SLURM_JOB_ID=7 SLURM_JOB_NODELIST=b DISTPRUNE_MAX_RESTARTS=2; "
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = [
@@ -219,13 +216,11 @@ def test_a_job_that_does_not_come_to_train_is_not_queued_again_for_ever(tmp_path
     ],
 )
 def test_a_job_is_queued_again_where_that_helps(tmp_path: Path, srun: str, status: int, queued: bool) -> None:
-    programs = {
-        "srun": f'echo "meet at $MASTER_ADDR:$MASTER_PORT" "$@"\n{srun}',
-        "scontrol": 'case "$1" in show) echo node3; echo node4;; *) echo "$@";; esac',
-    }
-    for name, does in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
-        (tmp_path / name).chmod(0o755)
+    programs(
+        tmp_path,
+        srun=f'echo "meet at $MASTER_ADDR:$MASTER_PORT" "$@"\n{srun}',
+        scontrol='case "$1" in show) echo node3; echo node4;; *) echo "$@";; esac',
+    )
     logs = tmp_path / "95%"  # of which SLURM would make something else
     (logs / "a-10007.ranks").mkdir(parents=True)
     for left in ("ended", "requeue"):
