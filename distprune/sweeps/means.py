@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isclose
 from statistics import mean, stdev
 from typing import Any
 
@@ -29,7 +30,7 @@ class Mean:
     below: float | None
     """How much worse than the baseline, a mean over pairs of the same seed."""
     interval: float | None
-    """Half of the 95 % interval of that mean (Student's t); None for fewer than two seeds."""
+    """Half of the 95 % interval of that mean (Student's t); None for fewer than two values that differ."""
     pairs: int
     """Seeds of which both converged."""
     steps: int
@@ -143,7 +144,8 @@ def _gain(row: Row, other: Row) -> float:
 
 
 def _half_interval(values: Sequence[float]) -> float | None:
-    if len(values) < 2:
+    """Return half of the 95 % interval of a mean; None where the values say nothing of it: one, or all are equal."""
+    if not values or isclose(min(values), max(values), abs_tol=1e-9):
         return None
     return float(student_t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5)
 
@@ -175,11 +177,11 @@ class Difference:
     better: float | None
     """By how much the first one's metric is better, a mean over pairs of the same seed; None without a pair."""
     interval: float | None
-    """Half of the 95 % interval of that mean (Student's t); None for fewer than two pairs."""
+    """Half of the 95 % interval of that mean (Student's t); None for fewer than two values that differ."""
     pairs: int
     """Seeds of which both converged."""
     more: float | None
-    """How much more that is than at the first point, over the seeds that are pairs at both; None at the first."""
+    """How much more that is than at the first point with results, over seeds that are pairs at both; None at it."""
     more_interval: float | None
     """Half of the 95 % interval of ``more``."""
     diverged: int
@@ -234,6 +236,8 @@ def _differences_between(points: Iterable[tuple[dict[str, Any], _Pairs]], chance
     found: list[Difference] = []
     first: dict[Any, float] | None = None
     for point, pairs in points:
+        if not pairs:
+            continue
         gains = {
             seed: _gain(our, their)
             for seed, (our, their) in pairs.items()
@@ -241,8 +245,7 @@ def _differences_between(points: Iterable[tuple[dict[str, Any], _Pairs]], chance
         }
         more = [] if first is None else [gain - first[seed] for seed, gain in gains.items() if seed in first]
         first = gains if first is None else first
-        if pairs:
-            found.append(_difference(point, list(pairs.values()), list(gains.values()), more, chance))
+        found.append(_difference(point, list(pairs.values()), list(gains.values()), more, chance))
     return found
 
 

@@ -76,7 +76,7 @@ def test_only_seeds_and_points_of_both_are_compared(sweep_file: Path, compared: 
     some = {name: each for name, each in compared.items() if each["method"] == "a" or each["point"]["train.seed"] < 3}
     assert pairs_and_more(some) == [(2, False), (2, True), (2, True)]
     without_first = {name: each for name, each in some.items() if each["point"]["pruning.sparsity"] != 0.5}
-    assert pairs_and_more(without_first) == [(2, False), (2, False)]
+    assert pairs_and_more(without_first) == [(2, False), (2, True)]
     late = {name: each for name, each in compared.items() if name != "a/train.seed=1,pruning.sparsity=0.5"}
     assert pairs_and_more(late) == [(3, False), (4, True), (4, True)], "the first of the sweep, not of the rows"
     of_another_seed = {name: each for name, each in some.items() if each["method"] == "b"}
@@ -84,6 +84,14 @@ def test_only_seeds_and_points_of_both_are_compared(sweep_file: Path, compared: 
     one = {name: each for name, each in compared.items() if each["point"]["train.seed"] == 1}
     first, *_ = differences_of(runs(sweep_file), one, {"a": ["b"]}, chance=None)
     assert (first.better, first.interval) == (pytest.approx(0.02), None)
+
+
+def test_equal_differences_have_no_interval(sweep_file: Path, compared: dict[str, Row]) -> None:
+    for each in compared.values():
+        seed = each["point"]["train.seed"]
+        each["final_metric"] = 0.7 + 0.03 * seed + (0.1 if each["method"] == "a" else 0)
+    first, *_ = differences_of(runs(sweep_file), compared, {"a": ["b"]}, chance=None)
+    assert (first.better, first.interval, first.pairs) == (pytest.approx(0.1), None, 4)
 
 
 def test_without_a_seed_in_the_grid_runs_of_other_seeds_are_no_pair(sweep_file: Path) -> None:
