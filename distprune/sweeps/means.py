@@ -220,7 +220,7 @@ _Pairs = dict[Any, tuple[Row, Row]]
 def _pairs_by_point(
     runs: Sequence[Run], rows: Mapping[str, Row], method: str, other: str
 ) -> list[tuple[dict[str, Any], _Pairs]]:
-    """Return the points that both methods have, each with the pairs of results that there are, by their seeds."""
+    """Return the points at which both methods have results of a seed, each with its pairs of them, by their seeds."""
     theirs = [seedless(run.point) for run in runs if run.method == other]
     found: dict[str, tuple[dict[str, Any], _Pairs]] = {}
     for run in (run for run in runs if run.method == method and seedless(run.point) in theirs):
@@ -229,15 +229,13 @@ def _pairs_by_point(
         row = rows.get(run.name)
         if row is not None and (partner := _partner(row, rows, other)) is not None:
             pairs[row["settings"].get(SEED)] = (row, partner)
-    return list(found.values())
+    return [(point, pairs) for point, pairs in found.values() if pairs]
 
 
 def _differences_between(points: Iterable[tuple[dict[str, Any], _Pairs]], chance: float | None) -> list[Difference]:
     found: list[Difference] = []
     first: dict[Any, float] | None = None
     for point, pairs in points:
-        if not pairs:
-            continue
         gains = {
             seed: _gain(our, their)
             for seed, (our, their) in pairs.items()
