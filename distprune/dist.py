@@ -102,6 +102,7 @@ def init() -> World:
         setattr(torch_dist.distributed_c10d, name, timeout)
     if on_gpu():
         torch.cuda.set_device(world.device)
+        _keep_from_nvml()
     else:
         # Its shared-memory collective is for inference alone. Compiling it costs 20 to 90 s at the first start on a
         # machine, and a start that was killed meanwhile leaves a lock on which every later one waits for ever.
@@ -222,6 +223,15 @@ def _timeout() -> timedelta:
     if not given.isdecimal() or int(given) < 1:
         raise UserError(f"DISTPRUNE_TIMEOUT is {given!r}; allowed: a whole number of seconds from 1")
     return timedelta(seconds=int(given))
+
+
+def _keep_from_nvml() -> None:
+    """Have DeepSpeed ask torch for free memory where GPUs are named: for NVML it reads every name as a number."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    if not all(gpu.strip().isdecimal() for gpu in shown):
+        from deepspeed.accelerator import cuda_accelerator
+
+        cuda_accelerator.pynvml = None
 
 
 def _tasks_on_node(counts: str, node: int) -> int:

@@ -49,6 +49,7 @@ def run(config_path: str, overrides: list[str]) -> None:
     except Interrupted as interrupted:
         # All wait for rank 0: srun ends all ranks as soon as one has ended with another status than 0.
         turns.on_main(partial(_say_how_it_goes_on, interrupted))
+        dist.shutdown()  # NCCL may still be sending what rank 0 said
         raise
     except EndedAtOnce as ended:
         _say_how_it_ends(ended)

@@ -74,7 +74,12 @@ class Heartbeat:
 
 
 def is_fault(error: BaseException) -> bool:
-    """Return whether an error is of a device or of a connection, and not of what was computed."""
+    """Return whether an error is of a device or of a connection, and not of what was computed.
+
+    Memory that NCCL or a pinned buffer does not get is missing at the next start as well.
+    """
+    if any(text in str(error) for text in ("out of memory", "Failed to CUDA")):
+        return False
     if isinstance(error, torch.AcceleratorError):
         return "device-side assert" not in str(error)  # an index out of range
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))

@@ -129,6 +129,8 @@ def test_a_device_that_fails_is_no_end_of_the_run(world: Worlds, task: Path, tmp
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
         (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (torch_dist.DistBackendError("NCCL error: Failed to CUDA calloc 6291456 bytes"), False),
         (torch_dist.DistBackendError("NCCL error"), True),
         (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
         (RuntimeError("shapes cannot be multiplied"), False),

@@ -53,8 +53,7 @@ def test_a_run_on_a_gpu_ends_at_the_exact_sparsity(tmp_path: Path, dtype: str, s
         overrides.append(f"deepspeed.student.{dtype}.enabled=true")
     if offload:
         overrides.append("deepspeed.student.zero_optimization.offload_optimizer.device=cpu")
-    on_gpu("distprune", "train", str(task / "run.yaml"), *overrides)
+    assert "1 rank on cuda" in on_gpu("distprune", "train", str(task / "run.yaml"), *overrides)
     summary = json.loads((output / "summary.json").read_text())
-    assert not summary["environment"]["device"].startswith("CPU")
     assert summary["zeros_in_file"] == summary["masked_weights"] == math.floor(0.9 * summary["prunable_weights"])
     assert all(math.isfinite(record["loss"]) for record in records(output, "train"))

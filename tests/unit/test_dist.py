@@ -179,3 +179,13 @@ def test_ranks_on_gpus_must_know_their_own(monkeypatch: pytest.MonkeyPatch, envi
         dist._refuse_crowded_gpus(dist.detect())
     environment({"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
     dist._refuse_crowded_gpus(dist.detect())
+
+
+@pytest.mark.parametrize(("shown", "asked"), [("0,1", True), ("GPU-8a56,GPU-77c1", False)])
+def test_gpus_by_name_are_kept_from_nvml(monkeypatch: pytest.MonkeyPatch, shown: str, asked: bool) -> None:
+    from deepspeed.accelerator import cuda_accelerator
+
+    monkeypatch.setattr(cuda_accelerator, "pynvml", "as imported")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    dist._keep_from_nvml()
+    assert (cuda_accelerator.pynvml is not None) == asked

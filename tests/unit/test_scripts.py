@@ -258,7 +258,8 @@ def test_gpus_by_names_that_deepspeed_does_not_know_are_refused(tmp_path: Path) 
     assert "CUDA_VISIBLE_DEVICES is GPU-8a56,GPU-77c1; allowed: numbers" in done.stderr
 
 
-def test_an_environment_that_is_active_does(tmp_path: Path) -> None:
+def test_an_environment_that_is_active_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VENV", raising=False)
     shutil.copytree(REPOSITORY / "launch", tmp_path / "launch")
     script = f"source {tmp_path}/launch/common.sh; activate; echo done"
     without = bash(script, path="/usr/bin:/bin")
@@ -266,6 +267,15 @@ def test_an_environment_that_is_active_does(tmp_path: Path) -> None:
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     assert bash(script, path=f"{tmp_path}:/usr/bin:/bin").stdout == "done\n"
+
+
+def test_a_job_whose_gpus_are_not_seen_does_not_train_on_the_cpu() -> None:
+    variables = {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    done = bash("source launch/common.sh; activate; echo $DS_ACCELERATOR", **variables, DS_ACCELERATOR="")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "SLURM gave this job 2 GPUs a node, and nvidia-smi and CUDA_VISIBLE_DEVICES show none on" in done.stderr
+    asked = bash("source launch/common.sh; activate; echo $DS_ACCELERATOR", **variables, DS_ACCELERATOR="cpu")
+    assert asked.stdout == "cpu\n"
 
 
 def test_an_environment_that_is_not_there_is_named(tmp_path: Path) -> None:
