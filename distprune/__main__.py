@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        options = _options(sys.argv[1:] if argv is None else argv)
+        options = options_of(sys.argv[1:] if argv is None else argv)
         imported(f"distprune.commands.{options.pop('command')}").run(**options)
     except UserError as error:
         if os.environ.get("DISTPRUNE_DEBUG") == "1":
@@ -102,8 +102,12 @@ def entry() -> NoReturn:
     os._exit(status)
 
 
-def _options(argv: Sequence[str]) -> dict[str, Any]:
-    """Return the command's name and the arguments of its ``run``."""
+def options_of(argv: Sequence[str]) -> dict[str, Any]:
+    """Return the command's name and the arguments of its ``run``.
+
+    Raises:
+        UserError: what no command takes.
+    """
     # DeepSpeed's launcher gives every rank this argument; the environment says the same.
     given = [text for text in argv if not text.startswith(("--local_rank=", "--local-rank="))]
     parser = _parser()

@@ -74,7 +74,7 @@ def init() -> World:
     """Join the process group of the launcher that started this process. Collective: every rank calls it.
 
     Raises:
-        UserError: a launcher that is not known, or more ranks than GPUs on a node that has several.
+        UserError: a launcher that is not known, or more ranks than GPUs on a node.
     """
     _refuse_unknown_launchers()
     world = detect()
@@ -107,9 +107,14 @@ def init() -> World:
         # Its shared-memory collective is for inference alone. Compiling it costs 20 to 90 s at the first start on a
         # machine, and a start that was killed meanwhile leaves a lock on which every later one waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu() else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu() else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout
+        )
+    except torch_dist.DistBackendError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise UserError("ranks of a node share a GPU; allowed: a GPU for each rank") from error
     return world
 
 
@@ -282,7 +287,7 @@ def _refuse_unknown_launchers() -> None:
 
 
 def _refuse_crowded_gpus(world: World) -> None:
-    """Refuse several ranks on one GPU, which NCCL does not do."""
+    """Refuse several ranks on one GPU, which NCCL does not do. SLURM may show each task but one of several."""
     gpus = torch.cuda.device_count()
     if world.size > 1 and not {_LOCAL_RANK, "LOCAL_RANK", "SLURM_LOCALID"} & os.environ.keys():
         raise UserError("LOCAL_RANK is not set; allowed: the number of the GPU for each rank")

@@ -9,8 +9,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from distprune.__main__ import _options
-from distprune.commands.sweep import _chosen, table_of
+from distprune.__main__ import options_of
+from distprune.commands.sweep import chosen, table_of
 from distprune.sweeps.opened import Opened, open_sweep
 from distprune.sweeps.spec import read_sweep, runs_of
 
@@ -28,7 +28,7 @@ def commands() -> dict[str, list[dict[str, Any]]]:
                 if line.startswith("distprune sweep "):
                     for name, place in PLACES.items():
                         line = line.replace(name, place)
-                    given = _options(shlex.split(line)[1:])
+                    given = options_of(shlex.split(line)[1:])
                     rows = given["results_file"] or Path(given["sweep_path"]).with_suffix(".jsonl")
                     found[Path(rows).name].append(given)
     return found
@@ -38,7 +38,7 @@ def carried_out(given: dict[str, Any]) -> set[str]:
     """Return the names of a command's runs, and of those whose models they need."""
     path = REPOSITORY / given["sweep_path"]
     runs = runs_of(read_sweep(path), path)
-    names = set(_chosen([run.name for run in runs], given["only"]))
+    names = set(chosen([run.name for run in runs], given["only"]))
     for run in reversed(runs):  # behind those whose models it gets
         if run.name in names:
             names |= set(run.models.values())

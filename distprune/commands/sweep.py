@@ -60,7 +60,7 @@ def run(
         _say("".join(f"no result: {each.name}\n" for each in runs if each.name not in rows), end="")
         _report(opened)
         return
-    names = _chosen([each.name for each in runs], only)
+    names = chosen([each.name for each in runs], only)
     missing = opened.missing(names)
     _say(f"{len(names)} runs, {sum(name in rows for name in names)} with a result, {len(missing)} to run")
     if dry_run:
@@ -79,7 +79,12 @@ def run(
         raise UserError(f"{len(outcome.failed)} of {len(missing)} runs failed, see their logs: {logs}{without}")
 
 
-def _chosen(names: list[str], patterns: list[str]) -> list[str]:
+def chosen(names: list[str], patterns: list[str]) -> list[str]:
+    """Return the names that any of the patterns of ``--only`` fits, or all where there are none.
+
+    Raises:
+        UserError: a pattern that fits no run.
+    """
     for pattern in patterns:
         if not any(_fits(name, pattern) for name in names):
             raise UserError(f"--only {pattern!r} fits no run; there are e.g. {', '.join(names[:3])}")

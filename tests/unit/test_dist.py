@@ -3,7 +3,10 @@
 import os
 import re
 
+import deepspeed
 import pytest
+import torch.distributed as torch_dist
+from deepspeed.accelerator import cuda_accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -181,10 +184,33 @@ def test_ranks_on_gpus_must_know_their_own(monkeypatch: pytest.MonkeyPatch, envi
     dist._refuse_crowded_gpus(dist.detect())
 
 
+@pytest.mark.parametrize(
+    ("said", "expected", "message"),
+    [
+        (
+            "ncclInvalidUsage\nLast error:\nDuplicate GPU detected : rank 0 and rank 1",
+            UserError,
+            "ranks of a node share",
+        ),
+        ("ncclSystemError", torch_dist.DistBackendError, "ncclSystemError"),
+    ],
+)
+def test_ranks_that_nccl_finds_on_one_gpu_are_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, said: str, expected: type[Exception], message: str
+) -> None:
+    def refuse(**_: object) -> None:
+        raise torch_dist.DistBackendError(said)
+
+    monkeypatch.setattr(deepspeed, "init_distributed", refuse)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(torch_dist.distributed_c10d, name, None)
+    with pytest.raises(expected, match=message):
+        dist.init()
+
+
 @pytest.mark.parametrize(("shown", "asked"), [("0,1", True), ("GPU-8a56,GPU-77c1", False)])
 def test_gpus_by_name_are_kept_from_nvml(monkeypatch: pytest.MonkeyPatch, shown: str, asked: bool) -> None:
-    from deepspeed.accelerator import cuda_accelerator
-
     monkeypatch.setattr(cuda_accelerator, "pynvml", "as imported")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     dist._keep_from_nvml()
