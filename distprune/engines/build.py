@@ -22,6 +22,7 @@ from distprune.models.files import read_config
 from distprune.models.weights import fill_masters, load_model, set_dropout
 from distprune.pruning.targets import freeze
 from distprune.zero.engine import free_weights, take_back_empty_step
+from distprune.zero.saved import look_up_gathered_weights
 from distprune.zero.shards import trained_shards
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -58,6 +59,8 @@ def build_student(
         fused=True,
     )
     engine = _initialize("deepspeed.student", model, section, optimizer)
+    if stage_of(section) == 3 and not section["zero_optimization"]["memory_efficient_linear"]:
+        look_up_gathered_weights(model)
     if stage_of(section) == 0 and dtype_of(section) != torch.float32:
         take_back_empty_step(engine)
     if dtype_of(section) != torch.float32 and not is_checkpoint(directory):

@@ -10,7 +10,7 @@ from distprune.engines.batches import rank_part, stream_seed
 from distprune.engines.evaluate import on_device
 from distprune.errors import UserError
 from distprune.tasks.base import Batch
-from distprune.training.objective import Losses, Objective
+from distprune.training.objective import Objective
 from distprune.training.setup import Setup
 
 
@@ -32,19 +32,20 @@ def backward(
     """
     student, task, world = setup.student, setup.task, setup.world
     parts = rank_part(batch, world.rank, world.size, train.accumulation)
-    sums, draw = [0.0] * len(Losses._fields), stream_seed(train.seed, step, [])
+    draw = stream_seed(train.seed, step, [])
+    micro_batches, losses = [], []
     for number, rows in enumerate(parts):
         if number > 0:
             student.step()  # within a step: DeepSpeed counts micro-batches
-        micro_batch = on_device(task.collate(task.train.__getitems__(rows), draw), student)
-        if all(map(math.isfinite, sums)):
-            suspect = micro_batch
+        micro_batches.append(on_device(task.collate(task.train.__getitems__(rows), draw), student))
         torch.manual_seed(stream_seed(train.seed, step, rows))
-        losses = objective.losses(student, micro_batch, rows)
-        student.backward(losses.total)
-        values = torch.stack([loss.detach() for loss in losses]).tolist()  # one wait for the device
-        sums = [total + value / len(parts) for total, value in zip(sums, values, strict=True)]
-    return sums, suspect
+        found = objective.losses(student, micro_batches[-1], rows)
+        student.backward(found.total)
+        losses.append(torch.stack([loss.detach() for loss in found]))
+    values = torch.stack(losses).tolist()  # one wait for the device
+    means = [sum(value / len(parts) for value in column) for column in zip(*values, strict=True)]
+    suspects = [batch for batch, row in zip(micro_batches, values, strict=True) if not all(map(math.isfinite, row))]
+    return means, next(iter(suspects), micro_batches[-1])
 
 
 def take_step(student: Any, step: int) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distprune.errors import UserError
 from distprune.pruning.exchange import Exchange
-from distprune.pruning.keys import ranked
+from distprune.pruning.keys import chunk_of, ranked
 from distprune.pruning.scores import Score
 from distprune.pruning.select import select_smallest
 from distprune.pruning.slices import Slice
@@ -32,8 +32,8 @@ from distprune.pruning.structures.shared import (
 
 WRITTEN = Fraction(1, 1_000_000)
 """What a decimal may be off (M - N) / M, which may have no end, and stand for it."""
-_PAIRS = 1 << 20
-"""Comparisons within groups that are held at a time."""
+_PAIRS = 4
+"""Comparisons within groups that are held at a time, for each element of a chunk."""
 
 
 class Groups(NamedTuple):
@@ -137,7 +137,7 @@ class NOfM(Structure):
         self, each: Slice, score: Score, exponent: int, complete: Tensor, start: int, end: int
     ) -> Iterator[Groups]:
         """Yield all groups of a part of the slice, the cut ones as put together."""
-        size = max(1, _PAIRS // self.of**2) * self.of
+        size = max(1, _PAIRS * chunk_of(each.mask.device) // self.of**2) * self.of
         for first in range(start // self.of * self.of, end, size):
             groups = self._read(each, score, exponent, max(each.start, first), min(each.end, first + size))
             numbers = torch.arange(groups.first, groups.first + len(groups.keys))

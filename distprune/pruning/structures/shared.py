@@ -78,10 +78,12 @@ def combine(shared: Tensor, contributions: Iterable[tuple[Tensor, Tensor]], widt
         int64, shape [s, width]. This rank hands over 8 * s * width bytes, nothing where no unit is shared.
     """
     sums = torch.zeros(len(shared), width, dtype=torch.int64)
+    if len(shared) == 0:
+        return sums
     for numbers, values in contributions:
         places, found = locate(shared, numbers.cpu())
         sums.index_add_(0, places, values.cpu()[found])
-    return (yield Request(sums)) if len(shared) else sums
+    return (yield Request(sums))
 
 
 def locate(shared: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
