@@ -84,5 +84,4 @@ activate() {
         fi
         export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
     fi
-    export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 }
