@@ -6,6 +6,7 @@ One code path serves 1..N ranks: a process started by no launcher becomes a grou
 import os
 import socket
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,7 +115,10 @@ def init() -> World:
     except torch_dist.DistBackendError as error:
         if "Duplicate GPU" not in str(error):
             raise
-        raise UserError("ranks of a node share a GPU; allowed: a GPU for each rank") from error
+        shared = "ranks of a node share a GPU; allowed: a GPU for each rank"
+        if world.rank > 0:  # rank 0, which speaks for all, may be on another node, and not know
+            print(f"distprune: error: {shared}", file=sys.stderr)
+        raise UserError(shared) from error
     return world
 
 

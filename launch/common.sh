@@ -80,7 +80,7 @@ activate() {
     # DeepSpeed asks for an accelerator by name where it finds none, and says so at length.
     if [ "$(count_gpus)" -eq 0 ]; then
         if [ -z "${DS_ACCELERATOR:-}" ] && [ "${SLURM_GPUS_ON_NODE:-0}" != 0 ]; then
-            die "SLURM gave this job $SLURM_GPUS_ON_NODE GPUs a node, and nvidia-smi and CUDA_VISIBLE_DEVICES show none on $(hostname); allowed: a node where they do, or DS_ACCELERATOR=cpu"
+            die "SLURM gave this job $SLURM_GPUS_ON_NODE GPUs a node, and nvidia-smi and CUDA_VISIBLE_DEVICES show none on $(hostname); allowed: a node where they do, or DS_ACCELERATOR set to cpu or cuda"
         fi
         export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
     fi

@@ -29,6 +29,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "overlap": {"overlap_comm": True, "reduce_bucket_size": 300},
     "sub-groups": {"sub_group_size": 300},
     # Matrices of attention and what is smaller stay whole, the others are cut.
+    "released": {
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 300,
+        "stage3_prefetch_bucket_size": 100,
+    },
     "persistent": {"stage3_param_persistence_threshold": 110},
     "offload-parameters": {"offload_param": {"device": "cpu"}},
 }

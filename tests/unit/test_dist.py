@@ -196,17 +196,20 @@ def test_ranks_on_gpus_must_know_their_own(monkeypatch: pytest.MonkeyPatch, envi
     ],
 )
 def test_ranks_that_nccl_finds_on_one_gpu_are_a_mistake(
-    monkeypatch: pytest.MonkeyPatch, said: str, expected: type[Exception], message: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, said: str, expected: type[Exception], message: str
 ) -> None:
+    """Those that share one say so, as rank 0 may be elsewhere."""
+
     def refuse(**_: object) -> None:
         raise torch_dist.DistBackendError(said)
 
     monkeypatch.setattr(deepspeed, "init_distributed", refuse)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(os, "environ", os.environ | TORCHRUN | {"MASTER_ADDR": "a", "MASTER_PORT": "1"})
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         monkeypatch.setattr(torch_dist.distributed_c10d, name, None)
     with pytest.raises(expected, match=message):
         dist.init()
+    assert (message in capsys.readouterr().err) == (expected is UserError)
 
 
 @pytest.mark.parametrize(("shown", "asked"), [("0,1", True), ("GPU-8a56,GPU-77c1", False)])

@@ -32,8 +32,8 @@ from distprune.pruning.structures.shared import (
 
 WRITTEN = Fraction(1, 1_000_000)
 """What a decimal may be off (M - N) / M, which may have no end, and stand for it."""
-_PAIRS = 4
-"""Comparisons within groups that are held at a time, for each element of a chunk."""
+_PAIRS = 1 << 20
+"""Comparisons within groups that are held at a time on a CPU."""
 
 
 class Groups(NamedTuple):
@@ -137,7 +137,8 @@ class NOfM(Structure):
         self, each: Slice, score: Score, exponent: int, complete: Tensor, start: int, end: int
     ) -> Iterator[Groups]:
         """Yield all groups of a part of the slice, the cut ones as put together."""
-        size = max(1, _PAIRS * chunk_of(each.mask.device) // self.of**2) * self.of
+        pairs = max(_PAIRS, chunk_of(each.mask.device))
+        size = max(1, pairs // self.of**2) * self.of
         for first in range(start // self.of * self.of, end, size):
             groups = self._read(each, score, exponent, max(each.start, first), min(each.end, first + size))
             numbers = torch.arange(groups.first, groups.first + len(groups.keys))
