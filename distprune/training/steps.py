@@ -44,8 +44,8 @@ def backward(
         losses.append(torch.stack([loss.detach() for loss in found]))
     values = torch.stack(losses).tolist()  # one wait for the device
     means = [sum(value / len(parts) for value in column) for column in zip(*values, strict=True)]
-    suspects = [batch for batch, row in zip(micro_batches, values, strict=True) if not all(map(math.isfinite, row))]
-    return means, next(iter(suspects), micro_batches[-1])
+    suspects = (batch for batch, row in zip(micro_batches, values, strict=True) if not all(map(math.isfinite, row)))
+    return means, next(suspects, micro_batches[-1])
 
 
 def take_step(student: Any, step: int) -> bool:
