@@ -34,6 +34,8 @@ from distprune.errors import UserError, written
 from distprune.paths import expanded
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_NOT_READ = ["*/*", "consolidated*.safetensors"]
+"""Weights a second time, as other tools read them; in folders too."""
 SHRUNK = "shrunk.json"
 """What a shrunk model's directory holds: the sizes of its matrices."""
 _HASHED = ("*.safetensors", "*.safetensors.index.json", "config.json", SHRUNK)
@@ -100,7 +102,15 @@ def resolve(path: str, revision: str | None, download: bool = True) -> Path:
     if local.exists() or path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1:
         raise UserError(f"model path {path!r} is not a directory; allowed: a Hugging Face model directory or hub id")
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES, local_files_only=not download))
+        return Path(
+            snapshot_download(
+                path,
+                revision=revision,
+                allow_patterns=_FILES,
+                ignore_patterns=_NOT_READ,
+                local_files_only=not download,
+            )
+        )
     except Exception as error:
         raise UserError(
             f"model {path!r} is not a local directory, and the hub did not give it: {error}".splitlines()[0]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -187,8 +188,10 @@ def test_a_hub_id_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name in ("google-bert/bert-base-uncased", "gpt2"):
         assert resolve(name, "v2") == Path("snapshot")
         assert (asked["repo"], asked["revision"], asked["local_files_only"]) == (name, "v2", False)
-    assert "*.safetensors" in asked["allow_patterns"]
-    assert "*.bin" not in asked["allow_patterns"]
+    read = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "vocab.txt"]
+    others = ["pytorch_model.bin", "consolidated.safetensors", "fp16/model.safetensors", "onnx/config.json"]
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(read + others, **patterns)) == read
 
 
 @pytest.mark.parametrize("path", ["./model", "/no/such", "~/model", "runs/dense/final", "file.txt"])
