@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from distprune.benchmarks.timing import seconds, wait
 from distprune.config import ENCODER
 from distprune.pruning.components import component_matrices, layer_of
+from distprune.timing import seconds, wait
 from distprune.zero.shards import full_shape
 
 ENOUGH = 0.05

@@ -15,12 +15,12 @@ from transformers import AutoModelForSequenceClassification
 
 from distprune import dist, turns
 from distprune.benchmarks.models import random_batch, write_random_model
-from distprune.benchmarks.timing import seconds
 from distprune.checkpoints.pieces import packed
 from distprune.checkpoints.saver import Saver
 from distprune.checkpoints.state import owned_tensors, state_of
 from distprune.config import Config
 from distprune.engines.build import build_student
+from distprune.timing import seconds
 from distprune.training.setup import build_pruner
 
 

@@ -12,7 +12,6 @@ from transformers import AutoModelForSequenceClassification
 
 from distprune import dist, turns
 from distprune.benchmarks.models import random_batch, write_random_model
-from distprune.benchmarks.timing import peak_bytes
 from distprune.config import Config, PruningConfig
 from distprune.engines.build import build_frozen, build_student, decay_groups
 from distprune.errors import UserError
@@ -23,6 +22,7 @@ from distprune.planning.memory import Need
 from distprune.planning.shapes import layout_of, shapes_of
 from distprune.planning.subject import stand_in
 from distprune.pruning.targets import targets_of
+from distprune.timing import peak_bytes
 from distprune.training.distill import distillation_loss
 from distprune.training.setup import build_pruner
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from distprune import dist
-from distprune.benchmarks.timing import fastest, peak_bytes, seconds
 from distprune.pruning.exchange import Exchange, Request, T, over_ranks, summed_by_name
 from distprune.pruning.masks import KEPT, apply_mask, count_pruned
 from distprune.pruning.scores import Magnitude
 from distprune.pruning.slices import Slice
 from distprune.pruning.structures.unstructured import Unstructured
+from distprune.timing import fastest, peak_bytes, seconds
 
 FIRST, SECOND = Fraction(4, 5), Fraction(17, 20)
 _MATRICES = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]

@@ -15,9 +15,9 @@ from transformers import AutoModelForSequenceClassification
 
 from distprune import dist, turns
 from distprune.benchmarks.models import random_batch, write_random_model
-from distprune.benchmarks.timing import seconds
 from distprune.config import Config
 from distprune.engines.build import build_frozen, build_student
+from distprune.timing import seconds
 from distprune.training.distill import distillation_loss
 from distprune.training.setup import build_pruner
 

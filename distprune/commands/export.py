@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import AutoModelForMultipleChoice, PreTrainedModel
 
 from distprune import dist
-from distprune.benchmarks.timing import seconds
 from distprune.checkpoints.files import is_checkpoint
 from distprune.errors import UserError
 from distprune.models.files import auto_class_of, load_tokenizer, new_directory, open_source, read_config, resolve
@@ -20,6 +19,7 @@ from distprune.models.packed import is_packed, pack_directory, unpack_directory
 from distprune.models.shrunk import load_shrunk, save_shrunk, shrink
 from distprune.models.weights import most_tokens
 from distprune.paths import expanded
+from distprune.timing import seconds
 
 _BATCH, _LENGTH, _REPEAT = 8, 128, 7
 _TOLERANCE = 1e-5
