@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 STEPS = 3
 """Steps that are timed, after one that is not."""
+ENOUGH = 60.0
+"""Seconds after which no other step is taken; where the first takes as long, it is the one that is timed."""
 
 
 def hours(batches: int, batch_size: int, examples_per_s: float) -> float:
@@ -24,12 +26,12 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], groups: list[dict[str,
         groups: the optimizer's.
         examples: in the batch.
     """
-    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-    began = 0.0
-    for number in range(STEPS + 1):
-        if number == 1:
-            began = time.perf_counter()
+    optimizer, taken = torch.optim.AdamW(groups, lr=0.0, fused=True), list[float]()
+    while len(taken) <= STEPS and sum(taken) < ENOUGH:
+        began = time.perf_counter()
         loss().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         model.zero_grad()
-    return STEPS * examples / (time.perf_counter() - began)
+        taken.append(time.perf_counter() - began)
+    timed = taken[1:] or taken
+    return len(timed) * examples / sum(timed)

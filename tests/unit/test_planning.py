@@ -1,5 +1,6 @@
 """The plan's arithmetic, against numbers worked out by hand."""
 
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
@@ -15,7 +16,7 @@ from distprune.errors import UserError
 from distprune.planning import memory, wire
 from distprune.planning.activations import Activations, count, most_at_once
 from distprune.planning.held import mask_bytes, reduced, state_bytes, weight_bytes
-from distprune.planning.hours import hours
+from distprune.planning.hours import hours, measure
 from distprune.planning.memory import Need, gathered
 from distprune.planning.shapes import Layout, Shapes, layout_of
 from distprune.planning.subject import stand_in
@@ -218,6 +219,28 @@ def test_a_model_that_this_machine_does_not_hold_is_refused(monkeypatch: pytest.
 
 def test_hours() -> None:
     assert hours(3600, 32, 64.0) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "speed"),
+    [([9.0, 1.0, 2.0, 3.0], 4.0), ([50.0, 16.0], 0.5), ([80.0], 0.1)],
+    ids=["three behind one that warms up", "no other after a minute", "one that takes as long"],
+)
+def test_speed_is_of_the_steps_that_are_timed(
+    seconds: list[float], speed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, model, took = 0.0, nn.Linear(2, 1), iter(seconds)
+
+    def loss() -> torch.Tensor:
+        nonlocal now
+        now += next(took)
+        return cast(torch.Tensor, model(torch.ones(2))).sum()
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    before = [each.clone() for each in model.parameters()]
+    assert measure(model, loss, [{"params": list(model.parameters())}], 8) == speed
+    assert next(took, None) is None
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
 
 
 def test_options_are_read_as_deepspeed_reads_them() -> None:
