@@ -1,7 +1,7 @@
 """Draws sst2_minilm.png and sst2_minilm_methods.png from the rows beside this file.
 
 The first has the accuracy of every seed at each sparsity, and over the pruned runs; the second is the plot of a sweep,
-of the rows in bf16, of those that were run in fp32 alone, and of what is pruned after training with equal budgets.
+of the rows in bf16, and of those that were run in fp32 alone.
 """
 
 import json
@@ -37,7 +37,7 @@ def main() -> None:
 
 def draw_methods() -> None:
     """Draw the methods' means over the sparsity, as the sweep does."""
-    files = (FOLDER / f"sst2_minilm_{name}.jsonl" for name in ("methods", "baselines", "equal_budget"))
+    files = (FOLDER / f"sst2_minilm_{name}.jsonl" for name in ("methods", "baselines", "equal_budget_bf16"))
     bf16, fp32, equal = map(read_rows, files)
     rows = bf16 | {name: row for name, row in fp32.items() if row["method"] in IN_FP32 and name not in bf16}
     rows |= {name: row for name, row in equal.items() if row["method"] in AFTER}
