@@ -34,8 +34,8 @@ from distprune.errors import UserError, written
 from distprune.paths import expanded
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-_NOT_READ = ["*/*", "consolidated*.safetensors"]
-"""Weights a second time, as other tools read them; in folders too."""
+_TWICE = "consolidated*.safetensors"
+"""Weights a second time, as other tools read them."""
 SHRUNK = "shrunk.json"
 """What a shrunk model's directory holds: the sizes of its matrices."""
 _HASHED = ("*.safetensors", "*.safetensors.index.json", "config.json", SHRUNK)
@@ -107,7 +107,7 @@ def resolve(path: str, revision: str | None, download: bool = True) -> Path:
                 path,
                 revision=revision,
                 allow_patterns=_FILES,
-                ignore_patterns=_NOT_READ,
+                ignore_patterns=["*/*", _TWICE],
                 local_files_only=not download,
             )
         )
@@ -134,7 +134,8 @@ def hash_of_weights(directory: Path) -> str:
 
 def hashed_files(directory: Path) -> list[Path]:
     """Return the files that `hash_of_weights` is of, in its order."""
-    return sorted({path for pattern in _HASHED for path in directory.glob(pattern) if path.is_file()})
+    found = {path for pattern in _HASHED for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not path.match(_TWICE))
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

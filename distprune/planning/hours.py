@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 STEPS = 3
-"""Steps that are timed, after one that is not."""
+"""At most so many steps are timed, after one that is not."""
 ENOUGH = 60.0
-"""Seconds after which no other step is taken; where the first takes as long, it is the one that is timed."""
+"""Seconds of steps after which no further one begins; a first step that takes as long is timed itself."""
 
 
 def hours(batches: int, batch_size: int, examples_per_s: float) -> float:
