@@ -114,3 +114,14 @@ def test_validation_data_that_a_holdout_replaces_need_not_be_there(file: Path, t
         check_files(run, run.load(tmp_path))
     (run, *_) = runs(file, *data, "task.validation=gone.jsonl", "task.holdout=0.1")
     check_files(run, run.load(tmp_path))
+
+
+def test_the_hash_is_of_what_a_model_is_read_from(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("weights")
+    (tmp_path / "config.json").write_text("{}")
+    before = hash_of_weights(tmp_path)
+    (tmp_path / "consolidated.safetensors").write_text("weights")
+    (tmp_path / "README.md").write_text("of another tool")
+    assert hash_of_weights(tmp_path) == before
+    (tmp_path / "model.safetensors").write_text("others")
+    assert hash_of_weights(tmp_path) != before

@@ -164,17 +164,6 @@ def test_a_directory_without_safetensors_is_refused(model_dir: Path) -> None:
     assert "save_pretrained" in message
 
 
-def test_the_hash_is_of_what_a_model_is_read_from(tmp_path: Path) -> None:
-    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
-    before = files.hash_of_weights(tmp_path)
-    save_file({"w": torch.ones(2)}, tmp_path / "consolidated.safetensors")
-    (tmp_path / "README.md").write_text("of another tool")
-    assert files.hash_of_weights(tmp_path) == before
-    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
-    assert files.hash_of_weights(tmp_path) != before
-
-
 # ---------------------------------------------------------------------------------------------------- resolve
 
 
