@@ -1,10 +1,11 @@
 """How long a run takes, from a throughput that is given or measured here."""
 
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from distprune.timing import seconds
 
 STEPS = 3
 """At most so many steps are timed, after one that is not."""
@@ -27,11 +28,13 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], groups: list[dict[str,
         examples: in the batch.
     """
     optimizer, taken = torch.optim.AdamW(groups, lr=0.0, fused=True), list[float]()
-    while len(taken) <= STEPS and sum(taken) < ENOUGH:
-        began = time.perf_counter()
+
+    def step() -> None:
         loss().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         model.zero_grad()
-        taken.append(time.perf_counter() - began)
+
+    while len(taken) <= STEPS and sum(taken) < ENOUGH:
+        taken.append(seconds(step, next(model.parameters()).device))
     timed = taken[1:] or taken
     return len(timed) * examples / sum(timed)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from runpy import run_path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class _Said:
         if texts is not None:
             return {"of": torch.tensor([int(text) for text in texts])}
         assert of is not None
-        return type("Output", (), {"logits": torch.nn.functional.one_hot(self.answers[of], 2).float()})
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(self.answers[of], 2))
 
 
 @pytest.mark.parametrize("at_once", [2, 6])
@@ -43,10 +44,9 @@ def test_the_difference_and_its_error_are_over_sentences_of_means_over_seeds(
 ) -> None:
     with gzip.open(tmp_path / "validation.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"sentence": str(i), "label": label}) + "\n" for i, label in enumerate(LABELS))
-    script = run_path(str(SCRIPT))
-    main: Callable[..., None] = script["main"]
+    main: Callable[..., None] = run_path(str(SCRIPT))["main"]
     for name in ("AutoTokenizer", "AutoModelForSequenceClassification"):
-        monkeypatch.setitem(main.__globals__, name, type("Auto", (), {"from_pretrained": staticmethod(_Said)}))
+        monkeypatch.setitem(main.__globals__, name, SimpleNamespace(from_pretrained=_Said))
     monkeypatch.setitem(main.__globals__, "BATCH", at_once)
     main(tmp_path, *SAID)
     right = {name: (np.array(said) == LABELS).astype(int) for name, said in SAID.items()}
